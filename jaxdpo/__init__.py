@@ -1,0 +1,3 @@
+"""Direct Preference Optimization in JAX and Flax."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,347 @@
+"""The one list of training options: a tree of frozen dataclasses.
+
+Each field's documentation is the string below it. `None` means "the default that the text names", so that an option
+which was set but does not apply can be told from one that was left alone. Reading files and arguments: options.py.
+"""
+
+import dataclasses
+from typing import Literal
+
+from pydantic import ConfigDict
+
+STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+_section = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+def require(*checks: tuple[bool, str]) -> None:
+    """Raise one ValueError that lists the message of every check that is False.
+
+    Raises:
+        ValueError: when any check fails; one message a line.
+    """
+    if problems := [message for ok, message in checks if not ok]:
+        raise ValueError("\n".join(problems))
+
+
+@_section
+class ModelSection:
+    """The policy that is trained."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    path: str | None = None
+    """Hugging Face folder (config.json, *.safetensors, tokenizer files) or hub id."""
+    revision: str | None = None
+    """Hub revision: a branch, tag or commit. Default: the hub's main branch."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """pretrained: load the weights. random: draw them from seed; path then needs config.json and a tokenizer only."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the trained weights are held. bfloat16 halves memory but loses updates at small learning rates."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix-product inputs; sums are float32 always. auto: float32 on CPU, bfloat16 on GPU and TPU."""
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
+    """What the backward pass recomputes. none: nothing. dots: all but matrix products. full: every layer from its input.
+    auto: none on CPU, full elsewhere."""
+    attention: Literal["auto", "blocks", "dense"] = "auto"
+    """Attention implementation. blocks skips what no token may see; dense is the O(T^2) reference. auto: blocks."""
+
+
+@_section
+class DataSection:
+    """Preference pairs in, packed rows out."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    train: list[str] = dataclasses.field(default_factory=list)
+    """Training sets: each a path (.jsonl, .json, .parquet, also .gz) or name[:split][:count]."""
+    eval: list[str] = dataclasses.field(default_factory=list)
+    """Validation sets, written like data.train. Empty: a share of the training prompts, see eval_fraction."""
+    eval_fraction: float = 0.05
+    """Share of the prompts (by hash, so stable when rows are added) held out for validation when data.eval is empty."""
+    format: Literal["auto", "hh-rlhf", "preference"] = "auto"
+    """Row format of local files. preference: {prompt, chosen, rejected} or implicit prompt, as strings or messages."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template. Default: the tokenizer's own, or plain text (Human: / Assistant:) if it has none."""
+    max_length: int = 1024
+    """Longest prompt + answer, in tokens. Longer answers lose their end, after the prompt was cut to fit."""
+    max_prompt_length: int = 512
+    """Longest prompt, in tokens; a longer one keeps its end. Both sides always keep the same prompt."""
+    layout: Literal["shared", "separate"] = "shared"
+    """shared: a pair's prompt is computed once for both answers. separate: once for each."""
+    max_row_tokens: int = 4096
+    """Longest packed row, in tokens. Steps with more tokens than the rows of one pass hold use more microbatches."""
+    shuffle: bool = True
+    """Visit the pairs of each epoch in a new random order (from seed)."""
+    max_dropped_fraction: float = 0.1
+    """Stop when more than this share of the rows is unusable."""
+
+    def __post_init__(self) -> None:
+        require(
+            (0 <= self.eval_fraction < 1, f"data.eval_fraction={self.eval_fraction}: must be at least 0 and below 1"),
+            (0 <= self.max_dropped_fraction <= 1, f"data.max_dropped_fraction={self.max_dropped_fraction}: must lie between 0 and 1"),
+            (self.max_prompt_length >= 1, f"data.max_prompt_length={self.max_prompt_length}: must be at least 1"),
+            (
+                self.max_length > self.max_prompt_length,
+                f"data.max_length={self.max_length}: must exceed data.max_prompt_length={self.max_prompt_length}, "
+                "or no room is left for answers. Raise the one or lower the other",
+            ),
+            (
+                self.max_row_tokens >= 2 * self.max_length,
+                f"data.max_row_tokens={self.max_row_tokens}: must be at least twice data.max_length={self.max_length}, so that any pair fits a row",
+            ),
+        )
+
+
+@_section
+class LossSection:
+    """What is minimised. docs/losses.md has the formulas and the papers. An option that the loss does not use is an error."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    name: str | list[str] = "sigmoid"
+    """One loss, or a list of losses that are added with loss.weights."""
+    weights: list[float] | None = None
+    """One factor for each name in the list. Default: all 1."""
+    beta: float | None = None
+    """Strength of the pull towards the reference. Default 0.1; 2.0 for simpo (a mean per token, not a sum)."""
+    label_smoothing: float | None = None
+    """Probability that a label is wrong (cdpo, robust, exo_pair, aot, aot_unpaired). Default: 0; 0.1 for cdpo and robust, 0.001 for exo_pair."""
+    ipo_length: Literal["mean", "sum"] | None = None
+    """IPO's log-ratios: mean per token (TRL, as its authors asked) or sum (original DPO code). Default mean."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = None
+    """Divergence from the reference that shapes the log-ratio difference. Default reverse_kl (plain DPO)."""
+    alpha_divergence: float | None = None
+    """Coefficient of f_divergence=alpha. Default 1.0, as in TRL."""
+    ld_alpha: float | None = None
+    """LD-DPO: weight of the tokens beyond the shorter answer's length, 0 to 1. Default 1 (off)."""
+    length_penalty: float | None = None
+    """R-DPO: penalty per token of length difference, subtracted from the logit. Default 0 (off)."""
+    wpo: bool = False
+    """WPO: weigh each pair by how likely the policy is to have written it."""
+    discopop_tau: float | None = None
+    """DiscoPOP's temperature. Default 0.05."""
+    simpo_gamma: float | None = None
+    """SimPO's target margin, in units of the scaled logit. Default 0.5."""
+    orpo_lambda: float | None = None
+    """ORPO's weight of the odds-ratio term. Default 0.1."""
+    cpo_alpha: float | None = None
+    """CPO's weight of the chosen answer's NLL. Default 1.0."""
+    dpop_lambda: float | None = None
+    """DPOP's penalty when the chosen answer falls below the reference. Default 50."""
+    tr_every: int = 0
+    """TR-DPO: move the reference towards the policy every so many steps. 0: never."""
+    tr_alpha: float | None = None
+    """TR-DPO: share of the policy in the moved reference. Default 0.6."""
+
+    @property
+    def names(self) -> list[str]:
+        """The losses as a list."""
+        return [self.name] if isinstance(self.name, str) else list(self.name)
+
+    def __post_init__(self) -> None:
+        smoothing, ld, tr = self.label_smoothing, self.ld_alpha, self.tr_alpha
+        require(
+            (bool(self.names), "loss.name=[]: name at least one loss"),
+            (len(set(self.names)) == len(self.names), f"loss.name={self.name}: names a loss twice; add up its weights instead"),
+            (
+                self.weights is None or len(self.weights) == len(self.names),
+                f"loss.weights={self.weights}: needs one factor for each of loss.name={self.names}",
+            ),
+            (self.beta is None or self.beta > 0, f"loss.beta={self.beta}: must be above 0"),
+            (smoothing is None or 0 <= smoothing < 0.5, f"loss.label_smoothing={smoothing}: must be at least 0 and below 0.5"),
+            (ld is None or 0 <= ld <= 1, f"loss.ld_alpha={ld}: must lie between 0 and 1"),
+            (tr is None or 0 < tr <= 1, f"loss.tr_alpha={tr}: must be above 0 and at most 1"),
+            (self.tr_every >= 0, f"loss.tr_every={self.tr_every}: must be 0 (never) or a number of steps"),
+            (tr is None or self.tr_every > 0, f"loss.tr_alpha={tr}: does nothing while loss.tr_every=0. Set loss.tr_every"),
+            (
+                self.alpha_divergence is None or self.f_divergence == "alpha",
+                f"loss.alpha_divergence={self.alpha_divergence}: needs loss.f_divergence=alpha",
+            ),
+            (
+                self.alpha_divergence is None or self.alpha_divergence != 0,
+                "loss.alpha_divergence=0: must not be 0",
+            ),
+        )
+
+
+@_section
+class OptimSection:
+    """AdamW and its schedule."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    learning_rate: float = 5e-6
+    """Peak learning rate."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the square root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only (norm scales and biases are left alone)."""
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    """From the peak: cosine or linear to 0 at the last step, or constant."""
+    warmup_steps: int = 0
+    """Steps of linear rise from 0 to the peak; step k of them uses k / warmup_steps of it."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it. 0: never."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the first moment; the second is float32 always."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.learning_rate >= 0, f"optim.learning_rate={self.learning_rate}: must not be negative"),
+            (0 <= self.b1 < 1, f"optim.b1={self.b1}: must be at least 0 and below 1"),
+            (0 <= self.b2 < 1, f"optim.b2={self.b2}: must be at least 0 and below 1"),
+            (self.eps > 0, f"optim.eps={self.eps}: must be above 0"),
+            (self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: must not be negative"),
+            (self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps}: must not be negative"),
+            (self.max_grad_norm >= 0, f"optim.max_grad_norm={self.max_grad_norm}: must be 0 (off) or positive"),
+        )
+
+
+@_section
+class TrainSection:
+    """How long, and how much at once."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    pairs_per_step: int = 16
+    """Pairs in one optimizer step, over all devices: the global batch."""
+    steps: int | None = None
+    """Number of optimizer steps. Default: as many as train.epochs need."""
+    epochs: int | None = None
+    """Passes over the training pairs. Default 1. Give this or train.steps, not both."""
+    compilation_cache: str | None = "~/.cache/jaxdpo"
+    """Folder that keeps compiled programs, so that the next start is quicker. null: keep none."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.pairs_per_step >= 1, f"train.pairs_per_step={self.pairs_per_step}: must be at least 1"),
+            (self.steps is None or self.steps >= 1, f"train.steps={self.steps}: must be at least 1"),
+            (self.epochs is None or self.epochs >= 1, f"train.epochs={self.epochs}: must be at least 1"),
+            (self.steps is None or self.epochs is None, f"train.steps={self.steps}: train.epochs={self.epochs} is given too. Give one of them"),
+        )
+
+
+@_section
+class MeshSection:
+    """How many devices share what. data * fsdp * tensor is the number of devices."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    data: int = -1
+    """Devices that each hold a full copy and see other rows. -1: as many as are left."""
+    fsdp: int = 1
+    """Devices that share weights and optimizer state and see other rows."""
+    tensor: int = 1
+    """Devices that share each matrix product."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.data == -1 or self.data >= 1, f"mesh.data={self.data}: must be -1 (what is left) or at least 1"),
+            (self.fsdp >= 1, f"mesh.fsdp={self.fsdp}: must be at least 1"),
+            (self.tensor >= 1, f"mesh.tensor={self.tensor}: must be at least 1"),
+        )
+
+
+@_section
+class EvalSection:
+    """Measurements on the validation pairs."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    every: int = 100
+    """Evaluate before the first step, after every so many steps and after the last. 0: never."""
+    samples: int = 2
+    """Validation prompts that the policy answers at each evaluation (to samples.jsonl). 0: none."""
+    sample_tokens: int = 64
+    """Longest sampled answer, in tokens."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.every >= 0, f"eval.every={self.every}: must be 0 (never) or a number of steps"),
+            (self.samples >= 0, f"eval.samples={self.samples}: must not be negative"),
+            (self.sample_tokens >= 1, f"eval.sample_tokens={self.sample_tokens}: must be at least 1"),
+        )
+
+
+@_section
+class CheckpointSection:
+    """What is kept, so that the same command resumes."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    save_every: int = 100
+    """Save after every so many steps; the last step is always saved. 0: the last only."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    keep_best: int = 1
+    """Checkpoints to keep besides, by lowest validation loss (needs eval.every). 0: none."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.save_every >= 0, f"checkpoint.save_every={self.save_every}: must be 0 (the last only) or a number of steps"),
+            (self.keep >= 1, f"checkpoint.keep={self.keep}: must be at least 1"),
+            (self.keep_best >= 0, f"checkpoint.keep_best={self.keep_best}: must not be negative"),
+        )
+
+
+@_section
+class LogSection:
+    """What is told, and where."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    every: int = 1
+    """Write metrics (metrics.jsonl, TensorBoard) every so many steps."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
+
+    def __post_init__(self) -> None:
+        require((self.every >= 1, f"log.every={self.every}: must be at least 1"))
+
+
+@_section
+class Config:
+    """Everything that `python -m jaxdpo.train` can be told."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    run_dir: str = "runs/dpo"
+    """Folder of this run: config, metrics, checkpoints. Running the same command again resumes from it."""
+    seed: int = 0
+    """Seed of shuffling, random weights and samples."""
+    reference: Literal["frozen", "none"] = "frozen"
+    """frozen: a copy of the starting policy. none: for losses that need no reference (simpo, orpo, cpo, sft)."""
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    mesh: MeshSection = MeshSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+
+def cross_check(config: Config) -> list[str]:
+    """Problems that involve more than one section, as messages; empty when there are none."""
+    checks = [
+        (config.model.path is not None, "model.path=null: name a Hugging Face folder or hub id, e.g. model.path=./my-model"),
+        (bool(config.data.train), "data.train=[]: name at least one training set, e.g. data.train=[pairs.jsonl]"),
+        (
+            config.loss.tr_every == 0 or config.reference == "frozen",
+            f"loss.tr_every={config.loss.tr_every}: moves a reference, but reference={config.reference}. Use reference=frozen",
+        ),
+        (
+            config.optim.warmup_steps == 0 or config.train.steps is None or config.optim.warmup_steps < config.train.steps,
+            f"optim.warmup_steps={config.optim.warmup_steps}: must be fewer than train.steps={config.train.steps}",
+        ),
+        (
+            config.eval.every == 0 or bool(config.data.eval) or config.data.eval_fraction > 0,
+            f"eval.every={config.eval.every}: there are no validation pairs. Set data.eval or data.eval_fraction, or eval.every=0",
+        ),
+    ]
+    return [message for ok, message in checks if not ok]
