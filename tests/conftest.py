@@ -1,0 +1,25 @@
+"""What every test runs under: eight CPU devices, strict types and shapes, no network."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# JAX reads these once, when it is first imported. NPROC: XLA's CPU thread pool; with as many threads as a small
+# machine has cores, collectives of simulated devices that are queued without blocking wait for each other for ever.
+os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real models, tokenizers and pairs, named by JAXDPO_DATA; the test is skipped without it."""
+    folder = os.environ.get("JAXDPO_DATA")
+    if not folder:
+        pytest.skip("JAXDPO_DATA names no folder of real data")
+    return Path(folder)
