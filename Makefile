@@ -26,7 +26,7 @@ format: $(VENV)/.dev  ## Format the files and mend what can be mended.
 	$(RUN) -m ruff format .
 
 types: $(VENV)/.dev  ## Check the types.
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 clean:  ## Remove the environment and what the tools left.
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -181,7 +181,8 @@ class Checkpoints:
             return error
         return OSError(
             errno.ENOSPC,
-            f"the disk is full: the checkpoint of step {step} takes up to {size:,} bytes and {shutil.disk_usage(self.folder).free:,} are free. "
+            f"the disk is full: the checkpoint of step {step} takes up to {size:,} bytes "
+            f"and {shutil.disk_usage(self.folder).free:,} are free. "
             "Free some space or lower checkpoint.keep; earlier checkpoints are intact, so the same command resumes from them",
             str(self.folder),
         )
