@@ -105,17 +105,18 @@ class LossSection:
     beta: float | None = None
     """Strength of the pull towards the reference. Default 0.1; 2.0 for simpo (a mean per token, not a sum)."""
     label_smoothing: float | None = None
-    """Probability that a label is wrong (cdpo, robust, exo_pair, aot, aot_unpaired). Default: 0; 0.1 for cdpo and robust, 0.001 for exo_pair."""
+    """Probability that a label is wrong (cdpo, robust, exo_pair, aot, aot_unpaired, simpo, cpo). Default 0.1 for cdpo and robust,
+    0.001 for exo_pair, else 0."""
     ipo_length: Literal["mean", "sum"] | None = None
     """IPO's log-ratios: mean per token (TRL, as its authors asked) or sum (original DPO code). Default mean."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = None
     """Divergence from the reference that shapes the log-ratio difference. Default reverse_kl (plain DPO)."""
     alpha_divergence: float | None = None
-    """Coefficient of f_divergence=alpha. Default 1.0, as in TRL."""
+    """Coefficient of f_divergence=alpha; 0 is forward_kl, 1 reverse_kl. Default 0.5, as in TRL."""
     ld_alpha: float | None = None
     """LD-DPO: weight of the tokens beyond the shorter answer's length, 0 to 1. Default 1 (off)."""
     length_penalty: float | None = None
-    """R-DPO: penalty per token of length difference, subtracted from the logit. Default 0 (off)."""
+    """R-DPO: penalty on the reward per token; adds length_penalty * (chosen - rejected tokens) to the logit. Default 0 (off)."""
     wpo: bool = False
     """WPO: weigh each pair by how likely the policy is to have written it."""
     discopop_tau: float | None = None
@@ -158,8 +159,8 @@ class LossSection:
                 f"loss.alpha_divergence={self.alpha_divergence}: needs loss.f_divergence=alpha",
             ),
             (
-                self.alpha_divergence is None or self.alpha_divergence != 0,
-                "loss.alpha_divergence=0: must not be 0",
+                self.discopop_tau is None or self.discopop_tau > 0,
+                f"loss.discopop_tau={self.discopop_tau}: must be above 0",
             ),
         )
 
