@@ -235,7 +235,7 @@ class Checkpoints:
         if step is None:
             return None
         folder = self.folder / str(step)
-        _check_same_form(folder, self._orbax.metadata(folder / "state").item_metadata.tree, abstract_state)
+        _check_same_form(folder, _saved_form(self._orbax, folder), abstract_state)
         state = self._orbax.restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
         return step, state, self.read_meta(step)
 
@@ -268,9 +268,16 @@ def restore_params(run_dir: str | Path, step: int | None = None) -> tuple[int, T
 
 def _read_params(folder: Path) -> Tree:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        saved = {"params": reader.metadata(folder / "state").item_metadata.tree["params"]}
+        saved = {"params": _saved_form(reader, folder)["params"]}
         to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         return reader.restore(folder / "state", args=ocp.args.PyTreeRestore(saved, to_numpy, partial_restore=True))["params"]
+
+
+def _saved_form(reader: ocp.Checkpointer, folder: Path) -> Tree:
+    """Shapes and types of the saved state, without its values."""
+    metadata = reader.metadata(folder / "state").item_metadata
+    assert metadata is not None, f"{folder} was saved without metadata"
+    return metadata.tree
 
 
 def _check_same_form(folder: Path, saved: Tree, wanted: Tree) -> None:
