@@ -1,0 +1,199 @@
+"""Pairs to packed rows. numpy only.
+
+A row of T slots holds several pairs. In the shared layout a pair takes one run of slots,
+
+    reverse(C) | P | R        (chosen reversed, prompt, rejected)
+
+so that what any token may see is one interval of slots: a token of P or R sees from P's first slot to itself, a token of C
+from itself to P's last slot. The prompt is computed once for both answers. In the separate layout a pair takes two causal
+runs, P C and P R. Answer tokens are read by gather: each has the slot whose hidden state predicts it.
+
+Dimension names: M microbatches, B rows of a microbatch, T slots of a row, S scored tokens of a row, P pair places of a row.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxdpo.data.chat import EncodedPair
+
+SLOT_MULTIPLE = 64
+
+
+class Batch(NamedTuple):
+    """The pairs of one optimizer step as M microbatches of B rows; int32 but for the weights. Padding has weight 0."""
+
+    tokens_MBT: np.ndarray
+    """Token ids."""
+    positions_MBT: np.ndarray
+    """Rotary positions: both answers continue from the prompt's length."""
+    k_start_MBT: np.ndarray
+    """First slot that a slot attends to."""
+    k_end_MBT: np.ndarray
+    """One past the last slot that a slot attends to."""
+    slots_MBS: np.ndarray
+    """Slot whose hidden state predicts a scored token."""
+    targets_MBS: np.ndarray
+    """Id of a scored token."""
+    sides_MBS: np.ndarray
+    """Owner of a scored token: 2 * pair place + (0 chosen, 1 rejected); -1 where there is none. Scored tokens come first."""
+    common_MBS: np.ndarray
+    """1 where a scored token lies within the length of its pair's shorter answer, else 0."""
+    lengths_MBP2: np.ndarray
+    """Answer tokens of the chosen and the rejected side."""
+    weights_MBP: np.ndarray
+    """float32 weight of a pair; 0 in an empty place."""
+    index_MBP: np.ndarray
+    """Place of a pair within its step, from 0; -1 in an empty place."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packer:
+    """Packs the pairs of a step into rows of a few fixed lengths.
+
+    Args:
+        layout: "shared" or "separate".
+        num_rows: rows of a microbatch (B), the number of devices that see different rows.
+        row_sizes: allowed row lengths in slots, ascending; the last is the longest.
+        num_places: pair places of a row (P), at least the pairs of a step.
+    """
+
+    layout: str
+    num_rows: int
+    row_sizes: tuple[int, ...]
+    num_places: int
+
+    def __call__(self, pairs: Sequence[EncodedPair]) -> Batch:
+        """Pack all the pairs; as many microbatches as they need.
+
+        Raises:
+            ValueError: when a pair is longer than the longest row.
+        """
+        rows = balance([pair_slots(pair, self.layout) for pair in pairs], self.num_rows, self.row_sizes[-1])
+        longest = max(sum(pair_slots(pairs[i], self.layout) for i in row) for row in rows)
+        num_slots = next(size for size in self.row_sizes if size >= longest)
+        packed = [self._row([pairs[i] for i in row], row, num_slots) for row in rows]
+        shape = (len(rows) // self.num_rows, self.num_rows)
+        return Batch(*(np.stack(arrays).reshape(*shape, *arrays[0].shape) for arrays in zip(*packed, strict=True)))
+
+    def _row(self, pairs: Sequence[EncodedPair], index: Sequence[int], num_slots: int) -> Batch:
+        row = _empty_row(num_slots, self.num_places)
+        lay = _lay_shared if self.layout == "shared" else _lay_separate
+        slot = scored = 0
+        for place, (pair, i) in enumerate(zip(pairs, index, strict=True)):
+            slot, scored = lay(row, pair, place, slot, scored)
+            row.lengths_MBP2[place] = len(pair.chosen_ids), len(pair.rejected_ids)
+            row.weights_MBP[place] = pair.weight
+            row.index_MBP[place] = i
+        return row
+
+
+def pair_slots(pair: EncodedPair, layout: str) -> int:
+    """Slots that a pair takes in a row."""
+    prompts = 1 if layout == "shared" else 2
+    return prompts * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+
+
+def balance(sizes: Sequence[int], num_rows: int, max_slots: int) -> list[list[int]]:
+    """Spread items over a multiple of num_rows rows so that none holds more than max_slots, longest items first.
+
+    Returns:
+        For each row the indices of its items; M * num_rows rows with the smallest M that fits.
+
+    Raises:
+        ValueError: when one item alone is too long.
+    """
+    if max(sizes) > max_slots:
+        raise ValueError(f"data.max_row_tokens={max_slots}: a pair needs {max(sizes)} slots. Raise it, or lower data.max_length")
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    num = num_rows * max(1, -(-sum(sizes) // (num_rows * max_slots)))
+    while True:
+        rows: list[list[int]] = [[] for _ in range(num)]
+        loads = [0] * num
+        for i in order:
+            lightest = loads.index(min(loads))
+            rows[lightest].append(i)
+            loads[lightest] += sizes[i]
+        if max(loads) <= max_slots:
+            return [sorted(row) for row in rows]
+        num += num_rows
+
+
+def choose_row_sizes(loads: Iterable[int], count: int, max_slots: int) -> tuple[int, ...]:
+    """At most `count` row lengths (one compiled program each) that waste the fewest slots on rows of these loads.
+
+    The lengths are multiples of SLOT_MULTIPLE, but for max_slots, which always ends the list, so that any row fits.
+    """
+    rounded = np.minimum(-(-np.asarray(list(loads)) // SLOT_MULTIPLE) * SLOT_MULTIPLE, max_slots)
+    sizes, counts = np.unique(np.append(rounded, max_slots), return_counts=True)
+    counts[-1] -= 1  # max_slots was added by hand
+    below = np.concatenate([[0], np.cumsum(counts)])
+    # cost[j]: fewest slots for all rows up to size j when size j is chosen; one more round for each further length
+    cost = sizes * below[1:]
+    choices = [[int(size)] for size in sizes]
+    for _ in range(count - 1):
+        rounds = [min(range(j + 1), key=lambda i: cost[i] + (below[j + 1] - below[i + 1]) * sizes[j]) for j in range(len(sizes))]  # noqa: B023
+        choices = [[*choices[i], int(sizes[j])] for j, i in enumerate(rounds)]
+        cost = np.array([cost[i] + (below[j + 1] - below[i + 1]) * sizes[j] for j, i in enumerate(rounds)])
+    return tuple(sorted(set(choices[-1])))
+
+
+def _empty_row(num_slots: int, num_places: int) -> Batch:
+    slots = np.arange(num_slots, dtype=np.int32)
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.int32)
+
+    return Batch(
+        tokens_MBT=zeros(num_slots),
+        positions_MBT=zeros(num_slots),
+        k_start_MBT=slots.copy(),
+        k_end_MBT=slots + 1,
+        slots_MBS=zeros(num_slots),
+        targets_MBS=zeros(num_slots),
+        sides_MBS=zeros(num_slots) - 1,
+        common_MBS=zeros(num_slots),
+        lengths_MBP2=zeros(num_places, 2),
+        weights_MBP=np.zeros(num_places, np.float32),
+        index_MBP=zeros(num_places) - 1,
+    )
+
+
+def _lay_shared(row: Batch, pair: EncodedPair, place: int, slot: int, scored: int) -> tuple[int, int]:
+    """Write reverse(C) | P | R from `slot` on; returns the next free slot and scored token."""
+    p, c, r = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+    prompt, after = slot + c, slot + c + p + r
+    row.tokens_MBT[slot:after] = np.concatenate([pair.chosen_ids[::-1], pair.prompt_ids, pair.rejected_ids])
+    row.positions_MBT[slot:prompt] = np.arange(p + c - 1, p - 1, -1)
+    row.positions_MBT[prompt:after] = np.arange(p + r)
+    row.k_end_MBT[slot:prompt] = prompt + p  # a C token: itself to the end of P
+    row.k_start_MBT[prompt:after] = prompt  # a P or R token: the start of P to itself
+    last = prompt + p - 1
+    scored = _score(row, place, 0, scored, pair, np.concatenate([[last], np.arange(prompt - 1, slot, -1)]))
+    scored = _score(row, place, 1, scored, pair, np.arange(last, after - 1))
+    return after, scored
+
+
+def _lay_separate(row: Batch, pair: EncodedPair, place: int, slot: int, scored: int) -> tuple[int, int]:
+    """Write P C and P R from `slot` on; returns the next free slot and scored token."""
+    p = len(pair.prompt_ids)
+    for side, answer in enumerate((pair.chosen_ids, pair.rejected_ids)):
+        after = slot + p + len(answer)
+        row.tokens_MBT[slot:after] = np.concatenate([pair.prompt_ids, answer])
+        row.positions_MBT[slot:after] = np.arange(after - slot)
+        row.k_start_MBT[slot:after] = slot
+        scored = _score(row, place, side, scored, pair, np.arange(slot + p - 1, after - 1))
+        slot = after
+    return slot, scored
+
+
+def _score(row: Batch, place: int, side: int, scored: int, pair: EncodedPair, slots: np.ndarray) -> int:
+    answer = (pair.chosen_ids, pair.rejected_ids)[side]
+    end = scored + len(answer)
+    row.slots_MBS[scored:end] = slots
+    row.targets_MBS[scored:end] = answer
+    row.sides_MBS[scored:end] = 2 * place + side
+    row.common_MBS[scored:end] = np.arange(len(answer)) < min(len(pair.chosen_ids), len(pair.rejected_ids))
+    return end
