@@ -11,6 +11,7 @@ complete save and anything else is not looked at. Orbax does not checksum array 
 import concurrent.futures
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -332,8 +333,8 @@ def _write_json(path: Path, content: Tree) -> None:
 
 
 def _move_aside(folder: Path, suffix: str) -> Path:
-    names = (f"{folder.name}{suffix}{number or ''}" for number in range(1000))
-    return folder.rename(next(folder.with_name(name) for name in names if not folder.with_name(name).exists()))
+    targets = (folder.with_name(f"{folder.name}{suffix}" + (f"-{number}" if number > 1 else "")) for number in itertools.count(1))
+    return folder.rename(next(target for target in targets if not target.exists()))
 
 
 def _make_writable(folder: Path, run_dir: str | Path) -> None:
