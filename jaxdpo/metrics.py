@@ -221,9 +221,9 @@ class Logger:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Show a table; the first column is aligned left, the others right."""
-        table = Table(title=clean(title), title_justify="left")
+        table = Table(title=Text(clean(title)), title_justify="left")
         for index, name in enumerate(header):
-            table.add_column(clean(name), justify="right" if index else "left", overflow="fold")
+            table.add_column(Text(clean(name)), justify="right" if index else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(clean(cell)) for cell in row))
         self._console.print(table)
