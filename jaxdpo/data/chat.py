@@ -1,0 +1,285 @@
+"""Records to token ids: chat template or plain text, exact prompt boundaries, truncation.
+
+Prompt and answer are laid out and encoded together, because encoding them apart gives other tokens; the boundary is where
+the encoded prompt and the encoded prompt + answer part.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch, which nothing here needs
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from jaxdpo.config import DataSection
+from jaxdpo.data.records import Dropped, Message, Preference, printable, shared_length
+from jaxdpo.data.table import EncodedPair
+
+PLAIN_TURNS = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+PLAIN_ANSWER = "\n\nAssistant:"
+SENTINEL = "\ue000answer\ue000"
+"""Stands in for an answer to find what the template writes before it; private-use characters keep it apart from real text."""
+
+Ids = list[int]
+Turns = tuple[Message, ...]
+Tokenizer = PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder or hub id. Code that comes with a model is never run.
+
+    Raises:
+        ValueError: there is none, or it needs such code.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = printable(str(error)).strip().split("\n")[0]
+        raise ValueError(f"model.path={path}: its tokenizer could not be loaded ({reason}). The folder needs tokenizer.json") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """One pair laid out as text: the prompt alone, and with each answer."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    templated: bool
+    """Written by a chat template: special tokens are spelled in the text, and so is the end marker."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Turns records into token ids for one tokenizer and one set of data options."""
+
+    tokenizer: Tokenizer
+    template: str | None
+    """Chat template for messages; None: plain text."""
+    max_length: int
+    max_prompt_length: int
+
+    @classmethod
+    def create(cls, tokenizer: Tokenizer, section: DataSection) -> "Encoder":
+        """The encoder that the data options ask for.
+
+        Raises:
+            ValueError: data.chat_template cannot be read, or is no valid template.
+        """
+        template = read_template(tokenizer, section.chat_template)
+        return cls(tokenizer, template, section.max_length, section.max_prompt_length)
+
+    def encode(self, records: Sequence[Preference]) -> list[EncodedPair | Dropped]:
+        """Encode many records at once, each to a pair or to the reason why it is of no use."""
+        rendered = [self.render(record) for record in records]
+        results: list[EncodedPair | Dropped | None] = [item if isinstance(item, Dropped) else None for item in rendered]
+        for templated in (False, True):
+            these = [(i, item) for i, item in enumerate(rendered) if isinstance(item, Rendered) and item.templated is templated]
+            ids = self._ids([text for _, item in these for text in (item.prompt, item.chosen, item.rejected)], templated)
+            for slot, (i, _) in enumerate(these):
+                prompt, chosen, rejected = ids[3 * slot : 3 * slot + 3]
+                results[i] = self._pair(records[i], prompt, chosen, rejected, templated)
+        return [result for result in results if result is not None]
+
+    # --- text ---
+
+    def render(self, record: Preference) -> Rendered | Dropped:
+        """Lay a record out: strings verbatim; messages by the chat template, or as Human: / Assistant: turns without one."""
+        if isinstance(record.prompt, str):
+            answers = [_without_end(str(answer), self.tokenizer.eos_token) for answer in (record.chosen, record.rejected)]
+            return Rendered(record.prompt, record.prompt + answers[0], record.prompt + answers[1], templated=False)
+        prompt, chosen, rejected = record.prompt, _turns(record.chosen), _turns(record.rejected)
+        if self.template is not None:
+            if self.spells_special(record):
+                return Dropped("text spells a special token of the chat template")
+            return self._render_template(prompt, chosen, rejected)
+        if any(turn.role not in PLAIN_TURNS for turn in prompt):
+            return Dropped("plain text has no form for a role other than system, user, assistant")
+        text = "".join(PLAIN_TURNS[turn.role] + turn.content for turn in prompt) + PLAIN_ANSWER
+        answers = [_without_end(answer[0].content, self.tokenizer.eos_token) for answer in (chosen, rejected)]
+        return Rendered(text, f"{text} {answers[0]}", f"{text} {answers[1]}", templated=False)
+
+    def _render_template(self, prompt: Turns, chosen: Turns, rejected: Turns) -> Rendered | Dropped:
+        try:
+            start = self._template(prompt, add_generation_prompt=True)
+            texts = [self._template(prompt + answer) for answer in (chosen, rejected)]
+            if not all(
+                text.startswith(start + answer[0].content) for text, answer in zip(texts, (chosen, rejected), strict=True)
+            ):  # the template writes something before the answer (Qwen3: an empty think block); that is no part of the answer
+                before, found, _ = self._template((*prompt, Message("assistant", SENTINEL))).partition(SENTINEL)
+                if found and all(text.startswith(before) for text in texts) and before.startswith(start):
+                    start = before
+        except TemplateError as error:
+            return Dropped(f"the chat template refuses it: {printable(str(error)).strip()[:80]}")
+        return Rendered(start, texts[0], texts[1], templated=True)
+
+    def _template(self, messages: Turns, add_generation_prompt: bool = False) -> str:
+        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+        text = self.tokenizer.apply_chat_template(
+            turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return str(text)
+
+    def spells_special(self, record: Preference) -> bool:
+        """Whether the text from outside contains a special token's spelling, e.g. `<|im_end|>`."""
+        if self._special_pattern is None:
+            return False
+        parts = [record.prompt, record.chosen, record.rejected]
+        texts = [text for part in parts for text in ([part] if isinstance(part, str) else [turn.content for turn in part])]
+        return any(self._special_pattern.search(text) for text in texts)
+
+    # --- ids ---
+
+    def _ids(self, texts: list[str], templated: bool) -> list[Ids]:
+        """Token ids; special tokens are read in what a template wrote, and split like any other text elsewhere."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=not templated, return_attention_mask=False, verbose=False
+        )
+        return list(encoded["input_ids"])  # type: ignore[arg-type]
+
+    def _pair(self, record: Preference, prompt: Ids, chosen: Ids, rejected: Ids, templated: bool) -> EncodedPair | Dropped:
+        boundary = min(shared_length(prompt, chosen), shared_length(prompt, rejected))
+        start, end = ([], []) if templated else (self._bos, self._eos)
+        prompt_ids = start + prompt[:boundary]
+        answers = [ids[boundary:] for ids in (chosen, rejected)]
+        if not prompt_ids:
+            return Dropped("no prompt token before the answer")
+        if not all(answers):
+            return Dropped("empty answer")
+        if answers[0] == answers[1]:
+            return Dropped("identical answers")
+        kept_prompt = self._cut_prompt(prompt_ids)
+        room = max(self.max_length - len(kept_prompt), 0)
+        kept = [(ids + end)[:room] for ids in answers]
+        if not all(kept):
+            return Dropped("no room for an answer")
+        if kept[0] == kept[1]:
+            return Dropped("identical answers after truncation")
+        cut = [len(ids) + len(end) > room for ids in answers]
+        return EncodedPair(
+            *(np.array(ids, np.int32) for ids in (kept_prompt, *kept)),
+            id=record.id,
+            weight=record.weight,
+            truncated_prompt=len(kept_prompt) < len(prompt_ids),
+            truncated_chosen=cut[0],
+            truncated_rejected=cut[1],
+            ended_chosen=self._ends(kept[0]),
+            ended_rejected=self._ends(kept[1]),
+            prompt_key=record.prompt_key,
+        )
+
+    def _cut_prompt(self, ids: Ids) -> Ids:
+        """The end of the prompt; a beginning-of-text token stays in front."""
+        if len(ids) <= self.max_prompt_length:
+            return ids
+        first = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        return first + ids[len(ids) - (self.max_prompt_length - len(first)) :]
+
+    def _ends(self, ids: Ids) -> bool:
+        """Whether an answer ends in a special token, or in one and a line break (as ChatML templates write)."""
+        return any(token in self._end_ids for token in ids[-2:])
+
+    @functools.cached_property
+    def _bos(self) -> Ids:
+        """What the tokenizer by its own convention puts before a text."""
+        with_special = list(self.tokenizer("a")["input_ids"])  # type: ignore[arg-type]
+        without = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        return next((with_special[:i] for i in range(len(with_special)) if with_special[i : i + len(without)] == without), [])
+
+    @functools.cached_property
+    def _eos(self) -> Ids:
+        return [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def _end_ids(self) -> frozenset[int]:
+        """Every special token may end a turn, except the unknown token (which in GPT-2 is the end-of-text token too)."""
+        return frozenset(self.tokenizer.all_special_ids).difference([self.tokenizer.unk_token_id]).union(self._eos)
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        tokens = sorted(map(str, self.tokenizer.all_special_tokens), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+
+def read_template(tokenizer: Tokenizer, path: str | None) -> str | None:
+    """The chat template to use: the one in the file at `path`, else the tokenizer's own, else None.
+
+    Raises:
+        ValueError: the file cannot be read, or the template does not compile.
+    """
+    try:
+        template = None if path is None else Path(path).expanduser().read_text(encoding="utf-8")
+        if template is None and tokenizer.chat_template:
+            template = tokenizer.get_chat_template()
+        if template is not None:
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
+    except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
+        raise ValueError(f"data.chat_template={path}: {printable(str(error))}. Name a Jinja chat template file") from None
+    except TemplateError:
+        pass  # it compiles; what it asks of a conversation is found out row by row
+    return template
+
+
+def check_vocabulary(tokens: np.ndarray, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Check that the model has a row for every token id.
+
+    Raises:
+        ValueError: some id is not below vocab_size; names the token, the tokenizer and the model's size.
+    """
+    largest = int(tokens.max(initial=-1))
+    if largest >= vocab_size:
+        token = printable(str(tokenizer.convert_ids_to_tokens(largest)))
+        raise ValueError(
+            f"model.path: the tokenizer {tokenizer.name_or_path} gives the id {largest} ({token!r}), but the model's vocab_size is "
+            f"{vocab_size}. Use the tokenizer that the model was trained with"
+        )
+
+
+def describe_pair(pair: EncodedPair, tokenizer: Tokenizer) -> str:
+    """The pair as the model sees it, for a terminal: the prompt, and each answer's scored text between double angle brackets."""
+    prompt = _decode(tokenizer, pair.prompt_ids)
+    lines = [f"pair {printable(pair.id)}, weight {pair.weight:g}", f"  prompt, {len(pair.prompt_ids)} tokens{_cut(pair.truncated_prompt)}"]
+    lines.append(_indented(prompt))
+    sides = (("chosen", pair.chosen_ids, pair.truncated_chosen), ("rejected", pair.rejected_ids, pair.truncated_rejected))
+    for name, ids, truncated in sides:
+        lines.append(f"  {name}, {len(ids)} tokens scored{_cut(truncated)}")
+        lines.append(_indented(f"<<{decode_answer(tokenizer, pair.prompt_ids, ids)}>>"))
+    return "\n".join(lines)
+
+
+def decode_answer(tokenizer: Tokenizer, prompt_ids: np.ndarray, answer_ids: np.ndarray) -> str:
+    """The answer's text as it stands after its prompt (decoded alone, some tokenizers would drop its first space)."""
+    before, whole = _decode(tokenizer, prompt_ids), _decode(tokenizer, np.concatenate([prompt_ids, answer_ids]))
+    return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, answer_ids)
+
+
+def _decode(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _cut(truncated: bool) -> str:
+    return ", truncated" if truncated else ""
+
+
+def _indented(text: str) -> str:
+    return "\n".join("    " + line for line in printable(text).split("\n"))
+
+
+def _without_end(answer: str, eos_token: Any) -> str:
+    """The answer without an end-of-text token spelled at its end, which encoding adds as a token."""
+    return answer.removesuffix(str(eos_token)) if eos_token else answer
+
+
+def _turns(answer: str | Turns) -> Turns:
+    if isinstance(answer, str):
+        raise TypeError("a record's prompt is messages but an answer is a string")
+    return answer

@@ -1,0 +1,108 @@
+"""Rows of local files: JSON lines, JSON arrays and Parquet, plain or gzipped, read one row at a time."""
+
+import codecs
+import difflib
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+
+from jaxdpo.data.records import printable
+
+Row = dict[str, Any]
+
+
+def file_kind(path: Path) -> str | None:
+    """The ending that says how to read a file (.jsonl, .json, .parquet; a final .gz does not count), or None if it is no such."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield (row number from 1, row); in JSON lines the number is the line's. Memory does not grow with a .jsonl or .parquet file.
+
+    Raises:
+        ValueError: the file is missing, damaged, not UTF-8 or not of the form that its ending says; names file and line.
+    """
+    kind = file_kind(path)
+    if not path.is_file() or kind is None:
+        raise ValueError(_not_readable(path))
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opener(path, "rb") as stream:
+            yield from READERS[kind](stream, str(path))  # type: ignore[arg-type]
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error}). Copy it again") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _not_readable(path: Path) -> str:
+    if path.is_dir():
+        return f"{path}: is a folder. Name a file in it that ends in {', '.join(READERS)}"
+    if path.exists():
+        return f"{path}: unknown ending. Files end in {', '.join(READERS)}, also with .gz"
+    if not path.parent.is_dir():
+        return f"{path}: no such file; the folder {path.parent} does not exist either"
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.4)
+    return f"{path}: no such file" + (f". Did you mean {path.parent / near[0]}?" if near else f" in {path.parent}")
+
+
+def _read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(stream, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield number, _object(_parse(line, f"{name}:{number}"), f"{name}:{number}")
+
+
+def _read_json(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
+    """An array of objects (held in memory whole), or JSON lines under another ending."""
+    first = stream.peek(64) if hasattr(stream, "peek") else b""  # type: ignore[attr-defined]
+    if not first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from _read_lines(stream, name)
+        return
+    for number, row in enumerate(_parse(stream.read().removeprefix(codecs.BOM_UTF8), name), start=1):
+        yield number, _object(row, f"{name}:{number}")
+
+
+def _read_parquet(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
+    try:
+        batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from enumerate(rows, start=1)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{name}: not a readable Parquet file ({printable(str(error))})") from None
+
+
+READERS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Row]]]] = {
+    ".jsonl": _read_lines,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+
+
+def _parse(data: bytes, place: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        bad = data[error.start]
+        raise ValueError(f"{place}: not UTF-8 (byte 0x{bad:02x} at position {error.start}). Convert the file to UTF-8") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"{place}: broken JSON ({error.msg} at {where}column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{place}: broken JSON (nested too deeply)") from None
+
+
+def _object(value: Any, place: str) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: a row must be a JSON object with named columns, this is {type(value).__name__}")
+    return value

@@ -1,0 +1,131 @@
+"""From data options to encoded pairs: read, encode, split, check, report."""
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxdpo.config import DataSection
+from jaxdpo.data.chat import Encoder, Tokenizer, check_vocabulary
+from jaxdpo.data.records import DataReport, Dropped, Preference
+from jaxdpo.data.sources import read_set
+from jaxdpo.data.table import EncodedPair, PairTable
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The pairs of a run."""
+
+    train: PairTable
+    eval: PairTable
+    report: dict[str, Any]
+    """Plain JSON values, for data_report.json."""
+
+
+def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prepared:
+    """Read, encode and split the pairs that the data options name. The rows' text is not kept in memory.
+
+    Raises:
+        ValueError: a set cannot be read, loses more than data.max_dropped_fraction of its rows, or leaves no usable pair; or
+            a token id has no row in the model.
+    """
+    encoder = Encoder.create(tokenizer, section)
+    train, train_reports = _read_sets(section, "data.train", section.train, encoder)
+    check_vocabulary(train.tokens, tokenizer, vocab_size)
+    if section.eval:
+        held_out, eval_reports = _read_sets(section, "data.eval", section.eval, encoder)
+        check_vocabulary(held_out.tokens, tokenizer, vocab_size)
+    else:
+        mask = split_by_prompt(train.prompt_keys, section.eval_fraction)
+        train, held_out, eval_reports = train.take(~mask), train.take(mask), []
+    report = _report(train, held_out, {"train": train_reports, "eval": eval_reports}, encoder)
+    for warning in report["warnings"]:
+        logger.warning("data: %s", warning)
+    return Prepared(train, held_out, report)
+
+
+def split_by_prompt(prompt_keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Choose validation pairs by their prompt's hash: bool [N], True for validation.
+
+    A prompt's side depends on the prompt alone, so it does not move when rows are added, and pairs that share a prompt stay
+    together. Where the hashes would leave a side empty although there are two prompts, the nearest prompt crosses over.
+    """
+    prompts = np.unique(prompt_keys)
+    if fraction == 0 or len(prompts) < 2:
+        return np.zeros(len(prompt_keys), bool)
+    limit = np.uint64(int(fraction * 2**64))
+    limit = np.clip(limit, prompts[0] + np.uint64(1), prompts[-1])
+    return prompt_keys < limit
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """The report as lines for the console."""
+    lines = []
+    for part in ("train", "eval"):
+        stats = report[part]
+        if stats["pairs"]:
+            lengths = ", ".join(f"{name} {q['p50']}/{q['p95']}/{q['max']}" for name, q in stats["length"].items())
+            cut = ", ".join(f"{count} {name}" for name, count in stats["truncated"].items())
+            lines.append(f"{part}: {stats['pairs']} pairs of {stats['prompts']} prompts; tokens p50/p95/max: {lengths}; truncated: {cut}")
+    return lines
+
+
+def _read_sets(section: DataSection, option: str, names: list[str], encoder: Encoder) -> tuple[PairTable, list[DataReport]]:
+    opened = [read_set(name, section.format, option) for name in names]
+    table = PairTable.from_pairs(pair for report, records in opened for pair in _encoded(records, report, encoder))
+    reports = [report for report, _ in opened]
+    for report in reports:
+        logger.info("%s", report.summary())
+        _check_dropped(report, option, section.max_dropped_fraction)
+    return table, reports
+
+
+def _encoded(records: Iterable[Preference], report: DataReport, encoder: Encoder) -> Iterator[EncodedPair]:
+    records = iter(records)
+    while chunk := list(itertools.islice(records, ROWS_AT_ONCE)):
+        report.special_text += sum(map(encoder.spells_special, chunk))
+        for record, result in zip(chunk, encoder.encode(chunk), strict=True):
+            if isinstance(result, Dropped):
+                report.drop(result.reason, record.id)
+            else:
+                report.kept += 1
+                yield result
+
+
+def _check_dropped(report: DataReport, option: str, limit: float) -> None:
+    if report.kept == 0:
+        raise ValueError(f"{option}={report.name}: no usable pair is left. {report.summary()}")
+    if report.dropped_fraction > limit:
+        raise ValueError(
+            f"{option}={report.name}: {report.dropped_fraction:.1%} of the rows are unusable, more than "
+            f"data.max_dropped_fraction={limit}. {report.summary()}. Repair the rows or raise the limit"
+        )
+
+
+def _report(train: PairTable, held_out: PairTable, sets: dict[str, list[DataReport]], encoder: Encoder) -> dict[str, Any]:
+    shared = np.intersect1d(train.prompt_keys, held_out.prompt_keys)
+    report = {
+        "train": train.statistics(),
+        "eval": held_out.statistics(),
+        "sets": {part: [item.to_json() for item in reports] for part, reports in sets.items()},
+        "shared_prompts": len(shared),
+    }
+    return {**report, "warnings": list(_warnings(report, encoder))}
+
+
+def _warnings(report: dict[str, Any], encoder: Encoder) -> Iterator[str]:
+    if report["shared_prompts"]:
+        yield f"{report['shared_prompts']} validation prompts are in the training sets too: validation looks better than it is"
+    for part in ("train", "eval"):
+        if report[part]["ended"] == 0:
+            yield f"{part}: no answer ends in an end-of-text token, so the model will not learn to stop"
+    for item in (*report["sets"]["train"], *report["sets"]["eval"]):
+        if item["special_text"]:
+            yield f"{item['name']}: {item['special_text']} rows spell a special token in their text, which is never read as that token"

@@ -1,0 +1,117 @@
+"""What a preference pair is before it becomes tokens, and the count of what was read and dropped."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+MAX_EXAMPLES = 5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """system, user, assistant or tool."""
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, the first preferred. The three texts are all strings or all messages."""
+
+    prompt: str | tuple[Message, ...]
+    chosen: str | tuple[Message, ...]
+    rejected: str | tuple[Message, ...]
+    id: str = ""
+    """Where it came from: file:row (rows count from 1), or the row's own id column."""
+    weight: float = 1.0
+    """Factor of this pair in the loss."""
+
+    @functools.cached_property
+    def prompt_key(self) -> int:
+        """The prompt's first 64 bits of SHA-256: the same on every machine and for ever, unlike hash()."""
+        text = self.prompt if isinstance(self.prompt, str) else json.dumps([[turn.role, turn.content] for turn in self.prompt])
+        return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that cannot be used, and why. Rows with the same reason are counted together."""
+
+    reason: str
+
+
+Parser = Callable[[Mapping[str, Any]], Preference | Dropped]
+"""Reads one raw row. Returns Dropped for a row that is well formed but useless; raises ValueError for one of the wrong form."""
+
+
+@dataclasses.dataclass
+class DataReport:
+    """Counts of one data set, from the first row read to the pairs that are trained on."""
+
+    name: str
+    format: str = ""
+    rows_read: int = 0
+    parsed: int = 0
+    """Rows that the parser turned into a preference."""
+    kept: int = 0
+    """Pairs that were left after encoding and truncation too."""
+    special_text: int = 0
+    """Rows whose text spells one of the tokenizer's special tokens."""
+    ignored_columns: tuple[str, ...] = ()
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of unusable rows per reason."""
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Ids of the first rows dropped for each reason."""
+
+    def drop(self, reason: str, row_id: str) -> None:
+        """Count one unusable row."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(row_id)
+
+    @property
+    def dropped_fraction(self) -> float:
+        """Share of the rows read that are unusable, 0 to 1."""
+        return sum(self.dropped.values()) / max(self.rows_read, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        dropped = {reason: {"count": count, "examples": self.examples[reason]} for reason, count in sorted(self.dropped.items())}
+        counts = {"rows_read": self.rows_read, "parsed": self.parsed, "kept": self.kept, "special_text": self.special_text}
+        return {"name": self.name, "format": self.format, **counts, "dropped": dropped, "ignored_columns": list(self.ignored_columns)}
+
+    def summary(self) -> str:
+        """One line for the console."""
+        reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in sorted(self.dropped.items()))
+        lost = f"; dropped {sum(self.dropped.values())} ({reasons})" if reasons else ""
+        return f"{printable(self.name)} [{self.format}]: {self.rows_read} rows read, {self.parsed} parsed, {self.kept} kept{lost}"
+
+
+def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Number of leading items (characters, token ids, messages) that two sequences share."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # bisection: comparing slices is much faster than a loop over items
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def printable(text: str) -> str:
+    """The text with everything that could steer a terminal or reorder a line written as an escape; line breaks stay."""
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text
+    return "".join(char if _is_harmless(char) else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def _is_harmless(char: str) -> bool:
+    return char == "\n" or (unicodedata.category(char)[0] != "C" and char not in "\u2028\u2029")
