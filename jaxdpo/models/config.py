@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxdpo.models.hf_folder import read_json
+
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _REQUIRED = object()
 
@@ -289,13 +291,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"model.path={folder}: has no config.json. Name a Hugging Face model folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"model.path={folder}: config.json is not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"model.path={folder}: config.json holds a {type(raw).__name__}, not an object")
-    return raw
+    return read_json(path)
 
 
 def load_model_config(folder: Path) -> ModelConfig:
