@@ -107,14 +107,14 @@ def train_step(state: TrainState, reference: Params | None, batch: Batch, apply:
     sums, grads = loss_and_grads(state.params, reference, batch, options)
     metrics = averages(sums)
     grad_norm = optim.global_norm(grads)
-    learning_rate = jnp.asarray(optim.schedule(options.optim, options.total_steps)(state.step), jnp.float32)
+    learning_rate = jnp.asarray(optim.schedule(options.optim, options.total_steps)(state.step.astype(jnp.float32)), jnp.float32)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     params, opt = optim.update(grads, grad_norm, state.opt, state.params, learning_rate, options.optim)
     accept = finite & apply
     moved = TrainState(params, opt, state.step, jnp.zeros((), jnp.int32))
     stayed = TrainState(state.params, state.opt, state.step, state.bad_steps + 1)
     chosen = jax.tree.map(lambda new, old: jnp.where(accept, new, old), moved, stayed)
-    counters = {"step": state.step + apply, "bad_steps": jnp.where(apply, chosen.bad_steps, state.bad_steps)}
+    counters = {"step": state.step + apply.astype(jnp.int32), "bad_steps": jnp.where(apply, chosen.bad_steps, state.bad_steps)}
     metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "nonfinite": 1.0 - finite.astype(jnp.float32)}
     return chosen._replace(**counters), metrics
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdpo.sharding import ROWS
@@ -47,7 +48,7 @@ def dense(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, k_start_BT: j
     K = k_BTKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32) * H**-0.5
-    slots = jnp.arange(T, dtype=jnp.int32)
+    slots = jnp.arange(T, dtype=jnp.int32)[None, None, :]
     allowed = (slots >= k_start_BT[..., None]) & (slots < k_end_BT[..., None])
     weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, MASKED), axis=-1)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BTKH.dtype), v_BTKH, preferred_element_type=jnp.float32)
@@ -98,10 +99,10 @@ def _cut(x: jax.Array, start: jax.Array) -> jax.Array:
 
 def _scores(q_KGbH: jax.Array, k_KbH: jax.Array, block: _Block, key_start: jax.Array) -> jax.Array:
     """Scores of a block of queries against a block of keys, MASKED outside the intervals: float32 [K, G, b, b]."""
-    keys = key_start + jnp.arange(BLOCK, dtype=jnp.int32)
+    keys = (key_start + jnp.arange(BLOCK, dtype=jnp.int32))[None, :]
     allowed = (keys >= block.k_start_b[:, None]) & (keys < block.k_end_b[:, None])
     scores = jnp.einsum("KGqH,KkH->KGqk", q_KGbH, k_KbH, preferred_element_type=jnp.float32)
-    return jnp.where(allowed, scores, MASKED)
+    return jnp.where(allowed[None, None], scores, MASKED)
 
 
 @jax.custom_vjp
@@ -135,6 +136,7 @@ def _attend_row_fwd(q_KGTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, k_sta
 
     empty = (jnp.zeros((K, G, T, H), jnp.float32), jnp.zeros((K, G, T), jnp.float32))
     (out_KGTH, lse_KGT), _ = jax.lax.scan(query_block, empty, jnp.arange(T // BLOCK, dtype=jnp.int32))
+    out_KGTH, lse_KGT = checkpoint_name(out_KGTH, "attention"), checkpoint_name(lse_KGT, "attention")
     return out_KGTH, (q_KGTH, k_KTH, v_KTH, k_start_T, k_end_T, out_KGTH, lse_KGT)
 
 
