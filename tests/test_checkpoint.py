@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def abstract(state: dict, sharding: jax.sharding.Sharding | None = None) -> dict
 def assert_same_bits(a: dict, b: dict) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for path, x in jax.tree_util.tree_leaves_with_path(a):
-        y = b
+        y: Any = b
         for part in path:
             y = y[part.key]
         assert x.dtype == y.dtype, path
