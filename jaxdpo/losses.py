@@ -314,11 +314,10 @@ def coupled(section: LossSection) -> bool:
 
 
 def _chosen_options(section: LossSection) -> list[tuple[str, object]]:
-    """Options of the losses that were set, with their values; how losses are named, mixed and TR-DPO's are nobody's option."""
-    common = {"name", "weights", "tr_every", "tr_alpha"}
-    fields = [field for field in dataclasses.fields(section) if field.name not in common]
-    values = [(field.name, getattr(section, field.name), field.default) for field in fields]
-    return [(name, value) for name, value, default in values if value != default]
+    """Options of single losses that were set, with their values."""
+    untouched = LossSection()
+    names = sorted(frozenset().union(*(row.options for row in LOSSES.values())))
+    return [(name, getattr(section, name)) for name in names if getattr(section, name) != getattr(untouched, name)]
 
 
 def _misplaced(option: str, value: object, section: LossSection) -> str | None:
