@@ -6,6 +6,7 @@ the encoded prompt and the encoded prompt + answer part.
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxdpo.config import DataSection
-from jaxdpo.data.records import Dropped, Message, Preference, printable, shared_length
+from jaxdpo.data.records import Dropped, Message, Preference, Text, Turns, printable, shared_length
 from jaxdpo.data.table import EncodedPair
 
 PLAIN_TURNS = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
@@ -27,8 +28,12 @@ PLAIN_ANSWER = "\n\nAssistant:"
 SENTINEL = "\ue000answer\ue000"
 """Stands in for an answer to find what the template writes before it; private-use characters keep it apart from real text."""
 
+FIXED_DATE = """{%- macro strftime_now(format) -%}
+{{- {"%Y-%m-%d": "2024-07-26"}.get(format, "26 Jul 2024") -}}
+{%- endmacro -%}"""
+"""Put before a template that writes today's date, so that a run resumed tomorrow sees the same tokens."""
+
 Ids = list[int]
-Turns = tuple[Message, ...]
 Tokenizer = PreTrainedTokenizerBase
 
 
@@ -38,9 +43,13 @@ def load_tokenizer(path: str, revision: str | None = None) -> Tokenizer:
     Raises:
         ValueError: there is none, or it needs such code.
     """
+    folder = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) and not folder.is_dir():
+        raise ValueError(f"model.path={path}: no such folder")
+    path = str(folder) if folder.is_dir() else path
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = printable(str(error)).strip().split("\n")[0]
         raise ValueError(f"model.path={path}: its tokenizer could not be loaded ({reason}). The folder needs tokenizer.json") from None
 
@@ -110,13 +119,13 @@ class Encoder:
         try:
             start = self._template(prompt, add_generation_prompt=True)
             texts = [self._template(prompt + answer) for answer in (chosen, rejected)]
-            if not all(
-                text.startswith(start + answer[0].content) for text, answer in zip(texts, (chosen, rejected), strict=True)
-            ):  # the template writes something before the answer (Qwen3: an empty think block); that is no part of the answer
+            contents = (chosen[0].content, rejected[0].content)
+            if not all(text.startswith(start + content) for text, content in zip(texts, contents, strict=True)):
+                # The template writes something before the answer (Qwen3: an empty think block): that is no part of the answer.
                 before, found, _ = self._template((*prompt, Message("assistant", SENTINEL))).partition(SENTINEL)
                 if found and all(text.startswith(before) for text in texts) and before.startswith(start):
                     start = before
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             return Dropped(f"the chat template refuses it: {printable(str(error)).strip()[:80]}")
         return Rendered(start, texts[0], texts[1], templated=True)
 
@@ -129,11 +138,7 @@ class Encoder:
 
     def spells_special(self, record: Preference) -> bool:
         """Whether the text from outside contains a special token's spelling, e.g. `<|im_end|>`."""
-        if self._special_pattern is None:
-            return False
-        parts = [record.prompt, record.chosen, record.rejected]
-        texts = [text for part in parts for text in ([part] if isinstance(part, str) else [turn.content for turn in part])]
-        return any(self._special_pattern.search(text) for text in texts)
+        return self._special_pattern is not None and any(map(self._special_pattern.search, record.texts))
 
     # --- ids ---
 
@@ -147,6 +152,8 @@ class Encoder:
         return list(encoded["input_ids"])  # type: ignore[arg-type]
 
     def _pair(self, record: Preference, prompt: Ids, chosen: Ids, rejected: Ids, templated: bool) -> EncodedPair | Dropped:
+        if not templated and not self._special_ids.isdisjoint(itertools.chain(chosen, rejected)):
+            return Dropped("text spells a special token that the tokenizer cannot read as plain text")
         boundary = min(shared_length(prompt, chosen), shared_length(prompt, rejected))
         start, end = ([], []) if templated else (self._bos, self._eos)
         prompt_ids = start + prompt[:boundary]
@@ -186,7 +193,7 @@ class Encoder:
 
     def _ends(self, ids: Ids) -> bool:
         """Whether an answer ends in a special token, or in one and a line break (as ChatML templates write)."""
-        return any(token in self._end_ids for token in ids[-2:])
+        return not self._end_ids.isdisjoint(ids[-2:])
 
     @functools.cached_property
     def _bos(self) -> Ids:
@@ -200,14 +207,24 @@ class Encoder:
         return [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]  # type: ignore[arg-type]
 
     @functools.cached_property
+    def _special(self) -> dict[str, int]:
+        """Special tokens and their ids. Those of one tokenizer stand in two lists, of which either may lack some."""
+        added = {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return {**added, **dict(zip(map(str, self.tokenizer.all_special_tokens), self.tokenizer.all_special_ids, strict=True))}
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """All but the one that stands for unknown text (GPT-2 uses its end-of-text token as that too)."""
+        return frozenset(self._special.values()).difference([self.tokenizer.unk_token_id])
+
+    @functools.cached_property
     def _end_ids(self) -> frozenset[int]:
-        """Every special token may end a turn, except the unknown token (which in GPT-2 is the end-of-text token too)."""
-        return frozenset(self.tokenizer.all_special_ids).difference([self.tokenizer.unk_token_id]).union(self._eos)
+        return self._special_ids.union(self._eos)
 
     @functools.cached_property
     def _special_pattern(self) -> re.Pattern[str] | None:
-        tokens = sorted(map(str, self.tokenizer.all_special_tokens), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        longest_first = sorted(self._special, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def read_template(tokenizer: Tokenizer, path: str | None) -> str | None:
@@ -219,12 +236,13 @@ def read_template(tokenizer: Tokenizer, path: str | None) -> str | None:
     try:
         template = None if path is None else Path(path).expanduser().read_text(encoding="utf-8")
         if template is None and tokenizer.chat_template:
-            template = tokenizer.get_chat_template()
+            template = str(tokenizer.get_chat_template())
         if template is not None:
+            template = FIXED_DATE + template if "strftime_now" in template else template
             tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
     except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
         raise ValueError(f"data.chat_template={path}: {printable(str(error))}. Name a Jinja chat template file") from None
-    except TemplateError:
+    except (TemplateError, TypeError):
         pass  # it compiles; what it asks of a conversation is found out row by row
     return template
 
@@ -279,7 +297,7 @@ def _without_end(answer: str, eos_token: Any) -> str:
     return answer.removesuffix(str(eos_token)) if eos_token else answer
 
 
-def _turns(answer: str | Turns) -> Turns:
+def _turns(answer: Text) -> Turns:
     if isinstance(answer, str):
         raise TypeError("a record's prompt is messages but an answer is a string")
     return answer

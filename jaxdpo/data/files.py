@@ -65,7 +65,8 @@ def _read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
 
 def _read_json(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
     """An array of objects (held in memory whole), or JSON lines under another ending."""
-    first = stream.peek(64) if hasattr(stream, "peek") else b""  # type: ignore[attr-defined]
+    first = stream.read(64)
+    stream.seek(0)
     if not first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         yield from _read_lines(stream, name)
         return

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxdpo.config import DataSection
 from jaxdpo.data.chat import Encoder, Tokenizer, check_vocabulary
-from jaxdpo.data.records import DataReport, Dropped, Preference
+from jaxdpo.data.records import DataReport, Dropped, Preference, describe_counts
 from jaxdpo.data.sources import read_set
 from jaxdpo.data.table import EncodedPair, PairTable
 
@@ -66,14 +66,15 @@ def split_by_prompt(prompt_keys: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def summary(report: dict[str, Any]) -> list[str]:
-    """The report as lines for the console."""
-    lines = []
+    """The report as lines for the console: what became of each set, then what the model will see."""
+    lines = [describe_counts(item) for item in (*report["sets"]["train"], *report["sets"]["eval"])]
     for part in ("train", "eval"):
         stats = report[part]
         if stats["pairs"]:
             lengths = ", ".join(f"{name} {q['p50']}/{q['p95']}/{q['max']}" for name, q in stats["length"].items())
             cut = ", ".join(f"{count} {name}" for name, count in stats["truncated"].items())
-            lines.append(f"{part}: {stats['pairs']} pairs of {stats['prompts']} prompts; tokens p50/p95/max: {lengths}; truncated: {cut}")
+            pairs = f"{stats['pairs']} pairs of {stats['prompts']} prompts, the chosen answer longer in {stats['chosen_longer']:.0%}"
+            lines.append(f"{part}: {pairs}; tokens p50/p95/max: {lengths}; truncated: {cut}")
     return lines
 
 
@@ -82,7 +83,6 @@ def _read_sets(section: DataSection, option: str, names: list[str], encoder: Enc
     table = PairTable.from_pairs(pair for report, records in opened for pair in _encoded(records, report, encoder))
     reports = [report for report, _ in opened]
     for report in reports:
-        logger.info("%s", report.summary())
         _check_dropped(report, option, section.max_dropped_fraction)
     return table, reports
 
@@ -91,6 +91,7 @@ def _encoded(records: Iterable[Preference], report: DataReport, encoder: Encoder
     records = iter(records)
     while chunk := list(itertools.islice(records, ROWS_AT_ONCE)):
         report.special_text += sum(map(encoder.spells_special, chunk))
+        report.verbatim += sum(isinstance(record.prompt, str) for record in chunk)
         for record, result in zip(chunk, encoder.encode(chunk), strict=True):
             if isinstance(result, Dropped):
                 report.drop(result.reason, record.id)
@@ -101,11 +102,11 @@ def _encoded(records: Iterable[Preference], report: DataReport, encoder: Encoder
 
 def _check_dropped(report: DataReport, option: str, limit: float) -> None:
     if report.kept == 0:
-        raise ValueError(f"{option}={report.name}: no usable pair is left. {report.summary()}")
+        raise ValueError(f"{option}={report.name}: no usable pair is left. {describe_counts(report.to_json())}")
     if report.dropped_fraction > limit:
         raise ValueError(
             f"{option}={report.name}: {report.dropped_fraction:.1%} of the rows are unusable, more than "
-            f"data.max_dropped_fraction={limit}. {report.summary()}. Repair the rows or raise the limit"
+            f"data.max_dropped_fraction={limit}. {describe_counts(report.to_json())}. Repair the rows or raise the limit"
         )
 
 
@@ -128,4 +129,11 @@ def _warnings(report: dict[str, Any], encoder: Encoder) -> Iterator[str]:
             yield f"{part}: no answer ends in an end-of-text token, so the model will not learn to stop"
     for item in (*report["sets"]["train"], *report["sets"]["eval"]):
         if item["special_text"]:
-            yield f"{item['name']}: {item['special_text']} rows spell a special token in their text, which is never read as that token"
+            yield (
+                f"{item['name']}: {item['special_text']} rows spell a special token in their text, which is never read as that token. "
+                "If the text is the output of a chat template, give messages instead"
+            )
+        if item["verbatim"] and encoder.template is not None:
+            yield (
+                f"{item['name']}: {item['verbatim']} rows are plain strings, used as they are: the chat template applies to messages only"
+            )

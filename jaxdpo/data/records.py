@@ -20,17 +20,28 @@ class Message:
     content: str
 
 
+Turns = tuple[Message, ...]
+Text = str | Turns
+"""Plain text that is used verbatim, or turns that a chat template lays out."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt, the first preferred. The three texts are all strings or all messages."""
+    """Two answers to one prompt, the first preferred. The three texts are all strings, or all messages with one in each answer."""
 
-    prompt: str | tuple[Message, ...]
-    chosen: str | tuple[Message, ...]
-    rejected: str | tuple[Message, ...]
+    prompt: Text
+    chosen: Text
+    rejected: Text
     id: str = ""
     """Where it came from: file:row (rows count from 1), or the row's own id column."""
     weight: float = 1.0
     """Factor of this pair in the loss."""
+
+    @property
+    def texts(self) -> list[str]:
+        """All text that came from outside."""
+        parts = (self.prompt, self.chosen, self.rejected)
+        return [text for part in parts for text in ([part] if isinstance(part, str) else [turn.content for turn in part])]
 
     @functools.cached_property
     def prompt_key(self) -> int:
@@ -63,6 +74,8 @@ class DataReport:
     """Pairs that were left after encoding and truncation too."""
     special_text: int = 0
     """Rows whose text spells one of the tokenizer's special tokens."""
+    verbatim: int = 0
+    """Rows of plain strings, which no chat template touches."""
     ignored_columns: tuple[str, ...] = ()
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of unusable rows per reason."""
@@ -84,14 +97,17 @@ class DataReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         dropped = {reason: {"count": count, "examples": self.examples[reason]} for reason, count in sorted(self.dropped.items())}
-        counts = {"rows_read": self.rows_read, "parsed": self.parsed, "kept": self.kept, "special_text": self.special_text}
+        counts = {name: getattr(self, name) for name in ("rows_read", "parsed", "kept", "special_text", "verbatim")}
         return {"name": self.name, "format": self.format, **counts, "dropped": dropped, "ignored_columns": list(self.ignored_columns)}
 
-    def summary(self) -> str:
-        """One line for the console."""
-        reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in sorted(self.dropped.items()))
-        lost = f"; dropped {sum(self.dropped.values())} ({reasons})" if reasons else ""
-        return f"{printable(self.name)} [{self.format}]: {self.rows_read} rows read, {self.parsed} parsed, {self.kept} kept{lost}"
+
+def describe_counts(report: Mapping[str, Any]) -> str:
+    """DataReport.to_json() as one line for the console."""
+    reasons = ", ".join(f"{drop['count']} {printable(reason)}" for reason, drop in report["dropped"].items())
+    lost = f"; dropped {sum(drop['count'] for drop in report['dropped'].values())} ({reasons})" if reasons else ""
+    ignored = f"; columns not used: {printable(', '.join(report['ignored_columns']))}" if report["ignored_columns"] else ""
+    counts = f"{report['rows_read']} rows read, {report['parsed']} parsed, {report['kept']} kept"
+    return f"{printable(report['name'])} [{report['format']}]: {counts}{lost}{ignored}"
 
 
 def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:

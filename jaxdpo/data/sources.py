@@ -17,16 +17,15 @@ import datasets
 import datasets.exceptions
 
 from jaxdpo.data.files import file_kind, read_rows
-from jaxdpo.data.records import DataReport, Dropped, Message, Parser, Preference, printable, shared_length
-
-Turns = tuple[Message, ...]
-Text = str | Turns
+from jaxdpo.data.records import DataReport, Dropped, Message, Parser, Preference, Text, Turns, printable, shared_length
 
 logger = logging.getLogger(__name__)
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ANSWER = "\n\nAssistant:"
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""JSON can spell half of a UTF-16 pair ("\\ud83d"), which no tokenizer takes."""
 COLUMNS = ("prompt", "chosen", "rejected", "weight", "id")
 ROWS_TO_DETECT = 16
 
@@ -123,7 +122,8 @@ def _checked(row: Mapping[str, Any], prompt: Text, chosen: Text, rejected: Text)
     if weight == 0:
         return Dropped("weight 0")
     own_id = row.get("id")
-    return Preference(prompt, chosen, rejected, id=str(own_id) if isinstance(own_id, str | int) else "", weight=weight)
+    record = Preference(prompt, chosen, rejected, id=str(own_id) if isinstance(own_id, str | int) else "", weight=weight)
+    return Dropped("text is not valid Unicode") if any(map(LONE_SURROGATE.search, record.texts)) else record
 
 
 def _answer(text: str) -> Turns:
@@ -219,7 +219,7 @@ def parse_spec(text: str, option: str) -> SetSpec:
     if count == 0:
         raise ValueError(f"{option}={text}: the count must be at least 1")
     path = Path(rest).expanduser()
-    if path.exists() or file_kind(path) or rest.startswith((".", "/", "~")):
+    if path.exists() or file_kind(path) or rest.startswith((".", "/", "~")) or (len(path.parts) > 1 and path.parent.is_dir()):
         return SetSpec(text, path, None, None, None, "", count)
     name, _, split = rest.partition(":")
     source, hub, subset = _hub_set(name, f"{option}={text}")
@@ -237,9 +237,10 @@ def _hub_set(name: str, place: str) -> tuple[str | None, str, str | None]:
         return offered[name]
     near = difflib.get_close_matches(name, offered, n=1, cutoff=0.8)
     if near or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        nearest = near or difflib.get_close_matches(name, offered, n=1, cutoff=0.0)
+        files = [str(path) for path in Path().iterdir() if file_kind(path)]
+        nearest = near or difflib.get_close_matches(name, [*files, *offered], n=1, cutoff=0.0)
         raise ValueError(
-            f"{place}: no such file or set. Nearest set: {nearest[0]}; sets: {', '.join(offered)}. "
+            f"{place}: no such file or set. Did you mean {nearest[0]}? Sets: {', '.join(offered)}. "
             "A file ends in .jsonl, .json or .parquet; any hub set in TRL's format is written owner/name"
         )
     return None, name, None

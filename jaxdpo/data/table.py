@@ -74,7 +74,7 @@ class PairTable:
         bounds = np.lib.stride_tricks.sliding_window_view(edges, 4)[::3] if len(ids) else np.zeros((0, 4), np.int64)
         bits = np.array(flags, np.uint8)[:, None] >> np.arange(len(FLAGS), dtype=np.uint8) & 1
         return cls(
-            tokens=np.array(tokens, np.int32),
+            tokens=np.frombuffer(tokens, np.int32),
             bounds=np.ascontiguousarray(bounds),
             ids=np.array(ids, object),
             weights=np.array(weights, np.float32),
