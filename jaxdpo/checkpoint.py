@@ -36,9 +36,7 @@ SAVING, DELETING, DAMAGED, UNKNOWN = ".saving", ".deleting", ".damaged", ".unkno
 FREE_FIELDS = (
     "run_dir",
     "checkpoint.",
-    "eval.every",
-    "eval.samples",
-    "eval.sample_tokens",
+    "eval.",
     "log.",
     "train.compilation_cache",
     # From here on: where and in which order the same sums are computed. The result is the same up to rounding.
@@ -47,6 +45,7 @@ FREE_FIELDS = (
     "model.remat",
     "data.layout",
     "data.max_row_tokens",
+    "data.row_sizes",
     # A guard that the run has passed already.
     "data.max_dropped_fraction",
 )
@@ -122,14 +121,14 @@ class Checkpoints:
             self._pool.shutdown()
             self._orbax.close()
 
-    def save(self, step: int, state: Tree, meta: Tree, eval_loss: float | None = None) -> None:
+    def save(self, step: int, state: Any, meta: Tree, eval_loss: float | None = None) -> None:
         """Save in the background; first wait for the save before. A step that is saved already is left as it is.
 
         The caller may donate or delete the arrays as soon as this returns.
 
         Args:
             step: number of updates done.
-            state: nested dict of arrays (a PRNG key as its key data); restored with the same bits and types.
+            state: nested dict of arrays (a PRNG key as its key data); a named tuple is written as a dict.
             meta: what else a resume needs, as JSON values.
             eval_loss: validation loss at this step, for `keep_best`; None when it was not measured.
 
@@ -220,11 +219,11 @@ class Checkpoints:
         """The JSON values saved with a step: those given to `save`, and step, eval_loss, jaxdpo (version)."""
         return json.loads((self.folder / str(step) / META).read_text())
 
-    def restore(self, abstract_state: Tree) -> tuple[int, Tree, Tree] | None:
-        """Restore the newest undamaged step onto this run's devices.
+    def restore(self, abstract_state: Any) -> tuple[int, Any, Tree] | None:
+        """Restore the newest undamaged step onto this run's devices, with the bits and types that were saved.
 
         Args:
-            abstract_state: nested dict of `jax.ShapeDtypeStruct` with shardings; the mesh may differ from the saved one.
+            abstract_state: as the saved state, of `jax.ShapeDtypeStruct` with shardings; the mesh may differ from the saved one.
 
         Returns:
             (step, state, meta), or None when there is no checkpoint.
@@ -281,8 +280,8 @@ def _saved_form(reader: ocp.Checkpointer, folder: Path) -> Tree:
     return metadata.tree
 
 
-def _check_same_form(folder: Path, saved: Tree, wanted: Tree) -> None:
-    def form(tree: Tree) -> dict[str, str]:
+def _check_same_form(folder: Path, saved: Tree, wanted: Any) -> None:
+    def form(tree: Any) -> dict[str, str]:
         leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
         return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype).name}{list(x.shape)}" for path, x in leaves}
 
@@ -347,5 +346,5 @@ def _make_writable(folder: Path, run_dir: str | Path) -> None:
         ) from error
 
 
-def _num_bytes(tree: Tree) -> int:
+def _num_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

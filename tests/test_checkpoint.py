@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -7,15 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxdpo import checkpoint
-from jaxdpo.checkpoint import Checkpoints, changed_fields, find_damage, restore_params
+from jaxdpo.checkpoint import FREE_FIELDS, Checkpoints, changed_fields, find_damage, restore_params
+from jaxdpo.config import Config
 
 P = jax.sharding.PartitionSpec
 ROOT = Path(__file__).parent.parent
@@ -37,7 +40,7 @@ def make_state(seed: int = 0) -> dict:
     }
 
 
-def abstract(state: dict, sharding: jax.sharding.Sharding | None = None) -> dict:
+def abstract(state: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), state)
 
 
@@ -311,6 +314,31 @@ def test_the_snippet_of_the_docs_restores_with_plain_orbax(tmp_path: Path) -> No
     subprocess.run([sys.executable, "-c", snippets[0] + check], cwd=tmp_path, check=True, env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"})
     np.testing.assert_array_equal(np.load(tmp_path / "embed.npy"), make_state(100)["params"]["embed"])
     assert json.loads((tmp_path / "meta.json").read_text())["config"] == {"seed": 100}
+
+
+def test_every_option_that_may_change_exists_and_is_in_the_docs() -> None:
+    options, docs = dataclasses.asdict(Config()), (ROOT / "docs/checkpoints.md").read_text()
+    for path in FREE_FIELDS:
+        section, _, name = path.partition(".")
+        assert section in options and (not name or name in options[section]), path
+        assert f"`{path}*`" in docs or f"`{path}`" in docs, path
+
+
+class Named(NamedTuple):
+    params: dict
+    step: jax.Array
+
+
+def test_a_named_tuple_is_saved_as_its_dict_and_comes_back(tmp_path: Path) -> None:
+    state = Named({"w": jnp.ones(3)}, jnp.int32(4))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, state, {})
+        found = checkpoints.restore(abstract(state))
+    assert found is not None and isinstance(found[1], Named)
+    assert restore_params(tmp_path)[1].keys() == {"w"}
+    with ocp.PyTreeCheckpointer() as reader:
+        saved = reader.metadata(tmp_path / "checkpoints/4/state").item_metadata
+        assert saved is not None and saved.tree.keys() == {"params", "step"}
 
 
 def test_changed_fields_names_what_changes_the_result_and_nothing_else() -> None:
