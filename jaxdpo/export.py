@@ -18,12 +18,13 @@ import yaml
 from jaxdpo import __version__, options
 from jaxdpo.checkpoint import restore_params
 from jaxdpo.config import STRICT_KEYS, Config, require
+from jaxdpo.losses import LOSSES
 from jaxdpo.models.config import ModelConfig, from_hf, read_config_json, to_hf
-from jaxdpo.models.hf_folder import copy_tokenizer, generation_config, set_chat_template, write_json
+from jaxdpo.models.hf_folder import copy_tokenizer, fetch_model, generation_config, set_chat_template, write_json
 from jaxdpo.models.weights import save_params
 
-CARD_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "kl/sequence", "kl/token")
-"""Metrics that the model card shows, where a run has them; also with eval/ before."""
+CARD_METRICS = ("loss", "rewards/", "logps/", "kl/", "lengths/")
+"""Beginnings of the metrics that the model card shows; also with eval/ before."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,12 +54,13 @@ class ExportConfig:
 class Tokenizer(Protocol):
     """What export needs of a tokenizer object."""
 
-    def save_pretrained(self, save_directory: str) -> Any: ...
+    def save_pretrained(self, save_directory: str) -> Any:
+        """Write the tokenizer's files into a folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """What the model card tells. `settings` and `metrics` become tables; values are shown as they are."""
+    """What the model card tells. `base_model` is a hub id (with a slash) or a plain name; `settings` and `metrics` become tables."""
 
     base_model: str
     datasets: tuple[str, ...] = ()
@@ -139,12 +141,10 @@ def _source_dtype(raw_config: Mapping[str, Any]) -> str:
 
 def model_card(card: Card) -> str:
     """README.md of an exported model, with the front matter that the hub reads."""
-    is_hub_id = card.base_model.count("/") == 1 and not card.base_model.startswith((".", "/", "~"))
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dpo", "jaxdpo"]}
-    head |= {"base_model": card.base_model} if is_hub_id else {}
-    base = card.base_model if is_hub_id else Path(card.base_model).name
-    rows = {"base model": base, "data": ", ".join(card.datasets), **card.settings, "jaxdpo": __version__}
-    lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", f"# {base}, preference-optimised", ""]
+    head |= {"base_model": card.base_model} if "/" in card.base_model else {}
+    rows = {"base model": card.base_model, "data": ", ".join(card.datasets), **card.settings, "jaxdpo": __version__}
+    lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", f"# {_cell(card.base_model)}, preference-optimised", ""]
     lines += ["Trained with jaxdpo: preference optimization in JAX and Flax.", "", *_table("Setting", "Value", rows), ""]
     if card.metrics:
         lines += ["## Last metrics", "", *_table("Metric", "Value", {key: f"{value:.6g}" for key, value in card.metrics.items()}), ""]
@@ -167,28 +167,25 @@ def read_run_config(run_dir: Path) -> Config:
     """The config that a run was started with.
 
     Raises:
-        ValueError: there is none, or it is not this version's.
+        ValueError: it is not this version's.
     """
     path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"run_dir={run_dir}: has no config.yaml. Name the folder of a run")
     config, problems = options.validate(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
     if problems:
         raise ValueError(f"{path}: is not a config of this version of jaxdpo:\n" + "\n".join(f"  {line}" for line in problems))
     return config
 
 
-def model_files(run_dir: Path, model_path: str | None) -> Path:
-    """The folder with config.json and tokenizer of a run: its own copy <run>/model, else the folder it was started from.
+def model_files(run_dir: Path, config: Config) -> Path:
+    """The folder with config.json and tokenizer of a run: its own copy <run>/model, else where it was started from.
 
     Raises:
         ValueError: neither exists.
     """
-    own, source = run_dir / "model", Path(model_path or "").expanduser()
-    for folder in (own, source) if model_path else (own,):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ValueError(f"run_dir={run_dir}: its model's config.json is neither in {own} nor in model.path={model_path}")
+    own, source = run_dir / "model", Path(config.model.path or "").expanduser()
+    if (own / "config.json").is_file() or config.model.path is None:
+        return own
+    return source if source.is_dir() else fetch_model(config.model.path, config.model.revision)
 
 
 def run_card(config: Config, run_dir: Path, step: int) -> Card:
@@ -196,17 +193,25 @@ def run_card(config: Config, run_dir: Path, step: int) -> Card:
     loss = config.loss
     settings = {
         "loss": ", ".join(loss.names) if loss.weights is None else ", ".join(map("{} x {}".format, loss.weights, loss.names)),
-        "beta": "the loss's default" if loss.beta is None else loss.beta,
+        "beta": LOSSES[loss.names[0]].reward_scale(loss) if loss.beta is None else loss.beta,
         "steps": step,
         "pairs per step": config.train.pairs_per_step,
         "learning rate": config.optim.learning_rate,
         "reference": config.reference,
         "seed": config.seed,
     }
-    datasets = tuple(Path(name).name if Path(name).is_absolute() or name.startswith(("~", ".")) else name for name in config.data.train)
     return Card(
-        base_model=config.model.path or "a model made by jaxdpo", datasets=datasets, settings=settings, metrics=last_metrics(run_dir, step)
+        base_model=_public(config.model.path or "a model made by jaxdpo"),
+        datasets=tuple(map(_public, config.data.train)),
+        settings=settings,
+        metrics=last_metrics(run_dir, step),
     )
+
+
+def _public(name: str) -> str:
+    """A hub id or dataset name as it is; of a path on this machine the last part."""
+    path = Path(name).expanduser()
+    return path.name if path.exists() or path.is_absolute() or name.startswith(".") else name
 
 
 def last_metrics(run_dir: Path, step: int) -> dict[str, float]:
@@ -219,8 +224,7 @@ def last_metrics(run_dir: Path, step: int) -> dict[str, float]:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
             found |= {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
-    names = [*CARD_METRICS, *(f"eval/{name}" for name in CARD_METRICS)]
-    return {name: found[name] for name in names if name in found}
+    return {key: value for key, value in found.items() if key.removeprefix("eval/").startswith(CARD_METRICS)}
 
 
 def export_run(config: ExportConfig) -> list[Path]:
@@ -231,7 +235,7 @@ def export_run(config: ExportConfig) -> list[Path]:
     """
     run_dir, out = Path(config.run_dir).expanduser(), Path(config.out).expanduser()
     run_config = read_run_config(run_dir)
-    source = model_files(run_dir, run_config.model.path)
+    source = model_files(run_dir, run_config)
     raw_config = read_config_json(source)
     step, params, _ = restore_params(run_dir, config.step)
     own_template = source == run_dir / "model" or run_config.data.chat_template is None  # the run's copy has the template that it used
@@ -250,8 +254,9 @@ def export_run(config: ExportConfig) -> list[Path]:
 
 
 def _check(config: ExportConfig) -> list[str]:
-    problem = _occupied(Path(config.out).expanduser())
-    return [problem] if problem else []
+    run_dir, occupied = Path(config.run_dir).expanduser(), _occupied(Path(config.out).expanduser())
+    no_run = None if (run_dir / "config.yaml").is_file() else f"run_dir={run_dir}: has no config.yaml. Name the folder of a run"
+    return [problem for problem in (no_run, occupied) if problem]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -341,7 +341,8 @@ def to_hf(config: ModelConfig, raw: Mapping[str, Any] | None = None, *, dtype: s
     }
     flags = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias, "mlp_bias": config.mlp_bias}
     values |= {key: flags[field] for field in flags if isinstance(key := getattr(family, field), str)}
-    return {**(raw or {}), **values, **_window_to_hf(config, family)}
+    kept = {key: value for key, value in (raw or {}).items() if key != "_name_or_path"}  # a path on the machine that wrote it
+    return {**kept, **values, **_window_to_hf(config, family)}
 
 
 def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
