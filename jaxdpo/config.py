@@ -62,14 +62,17 @@ class DataSection:
     """Row format of local files. preference: {prompt, chosen, rejected} or implicit prompt, as strings or messages."""
     chat_template: str | None = None
     """Path of a Jinja chat template. Default: the tokenizer's own, or plain text (Human: / Assistant:) if it has none."""
-    max_length: int = 1024
-    """Longest prompt + answer, in tokens. Longer answers lose their end, after the prompt was cut to fit."""
-    max_prompt_length: int = 512
-    """Longest prompt, in tokens; a longer one keeps its end. Both sides always keep the same prompt."""
+    max_length: int = 0
+    """Longest prompt + answer, in tokens. Longer answers lose their end, after the prompt was cut to fit.
+    0: 1024, or the model's number of positions where that is less."""
+    max_prompt_length: int = 0
+    """Longest prompt, in tokens; a longer one keeps its end. Both sides always keep the same prompt. 0: half of max_length."""
     layout: Literal["shared", "separate"] = "shared"
     """shared: a pair's prompt is computed once for both answers. separate: once for each."""
     max_row_tokens: int = 4096
     """Longest packed row, in tokens. Steps with more tokens than the rows of one pass hold use more microbatches."""
+    row_sizes: int = 4
+    """How many row lengths, each a compiled program of its own. More of them waste fewer slots and compile longer."""
     shuffle: bool = True
     """Visit the pairs of each epoch in a new random order (from seed)."""
     max_dropped_fraction: float = 0.1
@@ -79,9 +82,11 @@ class DataSection:
         require(
             (0 <= self.eval_fraction < 1, f"data.eval_fraction={self.eval_fraction}: must be at least 0 and below 1"),
             (0 <= self.max_dropped_fraction <= 1, f"data.max_dropped_fraction={self.max_dropped_fraction}: must lie between 0 and 1"),
-            (self.max_prompt_length >= 1, f"data.max_prompt_length={self.max_prompt_length}: must be at least 1"),
+            (self.max_length == 0 or self.max_length >= 2, f"data.max_length={self.max_length}: must be 0 (automatic) or at least 2"),
+            (self.max_prompt_length >= 0, f"data.max_prompt_length={self.max_prompt_length}: must be 0 (automatic) or at least 1"),
+            (self.row_sizes >= 1, f"data.row_sizes={self.row_sizes}: must be at least 1"),
             (
-                self.max_length > self.max_prompt_length,
+                self.max_length == 0 or self.max_length > self.max_prompt_length,
                 f"data.max_length={self.max_length}: must exceed data.max_prompt_length={self.max_prompt_length}, "
                 "or no room is left for answers. Raise the one or lower the other",
             ),
@@ -255,16 +260,10 @@ class EvalSection:
 
     every: int = 100
     """Evaluate before the first step, after every so many steps and after the last. 0: never."""
-    samples: int = 2
-    """Validation prompts that the policy answers at each evaluation (to samples.jsonl). 0: none."""
-    sample_tokens: int = 64
-    """Longest sampled answer, in tokens."""
 
     def __post_init__(self) -> None:
         require(
             (self.every >= 0, f"eval.every={self.every}: must be 0 (never) or a number of steps"),
-            (self.samples >= 0, f"eval.samples={self.samples}: must not be negative"),
-            (self.sample_tokens >= 1, f"eval.sample_tokens={self.sample_tokens}: must be at least 1"),
         )
 
 

@@ -6,6 +6,7 @@ where the losses see them).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,10 +20,13 @@ from jaxdpo.data.packing import Batch
 from jaxdpo.logprobs import chunk_size, gather_hidden, num_chunks, sum_by_side, token_collisions, token_kl, token_logps
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, forward, head_weight
-from jaxdpo.pairs import PairLogps
+from jaxdpo.pairs import PairLogps, given
 from jaxdpo.sharding import replicated, rows
 
 Sums = dict[str, jax.Array]
+
+TR_ALPHA = 0.6
+"""loss.tr_alpha where it was left alone."""
 
 
 class TrainState(NamedTuple):
@@ -114,9 +118,20 @@ def train_step(state: TrainState, reference: Params | None, batch: Batch, apply:
     moved = TrainState(params, opt, state.step, jnp.zeros((), jnp.int32))
     stayed = TrainState(state.params, state.opt, state.step, state.bad_steps + 1)
     chosen = jax.tree.map(lambda new, old: jnp.where(accept, new, old), moved, stayed)
-    counters = {"step": state.step + apply.astype(jnp.int32), "bad_steps": jnp.where(apply, chosen.bad_steps, state.bad_steps)}
-    metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "nonfinite": 1.0 - finite.astype(jnp.float32)}
-    return chosen._replace(**counters), metrics
+    bad_steps = jnp.where(apply, chosen.bad_steps, state.bad_steps)
+    metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+    metrics |= {"nonfinite": 1.0 - finite.astype(jnp.float32), "bad_steps": bad_steps}
+    return chosen._replace(step=state.step + apply.astype(jnp.int32), bad_steps=bad_steps), metrics
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+def _mix(reference: Params, params: Params, share: float) -> Params:
+    return jax.tree.map(lambda ref, w: ((1.0 - share) * ref.astype(jnp.float32) + share * w.astype(jnp.float32)).astype(ref.dtype), reference, params)
+
+
+def move_reference(reference: Params, params: Params, section: LossSection) -> Params:
+    """TR-DPO (2404.09656): reference <- a * policy + (1 - a) * reference. The reference given is donated."""
+    return _mix(reference, params, given(section.tr_alpha, TR_ALPHA))
 
 
 def eval_step(params: Params, reference: Params | None, batch: Batch, options: StepOptions) -> Sums:

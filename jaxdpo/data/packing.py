@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdpo.data.chat import EncodedPair
+from jaxdpo.data.table import EncodedPair
 
 SLOT_MULTIPLE = 64
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -106,3 +108,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, indented, with a newline at the end."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fetch_model(name: str, revision: str | None) -> Path:
+    """Fetch config, weights and tokenizer of a hub model into the hub's cache, and return their folder.
+
+    Raises:
+        ValueError: the hub cannot be reached and the cache does not hold it, or there is no such model.
+    """
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these kinds
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model.path={name}: neither a folder here nor a model that the hub gives ({reason})") from None

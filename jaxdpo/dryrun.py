@@ -1,0 +1,68 @@
+"""`--dry-run`: everything up to the first step, shown instead of done."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdpo import options
+from jaxdpo.data.chat import describe_pair
+from jaxdpo.session import Session
+from jaxdpo.step import TrainState, needs_reference
+
+SHOWN_PAIRS = 2
+GIB = 1 << 30
+
+
+def dry_run(session: Session, describe: Callable[[Session], list[str]]) -> int:
+    """Print config, first pairs, sizes, and memory and time of the compiled step; returns the exit status."""
+    print(options.to_yaml(session.config))
+    for i in session.loader.pairs_of(1)[:SHOWN_PAIRS]:
+        pair = session.data.train[int(i)]
+        print(f"--- {pair.id}: the model is scored on what stands between the marks\n{describe_pair(pair, session.tokenizer)}\n")
+    print("\n".join(describe(session)))
+    batch = session.loader.batch(1)
+    print(f"first step: {batch.tokens_MBT.shape} microbatches x rows x tokens, {int((batch.sides_MBS >= 0).sum())} scored tokens")
+    started = time.perf_counter()
+    program = _compile(session)
+    print(f"compile: {time.perf_counter() - started:.1f} s")
+    print("\n".join(_memory(program.memory_analysis())))
+    seconds = _seconds_per_step(session, program)
+    print(f"time: {seconds:.3g} s a step, {seconds * session.total_steps / 3600:.2g} h for {session.total_steps} steps, without evaluation and saves")
+    return 0
+
+
+def _compile(session: Session) -> jax.stages.Compiled:
+    """The train step for the first batch, compiled from shapes alone."""
+    state = TrainState(**session.abstract_state(with_reference=False))
+    reference = None
+    if needs_reference(session.config.loss):
+        dtype = session.reference_dtype
+        reference = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), state.params)
+    batch, apply = session.put_batch(session.loader.batch(1)), session.put_scalar(False, np.bool_)
+    return session.train_step.lower(state, reference, batch, apply).compile()
+
+
+def _memory(analysis: Any) -> list[str]:
+    """Memory of one device while a step runs, as lines."""
+    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    return [
+        f"memory of a device: {(arguments + temporary) / GIB:.2f} GiB",
+        f"  weights, optimizer, reference and batch: {arguments / GIB:.2f} GiB",
+        f"  gradients, activations and logits: {temporary / GIB:.2f} GiB",
+    ]
+
+
+def _seconds_per_step(session: Session, program: jax.stages.Compiled) -> float:
+    """Time of the second of two steps that change nothing."""
+    state, reference = session.start()
+    batch, apply = session.put_batch(session.loader.batch(1)), session.put_scalar(False, np.bool_)
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        state, metrics = program(state, reference, batch, apply)
+        jax.block_until_ready(metrics)
+        seconds = time.perf_counter() - started
+    return seconds
