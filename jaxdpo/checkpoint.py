@@ -141,7 +141,8 @@ class Checkpoints:
         size = _num_bytes(state)
         saving = self.folder / f"{step}{SAVING}"
         try:
-            self._orbax.save(saving / "state", args=ocp.args.StandardSave(state))
+            with jax.transfer_guard("allow"):  # orbax copies to the host implicitly, which a guarded loop forbids
+                self._orbax.save(saving / "state", args=ocp.args.StandardSave(state))
         except Exception as error:
             raise self._explain(error, step, size) from error
         record = {"step": step, "eval_loss": eval_loss, "jaxdpo": __version__, **meta}

@@ -86,6 +86,14 @@ def test_a_restored_state_has_the_same_bits_types_and_meta(tmp_path: Path) -> No
     assert restored_meta == {"step": 3, "eval_loss": 0.5, "jaxdpo": checkpoint.__version__, **meta}
 
 
+@pytest.mark.gpu  # on CPU nothing is copied, so the guard has nothing to forbid
+def test_saves_inside_a_loop_that_forbids_implicit_transfers(tmp_path: Path) -> None:
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints, jax.transfer_guard("disallow_explicit"):
+        checkpoints.save(1, state, {})
+    assert_same_bits(state["params"], restore_params(tmp_path)[1])
+
+
 def test_an_empty_folder_restores_nothing(tmp_path: Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() is None

@@ -30,7 +30,7 @@ ROOMS = {
     "tensorboardX": "metrics",
     "rich": "metrics",
     "optax": "optim",
-    "safetensors": "models.weights",
+    "safetensors": "models.tensorfile",
     "transformers": "data.chat",
     "datasets": "data.sources",
     "grain": "data.loader",
@@ -107,15 +107,20 @@ def heavy_packages_stay_in_their_rooms(modules: Modules) -> list[str]:
 
 
 def imported_packages_are_declared(modules: Modules) -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {requirement.split(">")[0].strip() for requirement in project["dependencies"]}
     used = {(name, item.split(".")[0]) for name, tree in modules.items() for item in imports(tree)}
     foreign = {(name, package) for name, package in used if package not in sys.stdlib_module_names | {"jaxdpo"}}
-    return [
-        f"{name} imports {pkg}, which pyproject.toml does not ask for"
-        for name, pkg in foreign
-        if DISTRIBUTIONS.get(pkg, pkg) not in declared
-    ]
+    missing = [(name, package) for name, package in foreign if DISTRIBUTIONS.get(package, package) not in declared()]
+    return [f"{name} imports {package}, which pyproject.toml does not ask for" for name, package in missing]
+
+
+def declared_packages_are_imported(modules: Modules) -> list[str]:
+    used = {item.split(".")[0] for tree in modules.values() for item in imports(tree)}
+    return [f"pyproject.toml asks for {name}, which nothing imports" for name in declared() - {DISTRIBUTIONS.get(p, p) for p in used}]
+
+
+def declared() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {requirement.split(">")[0].strip() for requirement in project["dependencies"]}
 
 
 def functions_are_short(modules: Modules) -> list[str]:
@@ -229,6 +234,7 @@ RULES = [
     functions_import_nothing,
     heavy_packages_stay_in_their_rooms,
     imported_packages_are_declared,
+    declared_packages_are_imported,
     functions_are_short,
     what_is_public_is_documented,
     options_are_documented,
@@ -287,6 +293,7 @@ BROKEN = [
     (heavy_packages_stay_in_their_rooms, {"train": "import orbax.checkpoint"}, "only checkpoint may"),
     (heavy_packages_stay_in_their_rooms, {"train": "from torch import nn"}, "train imports torch"),
     (imported_packages_are_declared, {"train": "import requests"}, "train imports requests"),
+    (declared_packages_are_imported, {"train": "import jax"}, "asks for optax, which nothing imports"),
     (functions_are_short, {"train": "def f():\n" + "  x\n" * 80}, "train.f has 81 lines"),
     (what_is_public_is_documented, {"train": '"""T."""\nclass A:\n  """A."""\n  def b(self): ...'}, "train.A.b has no docstring"),
     (what_is_public_is_documented, {"train": "x = 1"}, "train has no docstring"),
