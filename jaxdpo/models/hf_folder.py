@@ -59,9 +59,8 @@ def set_chat_template(folder: Path, template: str) -> None:
     """Make `template` (Jinja) the chat template of a folder, for transformers old (tokenizer_config.json) and new (its own file)."""
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    if "chat_template" in settings:
-        write_json(path, {**settings, "chat_template": template})
+    if path.is_file():
+        write_json(path, {**read_json(path), "chat_template": template})
     (folder / "chat_template.json").unlink(missing_ok=True)
 
 

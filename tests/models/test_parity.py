@@ -95,7 +95,6 @@ def test_logits_equal_transformers(tmp_path: Path, name: str, attention: str) ->
     params = load_params(tmp_path, load_model_config(tmp_path), None, "float32")
     ours, theirs = our_logits(tmp_path, params, tokens, attention=attention), their_logits(model, tokens)
     assert np.abs(theirs).max() > 1
-    print(name, attention, np.abs(ours - theirs).max())
     np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
 
 
@@ -140,6 +139,22 @@ def test_stories260k_continues_as_transformers_does(real_data: Path) -> None:
             logits = our_logits(folder, params, tokens)[0, slot - 1]
             tokens[0, slot] = int(np.argmax(np.where(np.arange(len(logits)) == 2, -np.inf, logits)))  # min_new_tokens forbids the end
         assert tokens[0].tolist() == theirs, tokenizer.decode(tokens[0])
+
+
+def test_exported_real_model_generates_with_tokenizer_and_template(real_data: Path, tmp_path: Path) -> None:
+    source, out = real_data / "models" / "stories260K", tmp_path / "out"
+    config, template = load_model_config(source), "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    params = load_params(source, config, None, "float32")
+    raw = read_config_json(source)
+    export_model(out, config, params, card=Card(base_model="stories"), raw_config=raw, tokenizer=source, chat_template=template)
+    texts = []
+    for folder in (source, out):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+        texts.append(tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0)[0]))
+    assert texts[0] == texts[1] and model.generation_config.eos_token_id == 2
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<user>hi"
 
 
 def test_every_family_is_compared() -> None:
