@@ -19,6 +19,7 @@ from jaxdpo.pairs import (
     given,
     log_odds,
     log_ratios,
+    logit,
     mean_logps,
     per_token,
     scaled_margin,
@@ -241,9 +242,9 @@ def dpop(pair: PairLogps, section: LossSection) -> jax.Array:
     >>> round(dpop(PairLogps.example(), LossSection()).item(), 4)
     1.1989
     """
-    chosen_P, _ = log_ratios(pair)
-    shortfall_P = given(section.beta, BETA) * given(section.dpop_lambda, 50.0) * jax.nn.relu(-chosen_P)
-    return -jax.nn.log_sigmoid(scaled_margin(pair, section) - shortfall_P)
+    chosen_P, rejected_P = log_ratios(pair)
+    punished_P = chosen_P - given(section.dpop_lambda, 50.0) * jax.nn.relu(-chosen_P)
+    return -jax.nn.log_sigmoid(logit(punished_P, rejected_P, pair, section))
 
 
 def sft(pair: PairLogps, section: LossSection) -> jax.Array:

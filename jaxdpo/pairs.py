@@ -117,15 +117,20 @@ def _score(divergence: str, alpha: float, ratio_P: jax.Array) -> jax.Array:
 
 
 def scaled_margin(pair: PairLogps, section: LossSection) -> jax.Array:
-    """The logit of the log-sigmoid losses, [P]: beta (score_w - score_l) + length_penalty (|y_w| - |y_l|).
+    """The logit of the log-sigmoid losses, [P]: `logit` of the two sides' scores."""
+    return logit(*scores(pair, section), pair, section)
 
-    The second term is R-DPO's (2403.19159): the reward of a longer answer is lowered, so a pair whose chosen
-    answer is the longer one already counts as partly won and is pushed less.
 
-    >>> round(scaled_margin(PairLogps.example(), LossSection(length_penalty=0.01)).item(), 4)
+def logit(chosen_P: jax.Array, rejected_P: jax.Array, pair: PairLogps, section: LossSection) -> jax.Array:
+    """beta (chosen - rejected) + length_penalty (|y_w| - |y_l|), [P].
+
+    The second term is R-DPO's (2403.19159): the reward of a longer answer is lowered, so a pair whose chosen answer is
+    the longer one already counts as partly won and is pushed less.
+
+    >>> pair = PairLogps.example()
+    >>> round(logit(*log_ratios(pair), pair, LossSection(length_penalty=0.01)).item(), 4)
     0.14
     """
-    chosen_P, rejected_P = scores(pair, section)
     margin_P = given(section.beta, BETA) * (chosen_P - rejected_P)
     if section.length_penalty is None:
         return margin_P
