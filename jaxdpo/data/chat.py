@@ -82,6 +82,7 @@ class Encoder:
         Raises:
             ValueError: data.chat_template cannot be read, or is no valid template.
         """
+        assert section.max_length > section.max_prompt_length > 0, "automatic lengths are resolved from the model first"
         template = read_template(tokenizer, section.chat_template)
         return cls(tokenizer, template, section.max_length, section.max_prompt_length)
 
@@ -91,7 +92,7 @@ class Encoder:
         results: list[EncodedPair | Dropped | None] = [item if isinstance(item, Dropped) else None for item in rendered]
         for templated in (False, True):
             these = [(i, item) for i, item in enumerate(rendered) if isinstance(item, Rendered) and item.templated is templated]
-            ids = self._ids([text for _, item in these for text in (item.prompt, item.chosen, item.rejected)], templated)
+            ids = self.token_ids([text for _, item in these for text in (item.prompt, item.chosen, item.rejected)], templated)
             for slot, (i, _) in enumerate(these):
                 prompt, chosen, rejected = ids[3 * slot : 3 * slot + 3]
                 results[i] = self._pair(records[i], prompt, chosen, rejected, templated)
@@ -142,7 +143,7 @@ class Encoder:
 
     # --- ids ---
 
-    def _ids(self, texts: list[str], templated: bool) -> list[Ids]:
+    def token_ids(self, texts: list[str], templated: bool) -> list[Ids]:
         """Token ids; special tokens are read in what a template wrote, and split like any other text elsewhere."""
         if not texts:
             return []

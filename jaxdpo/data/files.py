@@ -51,7 +51,7 @@ def _not_readable(path: Path) -> str:
         return f"{path}: unknown ending. Files end in {', '.join(READERS)}, also with .gz"
     if not path.parent.is_dir():
         return f"{path}: no such file; the folder {path.parent} does not exist either"
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.4)
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.6)
     return f"{path}: no such file" + (f". Did you mean {path.parent / near[0]}?" if near else f" in {path.parent}")
 
 

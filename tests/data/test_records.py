@@ -1,0 +1,39 @@
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdpo.data.records import DataReport, Message, Preference, describe_counts, printable, shared_length
+
+
+def test_prompt_key_is_fixed_for_ever_and_depends_on_the_prompt_alone() -> None:
+    pair = Preference("Why?", "a", "b", id="x:1")
+    assert pair.prompt_key == replace(pair, chosen="c", id="y:2", weight=2.0).prompt_key == 0x5D8A995A6FA7CF7C
+    chat = Preference((Message("user", "Why?"),), (Message("assistant", "a"),), (Message("assistant", "b"),))
+    assert len({pair.prompt_key, chat.prompt_key, replace(chat, prompt=(Message("system", "Why?"),)).prompt_key}) == 3
+
+
+def test_report_counts_each_reason_and_keeps_five_examples() -> None:
+    report = DataReport("set", "preference", rows_read=20, parsed=12, kept=12, ignored_columns=("score",))
+    for row in range(7):
+        report.drop("empty answer", f"f:{row}")
+    report.drop("identical answers", "f:9")
+    found = report.to_json()
+    assert found["dropped"]["empty answer"] == {"count": 7, "examples": ["f:0", "f:1", "f:2", "f:3", "f:4"]}
+    assert found["dropped"]["identical answers"]["count"] == 1
+    assert report.dropped_fraction == 8 / 20
+    line = describe_counts(found)
+    assert "20 rows read, 12 parsed, 12 kept; dropped 8 (7 empty answer, 1 identical answers); columns not used: score" in line
+
+
+def test_printable_defuses_terminal_escapes_and_reordering() -> None:
+    assert printable("plain\nüber 你好 🙂") == "plain\nüber 你好 🙂"
+    assert printable("\x1b[2J\r\x07") == "\\x1b[2J\\r\\x07"
+    assert printable("a\u202eb\u2028c\x9bd\ud800") == "a\\u202eb\\u2028c\\x9bd\\ud800"
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_shared_length_is_the_longest_common_prefix(a: list[int], b: list[int]) -> None:
+    length = shared_length(a, b)
+    assert a[:length] == b[:length]
+    assert length in (len(a), len(b)) or a[length] != b[length]
