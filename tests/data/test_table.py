@@ -38,10 +38,15 @@ def test_taking_pairs_shares_the_tokens() -> None:
 
 def test_the_fingerprint_sees_tokens_order_boundaries_and_weights() -> None:
     table = PairTable.from_pairs(PAIRS)
-    moved = [pair([1], [2, 3], [4, 5], weight=0.5), *PAIRS[1:]]
-    others = [PAIRS[::-1], moved, [pair([1, 2], [3], [4, 5]), *PAIRS[1:]], PAIRS[:2]]
+    others = [
+        PAIRS[::-1],
+        [pair([1], [2, 3], [4, 5], weight=0.5), *PAIRS[1:]],
+        [pair([1, 2], [3], [4, 5], weight=1.0), *PAIRS[1:]],
+        [pair([1, 2], [3], [4, 6], weight=0.5), *PAIRS[1:]],
+        PAIRS[:2],
+    ]
     prints = {PairTable.from_pairs(pairs).fingerprint() for pairs in others}
-    assert len(prints | {table.fingerprint()}) == 5
+    assert len(prints | {table.fingerprint()}) == 6
     assert table.take(np.array([0, 1])).fingerprint() == PairTable.from_pairs(PAIRS[:2]).fingerprint()
 
 
