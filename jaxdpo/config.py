@@ -5,12 +5,18 @@ which was set but does not apply can be told from one that was left alone. Readi
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict
 
 STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
-_section = dataclasses.dataclass(frozen=True, kw_only=True)
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def _section(cls: type[T]) -> type[T]:
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
 def require(*checks: tuple[bool, str]) -> None:
@@ -227,7 +233,10 @@ class TrainSection:
             (self.pairs_per_step >= 1, f"train.pairs_per_step={self.pairs_per_step}: must be at least 1"),
             (self.steps is None or self.steps >= 1, f"train.steps={self.steps}: must be at least 1"),
             (self.epochs is None or self.epochs >= 1, f"train.epochs={self.epochs}: must be at least 1"),
-            (self.steps is None or self.epochs is None, f"train.steps={self.steps}: train.epochs={self.epochs} is given too. Give one of them"),
+            (
+                self.steps is None or self.epochs is None,
+                f"train.steps={self.steps}: train.epochs={self.epochs} is given too. Give one of them",
+            ),
         )
 
 

@@ -1,7 +1,6 @@
 """`--dry-run`: everything up to the first step, shown instead of done."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 
 from jaxdpo import options
 from jaxdpo.data.chat import describe_pair
+from jaxdpo.runner import describe
 from jaxdpo.session import Session
 from jaxdpo.step import TrainState, needs_reference
 
@@ -16,8 +16,8 @@ SHOWN_PAIRS = 2
 GIB = 1 << 30
 
 
-def dry_run(session: Session, describe: Callable[[Session], list[str]]) -> int:
-    """Print config, first pairs, sizes, and memory and time of the compiled step; returns the exit status."""
+def dry_run(session: Session) -> None:
+    """Print config, first pairs, sizes, and memory and time of the compiled step."""
     print(options.to_yaml(session.config))
     for i in session.loader.pairs_of(1)[:SHOWN_PAIRS]:
         pair = session.data.train[int(i)]
@@ -30,8 +30,9 @@ def dry_run(session: Session, describe: Callable[[Session], list[str]]) -> int:
     print(f"compile: {time.perf_counter() - started:.1f} s")
     print("\n".join(_memory(program.memory_analysis())))
     seconds = _seconds_per_step(session, program)
-    print(f"time: {seconds:.3g} s a step, {seconds * session.total_steps / 3600:.2g} h for {session.total_steps} steps, without evaluation and saves")
-    return 0
+    print(
+        f"time: {seconds:.3g} s a step, {seconds * session.total_steps / 3600:.2g} h for {session.total_steps} steps, without evaluation and saves"
+    )
 
 
 def _compile(session: Session) -> jax.stages.Compiled:

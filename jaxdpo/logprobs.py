@@ -53,7 +53,9 @@ def token_logps(
     return _token_logps_fwd(hidden_BSD, head_VD, targets_BS, chunks, chunk, compute_dtype)[0]
 
 
-def _token_logps_fwd(hidden_BSD: jax.Array, head_VD: jax.Array, targets_BS: jax.Array, chunks: jax.Array, chunk: int, compute_dtype: jnp.dtype) -> tuple:
+def _token_logps_fwd(
+    hidden_BSD: jax.Array, head_VD: jax.Array, targets_BS: jax.Array, chunks: jax.Array, chunk: int, compute_dtype: jnp.dtype
+) -> tuple:
     head = head_VD.astype(compute_dtype)
     hidden_BSD = hidden_BSD.astype(compute_dtype)
 
@@ -101,7 +103,13 @@ def token_collisions(hidden_BSD: jax.Array, head_VD: jax.Array, chunks: jax.Arra
 
 
 def token_kl(
-    hidden_BSD: jax.Array, head_VD: jax.Array, ref_hidden_BSD: jax.Array, ref_head_VD: jax.Array, chunks: jax.Array, chunk: int, compute_dtype: jnp.dtype
+    hidden_BSD: jax.Array,
+    head_VD: jax.Array,
+    ref_hidden_BSD: jax.Array,
+    ref_head_VD: jax.Array,
+    chunks: jax.Array,
+    chunk: int,
+    compute_dtype: jnp.dtype,
 ) -> jax.Array:
     """Exact KL(policy || reference) of each scored token's distribution, over the whole vocabulary.
 

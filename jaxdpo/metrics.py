@@ -40,6 +40,9 @@ LINES_PER_RUN = 20
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
+_NUMBER = re.compile(r"-?[0-9.,]+%?")
+
+
 def clean(text: str) -> str:
     """Text without control characters (but newline and tab), which could drive or disguise what a terminal shows.
 
@@ -219,15 +222,6 @@ class Logger:
         """Tell something."""
         self._console.print(Text(clean(text)))
 
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Show a table; the first column is aligned left, the others right."""
-        table = Table(title=Text(clean(title)), title_justify="left")
-        for index, name in enumerate(header):
-            table.add_column(Text(clean(name)), justify="right" if index else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(clean(cell)) for cell in row))
-        self._console.print(table)
-
     def flush(self) -> None:
         """Return when all rows are on the disk. Called before a checkpoint, which must not be ahead of its metrics."""
         self._rows.sync()
@@ -254,6 +248,17 @@ class Logger:
             self._progress.update(self._progress.task_ids[0], completed=step, summary=_summary(row))
         elif step % max(1, self._total // LINES_PER_RUN) == 0 or step in (1, self._total):
             self.info(f"step {step}/{self._total}  {_summary(row)}")
+
+
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None) -> None:
+    """Show a table on the console; columns of numbers are aligned right, others left."""
+    table = Table(title=Text(clean(title)), title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        numeric = all(_NUMBER.fullmatch(row[index]) for row in rows)
+        table.add_column(Text(clean(name)), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(clean(cell)) for cell in row))
+    (console or _stdout()).print(table)
 
 
 def _summary(row: Mapping[str, Any]) -> str:

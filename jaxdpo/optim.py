@@ -34,7 +34,9 @@ def schedule(section: OptimSection, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup])
 
 
-def update(grads: Tree, grad_norm: jax.Array, opt: dict[str, Any], params: Tree, learning_rate: jax.Array, section: OptimSection) -> tuple[Tree, dict]:
+def update(
+    grads: Tree, grad_norm: jax.Array, opt: dict[str, Any], params: Tree, learning_rate: jax.Array, section: OptimSection
+) -> tuple[Tree, dict]:
     """One AdamW update (1711.05101), gradients first scaled down to max_grad_norm.
 
     Args:

@@ -41,7 +41,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def load(schema: type[T], argv: Sequence[str], *, command: str, checks: Sequence[Check] = (), flags: dict[str, str] | None = None) -> tuple[T, set[str]]:
+def load(
+    schema: type[T], argv: Sequence[str], *, command: str, checks: Sequence[Check] = (), flags: dict[str, str] | None = None
+) -> tuple[T, set[str]]:
     """Read the arguments of `python -m jaxdpo.<command>`.
 
     Args:
@@ -65,7 +67,10 @@ def load(schema: type[T], argv: Sequence[str], *, command: str, checks: Sequence
         problems += failure.problems
     if problems:
         lines = "\n".join(textwrap.indent(problem, "  ") for problem in problems)
-        print(f"jaxdpo.{command}: {len(problems)} wrong option{'s' * (len(problems) > 1)}:\n{lines}\n`python -m jaxdpo.{command} --help` lists all.", file=sys.stderr)
+        print(
+            f"jaxdpo.{command}: {len(problems)} wrong option{'s' * (len(problems) > 1)}:\n{lines}\n`python -m jaxdpo.{command} --help` lists all.",
+            file=sys.stderr,
+        )
         raise SystemExit(USAGE)
     if "--print-config" in given:
         print(to_yaml(config), end="")
@@ -97,7 +102,9 @@ def _read_arguments(schema: type, argv: Sequence[str], known: dict[str, str]) ->
             overrides[key] = _read_value(text, problems, word)
         else:
             near = difflib.get_close_matches(word, [*known, "--config"], 1)
-            problems.append(f"{word}: not understood." + (f" Did you mean {near[0]}?" if near else " Options are written section.field=value"))
+            problems.append(
+                f"{word}: not understood." + (f" Did you mean {near[0]}?" if near else " Options are written section.field=value")
+            )
     for key, value in overrides.items():
         problems += _put(values, key.split("."), value, key)
     return values, given, problems
@@ -211,7 +218,12 @@ def field_docs(schema: type) -> dict[str, str]:
     (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(schema))).body if isinstance(node, ast.ClassDef))
     docs = {}
     for field, below in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
             docs[field.target.id] = " ".join(str(below.value.value).split())
     return docs
 
@@ -223,7 +235,11 @@ def help_text(schema: type, command: str, switches: dict[str, str]) -> str:
         lines += [f"  {name:16} {doc}"]
     for name, hint, default, doc in fields(schema):
         shown = "required" if default is dataclasses.MISSING else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
-        lines += ["", f"  {name}={shown}   ({_type_name(hint)})", textwrap.fill(doc, 120, initial_indent="      ", subsequent_indent="      ")]
+        lines += [
+            "",
+            f"  {name}={shown}   ({_type_name(hint)})",
+            textwrap.fill(doc, 120, initial_indent="      ", subsequent_indent="      "),
+        ]
     return "\n".join(lines)
 
 

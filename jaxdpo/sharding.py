@@ -61,7 +61,9 @@ def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     """
     problems: list[str] = []
     named = jax.tree_util.tree_map_with_path(
-        lambda path, leaf_axes, leaf: _sharding(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), leaf_axes, leaf.shape, problems),
+        lambda path, leaf_axes, leaf: _sharding(
+            mesh, jax.tree_util.keystr(path, simple=True, separator="/"), leaf_axes, leaf.shape, problems
+        ),
         axes,
         shapes,
         is_leaf=lambda node: isinstance(node, tuple),

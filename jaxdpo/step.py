@@ -96,7 +96,9 @@ def needs_reference(section: LossSection) -> bool:
     return any(losses.LOSSES[name].needs_reference for name in section.names)
 
 
-def train_step(state: TrainState, reference: Params | None, batch: Batch, apply: jax.Array, options: StepOptions) -> tuple[TrainState, Sums]:
+def train_step(
+    state: TrainState, reference: Params | None, batch: Batch, apply: jax.Array, options: StepOptions
+) -> tuple[TrainState, Sums]:
     """One optimizer step.
 
     Args:
@@ -126,7 +128,9 @@ def train_step(state: TrainState, reference: Params | None, batch: Batch, apply:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
 def _mix(reference: Params, params: Params, share: float) -> Params:
-    return jax.tree.map(lambda ref, w: ((1.0 - share) * ref.astype(jnp.float32) + share * w.astype(jnp.float32)).astype(ref.dtype), reference, params)
+    return jax.tree.map(
+        lambda ref, w: ((1.0 - share) * ref.astype(jnp.float32) + share * w.astype(jnp.float32)).astype(ref.dtype), reference, params
+    )
 
 
 def move_reference(reference: Params, params: Params, section: LossSection) -> Params:
@@ -136,14 +140,19 @@ def move_reference(reference: Params, params: Params, section: LossSection) -> P
 
 def eval_step(params: Params, reference: Params | None, batch: Batch, options: StepOptions) -> Sums:
     """Sums over a batch of validation pairs; add those of several batches, then take `averages`."""
-    policy, ref = _all_answers(params, batch, options), _all_answers(reference, batch, options)
 
-    def measure(args: tuple) -> Sums:
-        micro, policy, ref = args
-        return _report(_pair_logps(policy, ref, micro), micro, options.loss) | _kl_sums(params, reference, micro, options)
+    def measure(micro: Batch) -> tuple[Answers, Answers | None, Sums]:
+        scored = _Scored.of(params, micro, options)
+        policy = _answers(params, scored, micro, options)
+        if reference is None:
+            return policy, None, _report(_pair_logps(policy, None, micro), micro, options.loss)
+        ref_scored = _Scored.of(reference, micro, options)
+        ref = _answers(reference, ref_scored, micro, options)
+        report = _report(_pair_logps(policy, ref, micro), micro, options.loss)
+        return policy, ref, report | _kl_sums(params, scored, reference, ref_scored)
 
-    sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(measure, (batch, policy, ref)))
-    return sums | _loss_sums(policy, ref, batch, options.loss)
+    policy, ref, sums = jax.lax.map(measure, batch)
+    return jax.tree.map(lambda x: x.sum(0), sums) | _loss_sums(policy, ref, batch, options.loss)
 
 
 def averages(sums: Sums) -> Sums:
@@ -193,8 +202,11 @@ def loss_and_grads(params: Params, reference: Params | None, batch: Batch, optio
 
 def answers(params: Params, micro: Batch, options: StepOptions) -> Answers:
     """The answers' log-probs under one model, for one microbatch (arrays without their leading M)."""
+    return _answers(params, _Scored.of(params, micro, options), micro, options)
+
+
+def _answers(params: Params, scored: "_Scored", micro: Batch, options: StepOptions) -> Answers:
     num_places, section = micro.weights_MBP.shape[-1], options.loss
-    scored = _Scored.of(params, micro, options)
     logps_BS = token_logps(scored.hidden_BSD, head_weight(params), scored.targets_BS, scored.chunks, scored.chunk, scored.dtype)
     plain_logps = logps = sum_by_side(logps_BS, scored.sides_BS, num_places)
     if section.ld_alpha is not None:
@@ -270,11 +282,11 @@ def _loss_sums(policy: Answers, ref: Answers | None, batch: Batch, section: Loss
 
 
 def _wpo_weights(policy: Answers, pair: PairLogps) -> jax.Array:
-    """WPO (2406.11827 eq. 2, 4): exp of both sides' mean of log p(token) - log sum_v p(v)^2, at most 1, not differentiated."""
+    """WPO (2406.11827 eq. 2, 4): exp of both sides' mean of log p(token) - log sum_v p(v)^2, not differentiated."""
     excess = jax.lax.stop_gradient(policy.plain_logps - policy.collisions)
     chosen_P = excess[..., 0].reshape(-1) / jnp.maximum(pair.chosen_lengths_P, 1.0)
     rejected_P = excess[..., 1].reshape(-1) / jnp.maximum(pair.rejected_lengths_P, 1.0)
-    return jnp.minimum(jnp.exp(chosen_P + rejected_P), 1.0)
+    return jnp.exp(chosen_P + rejected_P)
 
 
 def _totals(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -311,11 +323,8 @@ def _report(pair: PairLogps, micro: Batch, section: LossSection) -> Sums:
     return {key: jnp.sum(pair.mask_P * value_P) for key, value_P in values.items()} | counts
 
 
-def _kl_sums(params: Params, reference: Params | None, micro: Batch, options: StepOptions) -> Sums:
-    """Sum of the exact KL(policy || reference) of every answer token's distribution; nothing without a reference."""
-    if reference is None:
-        return {}
-    policy, ref = _Scored.of(params, micro, options), _Scored.of(reference, micro, options)
+def _kl_sums(params: Params, policy: _Scored, reference: Params, ref: _Scored) -> Sums:
+    """Sum of the exact KL(policy || reference) of every answer token's distribution."""
     kl_BS = token_kl(
         policy.hidden_BSD, head_weight(params), ref.hidden_BSD, head_weight(reference), policy.chunks, policy.chunk, policy.dtype
     )

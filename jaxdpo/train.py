@@ -1,325 +1,38 @@
 """`python -m jaxdpo.train [--config file.yaml] [section.field=value ...]`: preference training, from a model and pairs to checkpoints.
 
-Without any argument it runs the demo (demo.py). Running the same command again resumes. Exit status: 0 done, 1 fault, 2 wrong
-options, 75 stopped by a signal and saved.
+Without any argument it runs the demo. Running the same command again resumes. Exit status: 0 done, 1 fault, 2 wrong options,
+75 stopped by a signal and saved.
 """
 
-import contextlib
-import dataclasses
-import json
-import os
-import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import FrameType
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import numpy as np
-
-from jaxdpo import losses, options, sharding
-from jaxdpo.checkpoint import Checkpoints, changed_fields
+from jaxdpo import losses, options
 from jaxdpo.config import Config, cross_check
-from jaxdpo.data.packing import Batch
-from jaxdpo.data.prepare import summary
+from jaxdpo.demo import demo
 from jaxdpo.dryrun import dry_run
-from jaxdpo.metrics import Logger
-from jaxdpo.models.decoder import Params
-from jaxdpo.models.hf_folder import copy_model_files
-from jaxdpo.session import Session, checkpoint_tree
-from jaxdpo.step import TrainState, move_reference
+from jaxdpo.runner import Fault, train
+from jaxdpo.session import Session
 
-FAULT, REQUEUE = 1, 75
-MAX_BAD_STEPS = 3
-CLOSED_FORM_TOLERANCE = 1e-3
-
-
-class Fault(Exception):
-    """The run cannot go on; the message says why and what to do."""
-
-
-class Stop:
-    """Set by SIGTERM or Ctrl-C: finish the step, save and leave. A second signal ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
-        del frame
-        signal.signal(number, signal.SIG_DFL)
-        self.requested = True
-        os.write(2, b"\nstopping after this step; signal again to stop at once\n")
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Within it SIGTERM and SIGINT ask for a stop instead of ending the process."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclasses.dataclass
-class Run:
-    """A run in progress: what the loop changes, and where it reports."""
-
-    session: Session
-    logger: Logger
-    checkpoints: Checkpoints
-    state: TrainState
-    reference: Params | None
-    step: int = 0
-    """Updates done."""
-    tokens: int = 0
-    """Tokens trained on, over all steps."""
-    pending: tuple[int, dict[str, jax.Array], int, float] | None = None
-    """The newest step's number, metrics on the device, slots and seconds spent waiting for its batch; reported one step late."""
-    reported_at: float = dataclasses.field(default_factory=time.perf_counter)
-
-    @property
-    def config(self) -> Config:
-        """The run's config."""
-        return self.session.config
-
-    def advance(self, step: int, batch: Batch, apply: jax.Array, waited: float) -> None:
-        """Dispatch one update, then report the one before it, which the devices have finished by then."""
-        self.state, metrics = self.session.train_step(self.state, self.reference, self.session.put_batch(batch), apply)
-        previous, self.pending = self.pending, (step, metrics, batch.tokens_MBT.size, waited)
-        self.step = step
-        if self.reference is not None and self.config.loss.tr_every and step % self.config.loss.tr_every == 0:
-            self.reference = move_reference(self.reference, self.state.params, self.config.loss)
-        self._report(previous)
-
-    def flush(self) -> None:
-        """Report the newest step; the log is then up to date."""
-        pending, self.pending = self.pending, None
-        self._report(pending)
-
-    def _report(self, pending: tuple[int, dict[str, jax.Array], int, float] | None) -> None:
-        if pending is None:
-            return
-        step, on_device, num_slots, waited = pending
-        metrics = {key: value.item() for key, value in jax.device_get(on_device).items()}
-        now = time.perf_counter()
-        seconds, self.reported_at = now - self.reported_at, now
-        num_pairs, num_tokens = len(self.session.loader.pairs_of(step)), self.session.loader.num_tokens(step)
-        self.tokens += num_tokens
-        bad_steps = int(metrics.pop("bad_steps"))
-        self.logger.log(
-            step,
-            {"epoch": self.session.loader.epoch(step)}
-            | metrics
-            | {
-                "tokens": self.tokens,
-                "padding_fraction": 1.0 - num_tokens / num_slots,
-                "step_seconds": seconds,
-                "pairs_per_second": num_pairs / seconds,
-                "tokens_per_second": num_tokens / seconds,
-                "wait_fraction": min(1.0, waited / seconds),
-            },
-        )
-        if metrics["nonfinite"]:
-            self._skipped(step, bad_steps)
-
-    def _skipped(self, step: int, bad_steps: int) -> None:
-        """Note which pairs a skipped update was to learn from; stop when several in a row were skipped."""
-        path = Path(self.config.run_dir).expanduser() / "nonfinite.jsonl"
-        ids = [str(self.session.data.train.ids[i]) for i in self.session.loader.pairs_of(step)]
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "ids": ids}) + "\n")
-        self.logger.warn(f"step {step}: loss or gradient is not finite; the update was skipped. The ids of its pairs are in {path}")
-        if bad_steps >= MAX_BAD_STEPS:
-            raise Fault(
-                f"{bad_steps} steps in a row had no finite loss or gradient. The weights are as they were before them. "
-                "Lower optim.learning_rate, set model.compute_dtype=float32, or look at the pairs in nonfinite.jsonl"
-            )
-
-    def evaluate(self) -> float:
-        """Measure on the validation pairs and log it; returns the validation loss."""
-        self.flush()
-        started = time.perf_counter()
-        means = self.session.evaluate(self.state.params, self.reference)
-        self.logger.evaluation(self.step, means | {"seconds": time.perf_counter() - started})
-        self.reported_at = time.perf_counter()
-        return means["loss"]
-
-    def save(self, eval_loss: float | None) -> None:
-        """Save the step in the background, after all its metrics are on disk."""
-        self.flush()
-        self.logger.flush()
-        moving = self.reference if self.config.loss.tr_every else None
-        meta = {
-            "config": options.to_dict(self.config),
-            "identity": self.session.identity,
-            "position": {"step": self.step, "epoch": self.session.loader.epoch(self.step)},
-            "counters": {"tokens": self.tokens},
-        }
-        self.checkpoints.save(self.step, checkpoint_tree(self.state, moving), meta, eval_loss)
-        self.reported_at = time.perf_counter()
-
-
-def train(config: Config) -> int:
-    """Train as the config says, from the newest checkpoint if there is one; returns the exit status.
-
-    Raises:
-        ValueError: model, data, mesh or checkpoint cannot be used.
-        Fault: training went wrong.
-    """
-    run_dir = Path(config.run_dir).expanduser()
-    keep_compiled_programs(config.train.compilation_cache)
-    session = Session.open(config)
-    with stop_on_signals() as stop, Checkpoints(run_dir, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints:
-        newest = checkpoints.latest_step()
-        if newest is not None:
-            check_same_run(session, checkpoints.read_meta(newest))
-        write_inputs(session, run_dir)
-        with Logger(run_dir, config.log, session.total_steps, newest, has_reference=config.reference != "none") as logger:
-            for line in (*checkpoints.notes, *describe(session)):
-                logger.info(line)
-            run = begin(session, logger, checkpoints)
-            finished = loop(run, stop)
-            checkpoints.wait()
-            logger.info(f"{'done' if finished else 'stopped and saved'}: step {run.step} of {session.total_steps}, checkpoints in {run_dir}")
-    return 0 if finished else REQUEUE
-
-
-def begin(session: Session, logger: Logger, checkpoints: Checkpoints) -> Run:
-    """Weights onto the devices: the starting policy and its reference, or the newest checkpoint."""
-    state, reference = session.start()
-    run = Run(session=session, logger=logger, checkpoints=checkpoints, state=state, reference=reference)
-    moves = bool(session.config.loss.tr_every)
-    restored = checkpoints.restore(session.abstract_state(with_reference=moves))
-    if restored is None:
-        check_closed_form(run)
-        return run
-    run.step, tree, meta = restored
-    run.reference = tree.pop("reference", reference)
-    run.state = TrainState(**tree)
-    run.tokens = meta["counters"]["tokens"]
-    logger.info(f"resuming after step {run.step}")
-    return run
-
-
-def loop(run: Run, stop: Stop) -> bool:
-    """Train to the last step; False when a signal asked to stop before."""
-    config, total = run.config, run.session.total_steps
-    apply = run.session.put_scalar(True, np.bool_)
-    with jax.transfer_guard("disallow"):
-        if run.step == 0 and config.eval.every:
-            run.evaluate()
-        batches = run.session.loader.stream(run.step + 1, total)
-        run.reported_at = time.perf_counter()
-        for step in range(run.step + 1, total + 1):
-            asked = time.perf_counter()
-            batch = next(batches)
-            run.advance(step, batch, apply, time.perf_counter() - asked)
-            last = step == total
-            due = _due(step, config.eval.every) or (last and bool(config.eval.every))
-            eval_loss = run.evaluate() if due and not stop.requested else None
-            if last or stop.requested or _due(step, config.checkpoint.save_every):
-                run.save(eval_loss)
-            if stop.requested and not last:
-                return False
-    return True
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def check_closed_form(run: Run) -> None:
-    """Before the first update, policy and reference agree: the loss then has a known value and rewards are 0.
-
-    Raises:
-        Fault: they differ, so the run would train on something else than it should.
-    """
-    section, session = run.config.loss, run.session
-    if run.reference is None:
-        return
-    batch = session.put_batch(session.loader.batch(1))
-    run.state, metrics = session.train_step(run.state, run.reference, batch, session.put_scalar(False, np.bool_))
-    values = {key: value.item() for key, value in jax.device_get(metrics).items()}
-    forms, weights = losses.closed_forms(section), section.weights or [1.0] * len(section.names)
-    expected = sum(weight * forms[name] for name, weight in zip(section.names, weights, strict=True)) if len(forms) == len(weights) else None
-    off = [f"{key} is {values[key]:.6g}, not 0" for key in ("rewards/chosen", "rewards/rejected") if abs(values[key]) > CLOSED_FORM_TOLERANCE]
-    if expected is not None and not section.wpo and abs(values["loss"] - expected) > CLOSED_FORM_TOLERANCE * max(1.0, abs(expected)):
-        off.insert(0, f"the loss is {values['loss']:.6g}, not {expected:.6g}")
-    if off:
-        raise Fault(
-            f"policy and reference should agree before the first step, but {', '.join(off)}. Likely causes: weights that hold NaN or "
-            "overflow in model.compute_dtype (try float32), or memory damaged on this machine. Nothing was trained"
-        )
-
-
-def check_same_run(session: Session, meta: dict[str, Any]) -> None:
-    """Refuse to resume a run with another config, model or data.
-
-    Raises:
-        ValueError: with every difference.
-    """
-    changed = changed_fields(meta["config"], options.to_dict(session.config))
-    lines = [f"{path}: {old} in the checkpoint, {new} now" for path, old, new in changed]
-    lines += [
-        f"{key}: not what the checkpoint was trained with (hash {meta['identity'][key][:12]}, now {now[:12]})"
-        for key, now in session.identity.items()
-        if meta["identity"][key] != now
-    ]
-    if lines:
-        listed = "\n".join(f"  {line}" for line in lines)
-        raise ValueError(
-            f"run_dir={session.config.run_dir}: holds checkpoints of a different run:\n{listed}\nSet these back to resume, or use another run_dir"
-        )
-
-
-def write_inputs(session: Session, run_dir: Path) -> None:
-    """config.yaml, data_report.json and model/ (config and tokenizer) of the run folder."""
-    if jax.process_index() != 0:
-        return
-    template = session.config.data.chat_template
-    (run_dir / "config.yaml").write_text(options.to_yaml(session.config), encoding="utf-8")
-    (run_dir / "data_report.json").write_text(json.dumps(session.data.report, indent=1), encoding="utf-8")
-    text = None if template is None else Path(template).expanduser().read_text(encoding="utf-8")
-    copy_model_files(session.folder, run_dir / "model", text)
-
-
-def describe(session: Session) -> list[str]:
-    """What is about to run, as lines for the console."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
-    loader, forward = session.loader, session.options.forward
-    return [
-        f"model: {session.model.family}, {session.num_params():,} parameters, {forward.compute_dtype} products, remat {forward.remat}",
-        f"devices: {session.mesh.size} {session.mesh.devices.flat[0].device_kind} ({mesh})",
-        *summary(session.data.report),
-        f"steps: {session.total_steps} of {loader.pairs_per_step} pairs, {loader.steps_per_epoch} an epoch; "
-        f"rows of {', '.join(map(str, loader.packer.row_sizes))} tokens ({session.config.data.layout} prompts)",
-    ]
-
-
-def keep_compiled_programs(folder: str | None) -> None:
-    """Keep compiled programs on disk, so that the next start finds them."""
-    if folder is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+DONE, FAULT, REQUEUE = 0, 1, 75
 
 
 def check_loss(config: Config) -> list[str]:
-    """Problems of the loss options."""
+    """Problems of the loss options, as messages."""
     return losses.check(config.loss, config.reference)
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status."""
     flags = {"--dry-run": "Show the first pairs as the model will see them, sizes, memory and time, and stop before the first step."}
-    config, given = options.load(Config, argv, command="train", checks=[cross_check, check_loss], flags=flags)
     try:
-        return dry_run(Session.open(config), describe) if "--dry-run" in given else train(config)
+        if not argv:
+            return DONE if demo() else REQUEUE
+        config, given = options.load(Config, argv, command="train", checks=[cross_check, check_loss], flags=flags)
+        if "--dry-run" in given:
+            dry_run(Session.open(config))
+            return DONE
+        return DONE if train(config) else REQUEUE
     except (ValueError, OSError, Fault) as error:
         print(f"jaxdpo.train: {error}", file=sys.stderr)
         return FAULT

@@ -21,7 +21,7 @@ FLOORS = [
     ["models"],
     ["data"],
     ["step", "checkpoint", "metrics", "sampling", "judges", "report", "evaluation", "reference"],
-    ["session", "dryrun", "train", "export", "demo", "prefer", "compare", "generate", "plan", "pipeline"],
+    ["session", "runner", "dryrun", "train", "export", "demo", "prefer", "compare", "generate", "plan", "pipeline"],
 ]
 """A module imports from lower floors and from its own (a folder is one room; no cycles). A new module needs a place here."""
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from jaxdpo.config import LogSection
-from jaxdpo.metrics import TIME_KEYS, Health, JsonLines, Logger, clean
+from jaxdpo.metrics import TIME_KEYS, Health, JsonLines, Logger, clean, show_table
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -129,7 +129,7 @@ def test_control_characters_never_reach_the_terminal(tmp_path: Path, text: str) 
     with Logger(tmp_path, LogSection(), 10, console=out) as logger:
         logger.info(text)
         logger.warn(text)
-        logger.table(text, ["", text], [[text, text]])
+        show_table(text, ["", text], [[text, text]], out)
     assert not set(shown.getvalue()) & set("\x1b\x07\x9b\u202e\r\x7f")
     assert clean(text) in shown.getvalue()
 
@@ -138,7 +138,7 @@ def test_text_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path) -> None:
     out, shown = console()
     with Logger(tmp_path, LogSection(), 10, console=out) as logger:
         logger.info("[red]model.path=[a][/red]")
-        logger.table("[b]t[/b]", ["[h]"], [["[c]"]])
+        show_table("[b]t[/b]", ["[h]"], [["[c]"]], out)
     for text in ("[red]model.path=[a][/red]", "[b]t[/b]", "[h]", "[c]"):
         assert text in shown.getvalue()
 

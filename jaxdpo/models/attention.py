@@ -21,7 +21,14 @@ MASKED = -1e30  # finite, so that a block without any allowed key gives exp(...)
 
 
 def attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, k_start_BT: jax.Array, k_end_BT: jax.Array, *, implementation: str, mesh: Mesh | None = None
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_start_BT: jax.Array,
+    k_end_BT: jax.Array,
+    *,
+    implementation: str,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over each slot's interval of keys.
 

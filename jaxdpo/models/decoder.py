@@ -75,7 +75,9 @@ class Attention(nnx.Module):
             q_BTNH = rms_norm(q_BTNH, self.q_norm, self.eps, dtype)
             k_BTKH = rms_norm(k_BTKH, self.k_norm, self.eps, dtype)
         q_BTNH, k_BTKH = rotate(q_BTNH, *rope).astype(dtype), rotate(k_BTKH, *rope).astype(dtype)
-        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH.astype(dtype), k_start_BT, k_end_BT, implementation=options.attention, mesh=options.mesh)
+        out_BTNH = attention(
+            q_BTNH, k_BTKH, v_BTKH.astype(dtype), k_start_BT, k_end_BT, implementation=options.attention, mesh=options.mesh
+        )
         return project("BTNH,NHD->BTD", out_BTNH, self.o, self.o_bias, dtype)
 
 
@@ -179,7 +181,9 @@ def abstract_params(config: ModelConfig, dtype: str) -> Params:
 
 def logical_axes(config: ModelConfig) -> Params:
     """The weights' logical axis names: nested dict of tuples, as sharding.param_shardings takes them."""
-    return nnx.to_pure_dict(jax.tree.map(lambda leaf: leaf.axes, _abstract(config, "float32")[1], is_leaf=lambda node: isinstance(node, nnx.Variable)))
+    return nnx.to_pure_dict(
+        jax.tree.map(lambda leaf: leaf.axes, _abstract(config, "float32")[1], is_leaf=lambda node: isinstance(node, nnx.Variable))
+    )
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: str) -> Params:
@@ -188,7 +192,13 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: str) -> Params:
 
 
 def forward(
-    params: Params, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, k_start_BT: jax.Array, k_end_BT: jax.Array, options: ForwardOptions
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    k_start_BT: jax.Array,
+    k_end_BT: jax.Array,
+    options: ForwardOptions,
 ) -> jax.Array:
     """Final hidden states of packed rows.
 

@@ -115,9 +115,10 @@ def fetch_model(name: str, revision: str | None) -> Path:
     Raises:
         ValueError: the hub cannot be reached and the cache does not hold it, or there is no such model.
     """
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+    twice = ["original/*", "consolidated*"]  # the same weights in another form
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=twice))
     except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these kinds
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model.path={name}: neither a folder here nor a model that the hub gives ({reason})") from None

@@ -14,9 +14,13 @@ from flax import nnx
 from jaxdpo.models.config import RopeScaling
 
 
-def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], *, std: float | None, dtype: jnp.dtype, fill: float = 0.0) -> nnx.Param:
+def param(
+    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], *, std: float | None, dtype: jnp.dtype, fill: float = 0.0
+) -> nnx.Param:
     """A weight with its logical axes; normal with deviation `std`, or constant `fill` when std is None."""
-    value = jnp.full(shape, fill, dtype) if std is None else (std * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)).astype(dtype)
+    value = (
+        jnp.full(shape, fill, dtype) if std is None else (std * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)).astype(dtype)
+    )
     return nnx.Param(value, axes=tuple(axes))
 
 
@@ -57,7 +61,7 @@ product.defvjp(_product_fwd, _product_bwd)
 def project(equation: str, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, compute_dtype: jnp.dtype) -> jax.Array:
     """A linear map in compute_dtype: float32 in, float32 out."""
     y = product(equation, compute_dtype, x, weight[...])
-    return y if bias is None else y + rounded(bias[...], compute_dtype)
+    return y if bias is None else y + widened(rounded(bias[...], compute_dtype), y.ndim)
 
 
 def rounded(weight: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
@@ -65,10 +69,15 @@ def rounded(weight: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
     return weight.astype(compute_dtype).astype(jnp.float32)
 
 
+def widened(weight: jax.Array, ndim: int) -> jax.Array:
+    """A weight with leading dimensions of size 1 up to ndim."""
+    return weight.reshape((1,) * (ndim - weight.ndim) + weight.shape)
+
+
 def rms_norm(x: jax.Array, scale: nnx.Param, eps: float, compute_dtype: jnp.dtype) -> jax.Array:
     """x / rms(x) * scale over the last dimension, in float32 (1910.07467)."""
     normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return normed * jnp.expand_dims(rounded(scale[...], compute_dtype), range(x.ndim - 1))
+    return normed * widened(rounded(scale[...], compute_dtype), x.ndim)
 
 
 def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[jax.Array, jax.Array]:
