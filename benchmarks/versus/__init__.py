@@ -1,0 +1,1 @@
+"""The parts of vs_trl.py: what both sides are given, a worker for each side, and the report."""

@@ -1,0 +1,36 @@
+"""How the driver talks to a worker: one JSON object a line. Standard library only, as both environments import it.
+
+A worker starts, trains its first step and says so. Then it is asked for one thing at a time:
+
+    {"do": "prepare", "phase": "grouped"}   get ready for the steps of a phase (ours: compile), untimed
+    {"do": "round", "steps": 2}             train the next steps of the phase -> seconds
+    {"do": "quit"}
+"""
+
+import json
+import os
+import resource
+import sys
+from typing import Any
+
+
+class Channel:
+    """A worker's end. Takes stdout for itself: whatever else the worker prints goes to stderr."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
+    def send(self, **message: Any) -> None:
+        """Answer, with the largest memory that this process has held so far, in bytes."""
+        print(json.dumps({**message, "peak_bytes": peak_bytes()}), file=self._out, flush=True)
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the next request."""
+        line = sys.stdin.readline()
+        return json.loads(line) if line else {"do": "quit"}
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far (ru_maxrss, which Linux counts in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,225 @@
+"""Measure jaxdpo and TRL side by side on CPU: speed, peak memory, start-up.
+
+    python benchmarks/vs_trl.py --trl-python <python of an environment with trl> --data <hh-rlhf .jsonl.gz>
+
+The same 56M-parameter Llama with the same random weights, the same tokenizer, the same real pairs in the same order (token
+ids compared), 8 pairs a step, the same AdamW. Every rival is a process of its own that lives through the run; the rounds go
+around all of them, one working at a time, so that whatever else the machine does hits all alike, and a ratio is taken
+within a round. Two phases: pairs in random order, and in batches of similar length. Each side's mean log-prob of
+every step is compared, so that it is certain that both did the same work.
+
+Writes benchmarks/results/vs_trl-<date>.json with every number and vs_trl-<date>.md with the tables. How each side is run
+is told in versus/ours.py and versus/theirs.py.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from versus.report import markdown, verdicts
+from versus.workers import BENCHMARKS, RIVALS, SPARING, Rival, Setup, Worker, start
+
+HH_FILE = "hh-rlhf/harmless-base-test.jsonl.gz"
+OURS = ("jaxdpo", "jax", "jaxlib", "numpy")
+THEIRS = ("trl", "torch", "transformers", "accelerate", "datasets")
+ISA = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+"""Largest relative difference of log-probs between the sides."""
+
+
+def main(argv: list[str]) -> None:
+    """Run the whole comparison and write its files."""
+    args = arguments(argv)
+    cores = sorted(os.sched_getaffinity(0))[: args.cores]
+    os.sched_setaffinity(0, cores)  # the workers inherit it
+    with tempfile.TemporaryDirectory(prefix="vs_trl-") as scratch:
+        setup = Setup(
+            folder=Path(scratch) / "inputs",
+            scratch=Path(scratch),
+            trl_python=args.trl_python,
+            cores=len(cores),
+            pairs_per_step=args.pairs_per_step,
+            max_length=args.max_length,
+        )
+        results = {"config": configuration(args), "hardware": hardware(len(cores)), "versions": versions(args.trl_python)}
+        plan = prepare(setup, args)
+        results |= {"data": plan["facts"], "tokens": {name: count(plan, name) for name in plan["phases"]}}
+        results |= measure(setup, args, plan)
+    results["same_work"] = same_work(results["phases"])
+    results["verdicts"] = verdicts(results)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"vs_trl-{results['config']['date']}{args.suffix}"
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+    print(markdown(results))
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    default = Path(os.environ["JAXDPO_DATA"]) / HH_FILE if "JAXDPO_DATA" in os.environ else None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-python", required=True, help="the python of an environment that has trl (1.16) and torch")
+    parser.add_argument("--data", default=default, required=default is None, help=f"pairs; default: $JAXDPO_DATA/{HH_FILE}")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of each phase")
+    parser.add_argument("--steps-per-round", type=int, default=2)
+    parser.add_argument("--pairs-per-step", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=BENCHMARKS / "results")
+    parser.add_argument("--suffix", default="", help="put after the date in the files' names")
+    return parser.parse_args(argv)
+
+
+def prepare(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
+    """Make model, tokenizer and pairs in a process of its own; returns the plan."""
+    tell("making the model and the pairs")
+    steps = args.rounds * args.steps_per_round
+    command = [sys.executable, "-m", "versus.prepare", f"--data={args.data}", f"--out={setup.folder}"]
+    command += [f"--random-steps={steps + 1}", f"--grouped-steps={steps}"]
+    command += [f"--pairs-per-step={args.pairs_per_step}", f"--max-length={args.max_length}"]
+    subprocess.run(command, cwd=BENCHMARKS, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    return json.loads((setup.folder / "plan.json").read_text(encoding="utf-8"))
+
+
+def count(plan: dict[str, Any], phase: str) -> list[dict[str, int]]:
+    """Tokens of each step: real ones (a prompt once), and what a padded batch of chosen and rejected rows holds."""
+    counts = []
+    for step in plan["phases"][phase]:
+        lengths = [[len(ids) for ids in plan["ids"][str(row)]] for row in step]
+        longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
+        counts.append({"real": sum(map(sum, lengths)), "padded": 2 * len(step) * longest})
+    return counts
+
+
+def measure(setup: Setup, args: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
+    """Start all rivals, go around them, and look at what TRL needs when it recomputes activations."""
+    starts: dict[str, dict[str, Any]] = {}
+    workers: dict[str, Worker] = {}
+    for rival in RIVALS:
+        if rival.ours:
+            cold = launch(setup, rival, f"{rival.name}, nothing compiled", starts)
+            starts[f"{rival.name}, nothing compiled"]["all_programs"] = cold.ask(do="prepare", phase="random")
+            cold.quit()
+        workers[rival.name] = launch(setup, rival, rival.name, starts)
+    phases = {phase: rounds(workers, phase, args) for phase in plan["phases"]}
+    for worker in workers.values():
+        worker.quit()
+    padded = count(plan, "random")
+    heaviest = plan["phases"]["random"][max(range(len(padded)), key=lambda i: padded[i]["padded"])]
+    sparing = {rival.name: recomputing(setup, rival, [plan["phases"]["random"][0], heaviest], starts) for rival in SPARING}
+    return {"starts": starts, "phases": phases, "sparing": sparing}
+
+
+def launch(setup: Setup, rival: Rival, label: str, starts: dict[str, dict[str, Any]], steps: list[list[int]] | None = None) -> Worker:
+    """Start a worker and note how long that took."""
+    worker = start(setup, rival, cache=rival.dtype, steps=steps)
+    starts[label] = {"seconds": worker.start_seconds, **worker.first_step}
+    tell(f"{label}: {worker.start_seconds:.1f} s to the end of the first step")
+    return worker
+
+
+def rounds(workers: dict[str, Worker], phase: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All rounds of a phase: seconds and log-probs by rival, one entry a round, and each rival's peak memory after them."""
+    prepared = {name: worker.ask(do="prepare", phase=phase) for name, worker in workers.items()}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for number in range(1, args.rounds + 1):
+        for name, worker in workers.items():
+            time.sleep(0.5)  # the threads of the one before go to sleep
+            found[name].append(worker.ask(do="round", steps=args.steps_per_round))
+        pairs = args.pairs_per_step * args.steps_per_round
+        tell(
+            f"{phase} {number}/{args.rounds}, pairs/s: " + ", ".join(f"{name} {pairs / found[name][-1]['seconds']:.2f}" for name in workers)
+        )
+    return {
+        "prepared": {name: answer for name, answer in prepared.items() if "programs" in answer},
+        "seconds": {name: [answer["seconds"] for answer in answers] for name, answers in found.items()},
+        "logps": {name: [logp for answer in answers for logp in answer["logps"]] for name, answers in found.items()},
+        "peak_bytes": {name: answers[-1]["peak_bytes"] for name, answers in found.items()},
+        "compiled_in_rounds": {name: sum(answer.get("large_programs", 0) for answer in answers) for name, answers in found.items()},
+    }
+
+
+def recomputing(setup: Setup, rival: Rival, steps: list[list[int]], starts: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Seconds and peak memory of the step with the most padded tokens, in a process that trains on little else."""
+    worker = launch(setup, rival, rival.name, starts, steps)
+    answer = worker.ask(do="round", steps=1)
+    worker.quit()
+    return {"seconds": answer["seconds"], "peak_bytes": answer["peak_bytes"]}
+
+
+def same_work(phases: dict[str, Any]) -> dict[str, float]:
+    """Largest relative difference of a step's mean chosen log-prob from that of ours in float32, by rival.
+
+    Raises:
+        ValueError: it is so large that the sides cannot have trained on the same pairs.
+    """
+    worst = {}
+    for rival in RIVALS:
+        pairs = [pair for found in phases.values() for pair in zip(found["logps"][rival.name], found["logps"][RIVALS[0].name], strict=True)]
+        worst[rival.name] = max(abs(a / b - 1) for a, b in pairs)
+        if worst[rival.name] > TOLERANCE[rival.dtype]:
+            raise ValueError(f"{rival.name}: log-probs differ from ours by {worst[rival.name]:.2g}; the sides did not do the same work")
+    return worst
+
+
+def configuration(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, without places on this machine."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": "python benchmarks/vs_trl.py --trl-python <python> "
+        f"--rounds {args.rounds} --steps-per-round {args.steps_per_round} --cores {args.cores}",
+        "commit": git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "jaxdpo") else ""),
+        "rounds": args.rounds,
+        "steps_per_round": args.steps_per_round,
+        "pairs_per_step": args.pairs_per_step,
+        "max_length": args.max_length,
+        "data": Path(args.data).name,
+    }
+
+
+def git(*command: str) -> str:
+    """What git says; empty without git."""
+    return subprocess.run(["git", *command], cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def hardware(cores: int) -> dict[str, Any]:
+    """CPU, cores used, memory."""
+    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    cpu = {key.strip(): value.strip() for key, value in lines}
+    flags = cpu.get("flags", cpu.get("Features", "")).split()
+    return {
+        "cpu": cpu.get("model name", platform.machine()),
+        "family_model": f"{cpu.get('cpu family', '?')}/{cpu.get('model', '?')}",
+        "isa": [flag for flag in ISA if flag in flags],
+        "cores_used": cores,
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_before": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions(trl_python: str) -> dict[str, str]:
+    """Versions of what is compared. Imports TRL once, so that its files are in the page cache for every start timed."""
+    code = "import sys, json, trl; from trl import DPOTrainer; from importlib.metadata import version; "
+    code += f"print(json.dumps({{'python (TRL)': sys.version.split()[0]}} | {{name: version(name) for name in {THEIRS}}}))"
+    theirs = subprocess.run([trl_python, "-c", code], capture_output=True, text=True, check=True)
+    return {"python": platform.python_version(), **{name: version(name) for name in OURS}, **json.loads(theirs.stdout.splitlines()[-1])}
+
+
+def tell(text: str) -> None:
+    """Progress, on stderr."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
