@@ -9,7 +9,7 @@ from typing import Literal, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict
 
-STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+STRICT_KEYS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 T = TypeVar("T")
 

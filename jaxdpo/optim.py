@@ -68,4 +68,4 @@ def _decays(path: tuple) -> bool:
 
 def global_norm(grads: Tree) -> jax.Array:
     """Square root of the sum of all squares; float32 scalar."""
-    return optax.global_norm(grads)
+    return jnp.sqrt(jax.tree.reduce(jnp.add, jax.tree.map(lambda g: jnp.sum(jnp.square(g)), grads)))

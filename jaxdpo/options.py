@@ -9,11 +9,12 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import pydantic
 import yaml
@@ -67,10 +68,8 @@ def load(
         problems += failure.problems
     if problems:
         lines = "\n".join(textwrap.indent(problem, "  ") for problem in problems)
-        print(
-            f"jaxdpo.{command}: {len(problems)} wrong option{'s' * (len(problems) > 1)}:\n{lines}\n`python -m jaxdpo.{command} --help` lists all.",
-            file=sys.stderr,
-        )
+        count = f"{len(problems)} wrong option{'s' * (len(problems) > 1)}"
+        print(f"jaxdpo.{command}: {count}:\n{lines}\n`python -m jaxdpo.{command} --help` lists all.", file=sys.stderr)
         raise SystemExit(USAGE)
     if "--print-config" in given:
         print(to_yaml(config), end="")
@@ -84,6 +83,7 @@ def _read_arguments(schema: type, argv: Sequence[str], known: dict[str, str]) ->
     overrides: dict[str, Any] = {}
     given: set[str] = set()
     problems: list[str] = []
+    hints = {name: hint for name, hint, *_ in fields(schema)}
     words = iter(argv)
     for word in words:
         if word == "--config" or word.startswith("--config="):
@@ -99,7 +99,7 @@ def _read_arguments(schema: type, argv: Sequence[str], known: dict[str, str]) ->
             key, _, text = word.partition("=")
             if key in overrides:
                 problems.append(f"{word}: {key} is set twice. Keep one")
-            overrides[key] = _read_value(text, problems, word)
+            overrides[key] = _read_value(text, hints.get(key), problems, word)
         else:
             near = difflib.get_close_matches(word, [*known, "--config"], 1)
             problems.append(
@@ -120,9 +120,16 @@ def _read_file(path: str) -> tuple[dict, list[str]]:
     return values or {}, []
 
 
-def _read_value(text: str, problems: list[str], word: str) -> Any:
+def _read_value(text: str, hint: Any, problems: list[str], word: str) -> Any:
+    """What an argument's text means: itself where the option is text, so that 007 or 12:30 stay what they are; else YAML."""
+    kinds = set(get_args(hint)) if get_origin(hint) is not list and get_args(hint) else {hint}
+    is_text = kinds <= {str, list[str], type(None)}
+    if is_text and text == "null" and type(None) in kinds:
+        return None
+    if is_text and not text.startswith(("[", "'", '"')):
+        return text
     try:
-        return yaml.load(text, _UniqueKeyLoader) if text else ""
+        return yaml.load(text, yaml.BaseLoader if is_text else _UniqueKeyLoader) if text else ""
     except (yaml.YAMLError, ValueError):
         if text[0] in "[{":
             problems.append(f"{word}: not a YAML list. Write [a,b]")
@@ -180,10 +187,15 @@ def _explain(schema: type, place: tuple[str, ...], errors: list) -> list[str]:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]).split("\n")
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(key, [name for name, *_ in fields(schema)], 1, cutoff=0.5)
-        return [f"{key}: there is no such option." + (f" Did you mean {near[0]}?" if near else "")]
+        inner = error["input"] if isinstance(error["input"], dict) else {}
+        return [_unknown(schema, name) for name in ([f"{key}.{name}" for name in inner] or [key])]
     reasons = " or ".join(dict.fromkeys(error["msg"][0].lower() + error["msg"][1:] for error in errors))
     return [f"{key}={_show(error['input'])}: {reasons}"]
+
+
+def _unknown(schema: type, key: str) -> str:
+    near = difflib.get_close_matches(key, [name for name, *_ in fields(schema)], 1, cutoff=0.5)
+    return f"{key}: there is no such option." + (f" Did you mean {near[0]}?" if near else "")
 
 
 def _show(value: Any) -> str:
@@ -217,7 +229,7 @@ def field_docs(schema: type) -> dict[str, str]:
     """The strings below a dataclass's fields, by field name."""
     (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(schema))).body if isinstance(node, ast.ClassDef))
     docs = {}
-    for field, below in zip(body, body[1:], strict=False):
+    for field, below in itertools.pairwise(body):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(field.target, ast.Name)

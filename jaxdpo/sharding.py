@@ -78,6 +78,7 @@ def _sharding(mesh: Mesh, name: str, axes: tuple[str, ...], shape: tuple[int, ..
     used = [axis for axis in spec if axis]
     if len(axes) != len(shape) or len(set(used)) != len(used):
         problems.append(f"weight {name} {shape}: its axes {axes} do not fit the mesh rules {spec}")
+        return replicated(mesh)  # a stand-in: the problem is raised before anyone uses it
     for axis, size, mesh_axis in zip(axes, shape, spec, strict=False):
         if mesh_axis and size % mesh.shape[mesh_axis]:
             problems.append(

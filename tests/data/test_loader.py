@@ -1,0 +1,108 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxdpo.config import DataSection
+from jaxdpo.data.loader import Loader
+from jaxdpo.data.packing import balance
+from jaxdpo.data.table import PairTable
+from tests.tiny import pair, pairs
+
+
+def loader(count: int = 10, *, pairs_per_step: int = 4, num_rows: int = 1, seed: int = 0, **options: object) -> Loader:
+    section = DataSection(**{"max_length": 100, "max_row_tokens": 256, **options})  # type: ignore[arg-type]
+    table = PairTable.from_pairs(pairs(count))
+    return Loader.create(table, section, pairs_per_step=pairs_per_step, num_rows=num_rows, seed=seed)
+
+
+def seen(some: Loader, steps: range) -> list[int]:
+    return [int(i) for step in steps for i in some.pairs_of(step)]
+
+
+def test_an_epoch_visits_every_pair_once_and_its_last_step_holds_the_rest() -> None:
+    some = loader()
+    assert some.steps_per_epoch == 3
+    assert [len(some.pairs_of(step)) for step in range(1, 7)] == [4, 4, 2, 4, 4, 2]
+    first, second = seen(some, range(1, 4)), seen(some, range(4, 7))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second != list(range(10)) != first
+
+
+def test_the_order_follows_from_the_seed_alone() -> None:
+    assert seen(loader(), range(1, 9)) == seen(loader(num_rows=2, layout="separate"), range(1, 9))
+    assert seen(loader(), range(1, 4)) != seen(loader(seed=1), range(1, 4))
+    assert seen(loader(shuffle=False), range(1, 7)) == [*range(10), *range(10)]
+
+
+def test_steps_per_epoch_at_the_edges() -> None:
+    assert [loader(count).steps_per_epoch for count in (1, 4, 5)] == [1, 1, 2]
+
+
+def test_epoch_counts_pairs() -> None:
+    assert [loader().epoch(step) for step in (0, 1, 2, 3, 4)] == [0, 0.4, 0.8, 1, 1.4]
+
+
+def test_a_stream_from_any_step_gives_that_steps_batches() -> None:
+    some = loader()
+    for first in (1, 3, 5):
+        got = list(some.stream(first, 7))
+        assert len(got) == 8 - first
+        for step, batch in zip(range(first, 8), got, strict=True):
+            for ours, theirs in zip(batch, some.batch(step), strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+                assert ours.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_a_batch_holds_exactly_the_pairs_of_its_step(layout: str, num_rows: int) -> None:
+    some = loader(layout=layout, num_rows=num_rows)
+    for step in range(1, 5):
+        batch, chosen = some.batch(step), some.pairs_of(step)
+        index = batch.index_MBP[batch.index_MBP >= 0]
+        assert sorted(index) == list(range(len(chosen)))
+        lengths = batch.lengths_MBP2[batch.index_MBP >= 0][np.argsort(index)]
+        assert lengths.tolist() == some.table.lengths[chosen, 1:].tolist()
+        assert batch.index_MBP.shape[2] == 4  # places do not follow the step's pairs: one program for the short last step too
+        assert some.num_tokens(step) == np.sum(batch.tokens_MBT != 0)  # the ids of these pairs are never 0
+        assert batch.tokens_MBT.shape[2] in some.packer.row_sizes
+
+
+def test_row_lengths_suit_the_pairs() -> None:
+    some = loader(40, pairs_per_step=1, row_sizes=3)
+    sizes = some.packer.row_sizes
+    assert sizes == (64, 128, 256)  # no pair of these has more than 117 tokens
+    assert loader(40, row_sizes=1).packer.row_sizes == (256,)
+    taken = [some.batch(step).tokens_MBT.shape[2] for step in range(1, 41)]
+    assert set(taken) == set(sizes[:-1])  # the longest is only there for pairs yet to come
+
+
+def test_every_step_fits_the_row_lengths_although_only_some_were_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxdpo.data.loader.SAMPLED_STEPS", 2)
+    some = loader(30, pairs_per_step=3, row_sizes=2)
+    for step in range(1, 21):
+        loads = balance(some._sizes[some.pairs_of(step)].tolist(), 1, 256)
+        assert some.batch(step).tokens_MBT.shape[0] == len(loads)
+
+
+def test_pairs_too_long_for_a_row_are_refused_at_once() -> None:
+    table = PairTable.from_pairs([pair(60, 60, 60), pair(100, 100, 100)])
+    section = DataSection(max_length=100, max_row_tokens=256)
+    with pytest.raises(ValueError, match=r"data.max_row_tokens=256: a pair needs 300 slots"):
+        Loader.create(table, section, pairs_per_step=1, num_rows=1, seed=0)
+
+
+def test_weights_and_ids_reach_the_batch() -> None:
+    weighted = [dataclasses.replace(one, weight=weight) for one, weight in zip(pairs(3), (0.5, 2.0, 1.0), strict=True)]
+    section = DataSection(max_length=100, max_row_tokens=256, shuffle=False)
+    some = Loader.create(PairTable.from_pairs(weighted), section, pairs_per_step=3, num_rows=1, seed=0)
+    batch = some.batch(1)
+    by_place = dict(zip(batch.index_MBP.ravel().tolist(), batch.weights_MBP.ravel().tolist(), strict=True))
+    assert [by_place[i] for i in range(3)] == [0.5, 2.0, 1.0]
+
+
+def test_a_thousand_epochs_use_a_thousand_orders() -> None:
+    some = loader(5, pairs_per_step=5)
+    orders = {tuple(some.pairs_of(step).tolist()) for step in range(1, 1001)}
+    assert orders == set(itertools.permutations(range(5)))

@@ -1,0 +1,151 @@
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxdpo.data.packing import SLOT_MULTIPLE, Batch, Packer, balance, choose_row_sizes, pair_slots
+from jaxdpo.data.table import EncodedPair
+from tests.tiny import pair, pairs
+
+LAYOUTS = ("shared", "separate")
+LENGTHS = st.tuples(*[st.integers(1, 30)] * 3)
+
+
+def rows_of(batch: Batch) -> Iterator[Batch]:
+    """The rows of all microbatches, as Batches without M and B."""
+    for m, b in np.ndindex(*batch.tokens_MBT.shape[:2]):
+        yield Batch(*(array[m, b] for array in batch))
+
+
+def seen(row: Batch, slot: int) -> tuple[list[int], list[int]]:
+    """Positions and ids of what a slot attends to, in order of position."""
+    visible = slice(row.k_start_MBT[slot], row.k_end_MBT[slot])
+    order = np.argsort(row.positions_MBT[visible], kind="stable")
+    return row.positions_MBT[visible][order].tolist(), row.tokens_MBT[visible][order].tolist()
+
+
+def answers(pair: EncodedPair) -> tuple[np.ndarray, np.ndarray]:
+    return pair.chosen_ids, pair.rejected_ids
+
+
+def check_row(row: Batch, some: list[EncodedPair], layout: str) -> list[int]:
+    """Every fact about a row that the model relies on; returns the places within the step of its pairs."""
+    scored = 0
+    for place, index in enumerate(row.index_MBP):
+        if index < 0:
+            assert row.weights_MBP[place] == 0 and not row.lengths_MBP2[place].any()
+            continue
+        mine = some[index]
+        assert row.weights_MBP[place] == np.float32(mine.weight)
+        assert row.lengths_MBP2[place].tolist() == [len(answer) for answer in answers(mine)]
+        shorter = row.lengths_MBP2[place].min()
+        for side, answer in enumerate(answers(mine)):
+            places = np.flatnonzero(row.sides_MBS == 2 * place + side)
+            assert row.targets_MBS[places].tolist() == answer.tolist()
+            assert row.common_MBS[places].tolist() == [int(i < shorter) for i in range(len(answer))]
+            whole = [*mine.prompt_ids.tolist(), *answer.tolist()]
+            for i, slot in enumerate(row.slots_MBS[places]):
+                before = len(mine.prompt_ids) + i
+                assert row.positions_MBT[slot] == before - 1
+                assert seen(row, slot) == (list(range(before)), whole[:before])
+            scored += len(answer)
+    assert (row.sides_MBS[:scored] >= 0).all() and (row.sides_MBS[scored:] == -1).all()
+    real = [int(i) for i in row.index_MBP if i >= 0]
+    check_slots(row, sum(pair_slots(some[i], layout) for i in real))
+    return real
+
+
+def check_slots(row: Batch, filled: int) -> None:
+    """Every slot sees itself; a filled one sees exactly the positions up to its own, an empty one nothing else."""
+    for slot in range(len(row.tokens_MBT)):
+        assert row.k_start_MBT[slot] <= slot < row.k_end_MBT[slot]
+        if slot < filled:
+            assert seen(row, slot)[0] == list(range(row.positions_MBT[slot] + 1))
+        else:
+            assert (row.k_start_MBT[slot], row.k_end_MBT[slot]) == (slot, slot + 1) and row.tokens_MBT[slot] == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(lengths=st.lists(LENGTHS, min_size=1, max_size=7), num_rows=st.integers(1, 3), spare=st.integers(0, 2), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_every_scored_token_is_predicted_from_exactly_what_comes_before_it(
+    layout: str, lengths: list[tuple[int, int, int]], num_rows: int, spare: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    some = [pair(*sizes, rng=rng, weight=float(rng.random() + 0.5)) for sizes in lengths]
+    packer = Packer(layout=layout, num_rows=num_rows, row_sizes=(64, 120), num_places=len(some) + spare)
+    batch = packer(some)
+    assert batch.tokens_MBT.shape[1] == num_rows and batch.tokens_MBT.shape[2] in (64, 120)
+    assert all(array.dtype == (np.float32 if array is batch.weights_MBP else np.int32) for array in batch)
+    found = [index for row in rows_of(batch) for index in check_row(row, some, layout)]
+    assert sorted(found) == list(range(len(some)))
+
+
+def test_the_shared_row_written_out() -> None:
+    ids = [np.array(part, np.int32) for part in ([11, 12, 13], [21, 22], [31, 32, 33])]
+    (row,) = rows_of(Packer(layout="shared", num_rows=1, row_sizes=(10,), num_places=1)([EncodedPair(*ids)]))
+    assert row.tokens_MBT.tolist() == [22, 21, 11, 12, 13, 31, 32, 33, 0, 0]
+    assert row.positions_MBT.tolist() == [4, 3, 0, 1, 2, 3, 4, 5, 0, 0]
+    assert row.k_start_MBT.tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 8, 9]
+    assert row.k_end_MBT.tolist() == [5, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert row.slots_MBS[:5].tolist() == [4, 1, 4, 5, 6]
+    assert row.sides_MBS.tolist() == [0, 0, 1, 1, 1, *[-1] * 5]
+    assert row.common_MBS[:5].tolist() == [1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(("layout", "slots"), [("shared", 5 + 7 + 9), ("separate", 2 * 5 + 7 + 9)])
+def test_a_pair_that_fits_no_row_is_an_error(layout: str, slots: int) -> None:
+    exact = Packer(layout=layout, num_rows=1, row_sizes=(slots,), num_places=1)
+    assert exact([pair(5, 7, 9)]).tokens_MBT.shape == (1, 1, slots)
+    short = Packer(layout=layout, num_rows=1, row_sizes=(slots - 1,), num_places=1)
+    with pytest.raises(ValueError, match=rf"data.max_row_tokens={slots - 1}: a pair needs {slots} slots"):
+        short([pair(5, 7, 9)])
+
+
+def test_the_row_length_is_the_shortest_that_holds_the_fullest_row() -> None:
+    packer = Packer(layout="shared", num_rows=1, row_sizes=(64, 128, 256), num_places=8)
+    assert [packer([pair(10, size, 10)]).tokens_MBT.shape for size in (44, 45, 109)] == [(1, 1, 64), (1, 1, 128), (1, 1, 256)]
+
+
+def test_more_tokens_than_a_pass_holds_take_more_microbatches() -> None:
+    some = pairs(9, low=18, high=21)
+    shapes = [Packer(layout="shared", num_rows=n, row_sizes=(128,), num_places=9)(some).tokens_MBT.shape for n in (1, 2, 4)]
+    assert shapes == [(5, 1, 128), (3, 2, 128), (2, 4, 128)]
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), num_rows=st.integers(1, 5), max_slots=st.integers(50, 120))
+def test_balance_keeps_every_item_and_every_limit(sizes: list[int], num_rows: int, max_slots: int) -> None:
+    rows = balance(sizes, num_rows, max_slots)
+    loads = [sum(sizes[i] for i in row) for row in rows]
+    assert sorted(itertools.chain(*rows)) == list(range(len(sizes)))
+    assert len(rows) % num_rows == 0 and max(loads) <= max_slots
+    assert max(loads) - min(loads) <= max(sizes)  # longest first: no row is ahead by more than one item
+    assert rows == balance(sizes, num_rows, max_slots)
+    fewer = len(rows) - num_rows
+    if fewer:  # one microbatch less would not have held them, laid out in this way or in any
+        assert sum(sizes) > fewer * max_slots or fewer * max_slots - sum(sizes) < fewer * max(sizes)
+
+
+def test_balance_of_items_that_divide_evenly() -> None:
+    rows = balance([5, 4, 3, 3, 2, 1], 2, 100)
+    assert [sum((5, 4, 3, 3, 2, 1)[i] for i in row) for row in rows] == [9, 9]
+    with pytest.raises(ValueError, match="a pair needs 5 slots"):
+        balance([1, 5], 1, 4)
+
+
+def slots_taken(loads: list[int], sizes: tuple[int, ...]) -> int:
+    return sum(min(size for size in sizes if size >= load) for load in loads)
+
+
+@given(loads=st.lists(st.integers(1, 500), min_size=1, max_size=12), count=st.integers(1, 4), longest=st.sampled_from([500, 512, 700]))
+@settings(deadline=None)
+def test_no_other_row_lengths_waste_less(loads: list[int], count: int, longest: int) -> None:
+    sizes = choose_row_sizes(loads, count, longest)
+    assert sizes[-1] == longest and len(sizes) <= count and list(sizes) == sorted(set(sizes))
+    below = range(SLOT_MULTIPLE, longest, SLOT_MULTIPLE)
+    assert set(sizes[:-1]) <= set(below)
+    others = (combination for n in range(count) for combination in itertools.combinations(below, n))
+    assert slots_taken(loads, sizes) == min(slots_taken(loads, (*other, longest)) for other in others)

@@ -1,0 +1,215 @@
+"""Tiny things that the tests share: a model, pairs, meshes and steps; a Hugging Face folder, rows and a run's config."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdpo import options, sharding, step
+from jaxdpo.config import Config, LossSection, MeshSection, OptimSection
+from jaxdpo.data.packing import Batch, Packer
+from jaxdpo.data.table import EncodedPair
+from jaxdpo.models.config import ModelConfig, from_hf
+from jaxdpo.models.decoder import ForwardOptions, Params, init_params
+from jaxdpo.models.weights import save_params
+from jaxdpo.session import state_shardings
+
+HF: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,
+    "eos_token_id": 0,
+}
+"""config.json of the tiny model; weights are large enough that its distributions are far from uniform."""
+
+
+@functools.cache
+def model(**changes: Any) -> ModelConfig:
+    """The tiny model's config, with changes to HF."""
+    return from_hf(HF | changes)
+
+
+@functools.cache
+def params(seed: int = 0, config: ModelConfig | None = None, dtype: str = "float32") -> Params:
+    """Random weights as numpy arrays: safe from donation."""
+    weights = jax.jit(init_params, static_argnums=(0, 2))(config or model(), jax.random.key(seed), dtype)
+    return jax.tree.map(np.asarray, weights)
+
+
+def pair(
+    prompt: int, chosen: int, rejected: int, *, rng: np.random.Generator | None = None, vocab: int = 64, **options: Any
+) -> EncodedPair:
+    """A pair of these lengths with random ids."""
+    rng = np.random.default_rng(0) if rng is None else rng
+    parts = [rng.integers(1, vocab, size).astype(np.int32) for size in (prompt, chosen, rejected)]
+    return EncodedPair(*parts, **more)
+
+
+def pairs(count: int, *, seed: int = 0, low: int = 3, high: int = 40, vocab: int = 64) -> list[EncodedPair]:
+    """Random pairs whose prompts and answers have low to high - 1 tokens."""
+    rng = np.random.default_rng(seed)
+    return [pair(*rng.integers(low, high, 3).tolist(), rng=rng, vocab=vocab, id=str(i)) for i in range(count)]
+
+
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """A mesh over the first devices."""
+    return sharding.make_mesh(MeshSection(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+
+
+def pack(some: Sequence[EncodedPair], *, layout: str = "shared", num_rows: int = 1, size: int = 1024, places: int = 0) -> Batch:
+    """The pairs in rows of one length."""
+    return Packer(layout=layout, num_rows=num_rows, row_sizes=(size,), num_places=places or len(some))(some)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a few steps are computed; each field is something that must not change the result, but for loss and optim."""
+
+    loss: LossSection = dataclasses.field(default_factory=LossSection)
+    optim: OptimSection = dataclasses.field(default_factory=lambda: OptimSection(learning_rate=1e-3))
+    config: ModelConfig = dataclasses.field(default_factory=model)
+    layout: str = "shared"
+    size: int = 1024
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    attention: str = "blocks"
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    chunk: int | None = None
+    total_steps: int = 10
+
+    def options(self) -> step.StepOptions:
+        """The step's options."""
+        forward = ForwardOptions(compute_dtype=self.compute_dtype, attention=self.attention, remat=self.remat, mesh=mesh(*self.mesh))
+        return step.StepOptions(
+            model=self.config, loss=self.loss, optim=self.optim, forward=forward, total_steps=self.total_steps, chunk=self.chunk
+        )
+
+
+@dataclasses.dataclass
+class Trained:
+    """What a few steps gave: numbers on the host."""
+
+    metrics: list[dict[str, float]]
+    params: Params
+    evaluation: dict[str, float]
+
+
+class Stepper:
+    """A state on its devices, and the compiled steps."""
+
+    def __init__(self, setup: Setup, policy: Params | None = None, reference: Params | None = None):
+        """Put policy and reference (default: random, and not equal) on the setup's mesh."""
+        self.setup, self.mesh = setup, mesh(*setup.mesh)
+        shardings = state_shardings(setup.config, self.mesh)
+        policy = params(0, setup.config) if policy is None else policy
+        reference = params(1, setup.config) if reference is None else reference
+        state = jax.tree.map(np.asarray, step.init_state(policy, setup.optim))
+        self.state = sharding.put(state, shardings)
+        self.reference = sharding.put(reference, shardings.params) if step.needs_reference(setup.loss) else None
+        self.train_step, self.eval_step = step.compile_steps(setup.options(), self.mesh, shardings)
+
+    def put(self, batch: Batch) -> Batch:
+        """The batch on the devices."""
+        return sharding.put(batch, jax.tree.map(lambda _: sharding.rows(self.mesh, 1), batch))
+
+    def pack(self, some: Sequence[EncodedPair]) -> Batch:
+        """The pairs packed as the setup says, on the devices."""
+        return self.put(pack(some, layout=self.setup.layout, num_rows=sharding.num_row_shards(self.mesh), size=self.setup.size))
+
+    def train(self, batch: Batch, apply: bool = True) -> dict[str, float]:
+        """One step; its metrics."""
+        self.state, metrics = self.train_step(self.state, self.reference, batch, np.asarray(apply))
+        return host(metrics)
+
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        """The evaluation's means."""
+        return host(step.averages(self.eval_step(self.state.params, self.reference, batch)))
+
+
+def host(metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """Scalars as Python numbers."""
+    return {key: value.item() for key, value in jax.device_get(metrics).items()}
+
+
+def trained(setup: Setup, some: Sequence[EncodedPair], steps: int = 2) -> Trained:
+    """Some steps on the same pairs from the same weights."""
+    run = Stepper(setup)
+    batch = run.pack(some)
+    evaluation = run.evaluate(batch)
+    metrics = [run.train(batch) for _ in range(steps)]
+    return Trained(metrics, jax.tree.map(np.asarray, run.state.params), evaluation)
+
+
+def write_model(folder: Path, seed: int | None = 0, **changes: Any) -> ModelConfig:
+    """A Hugging Face folder whose tokens are the words w1 to w63; weights too unless seed is None."""
+    config = model(**changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {"<|end|>": 0} | {f"w{i}": i for i in range(1, config.vocab_size)}
+    end = {"id": 0, "content": "<|end|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [end],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<|end|>"},
+    }
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    for name, content in {"config": HF | changes, "tokenizer": tokenizer, "tokenizer_config": special}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    if seed is not None:
+        save_params(folder, config, params(seed, config), "float32")
+    return config
+
+
+def rows(count: int, seed: int = 0, low: int = 2, high: int = 9) -> list[dict[str, Any]]:
+    """Preference rows of words."""
+    rng = np.random.default_rng(seed)
+
+    def text() -> str:
+        return " ".join(f"w{i}" for i in rng.integers(1, 64, rng.integers(low, high)))
+
+    return [{"prompt": text(), "chosen": " " + text(), "rejected": " " + text()} for _ in range(count)]
+
+
+def write_rows(path: Path, some: Sequence[dict[str, Any]]) -> str:
+    """A JSON lines file of the rows; its path as text."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    return str(path)
+
+
+def config(folder: Path, **changes: Any) -> Config:
+    """A short run in `folder` on its model/ and rows.jsonl, one device; changes are written section__field=value."""
+    values: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "model": {"path": str(folder / "model")},
+        "data": {"train": [str(folder / "rows.jsonl")], "max_length": 32, "max_row_tokens": 64, "row_sizes": 1, "eval_fraction": 0.2},
+        "optim": {"learning_rate": 1e-3},
+        "train": {"pairs_per_step": 2, "steps": 4, "compilation_cache": None},
+        "eval": {"every": 0},
+        "mesh": {"fsdp": 1},
+        "log": {"tensorboard": False},
+    }
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        if field:
+            values.setdefault(section, {})[field] = value
+        else:
+            values[section] = value
+    made, problems = options.validate(Config, values)
+    assert not problems, problems
+    return made
