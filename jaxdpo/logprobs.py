@@ -12,13 +12,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-CHUNK_LOGITS = 1 << 25  # logits held at once for one row, as a number of float32
+from jaxdpo.products import sum_of_outer_products
+
+CHUNK_LOGITS_CPU, CHUNK_LOGITS = 1 << 23, 1 << 27
+"""Logits held at once for one row, as a number of float32: what stays near a CPU's caches, and what keeps an accelerator busy."""
 
 
-def chunk_size(vocab_size: int, num_tokens: int) -> int:
-    """Tokens of a chunk: a power of two from 64 to 1024, whose logits stay near CHUNK_LOGITS; at most num_tokens."""
+def chunk_size(vocab_size: int, num_tokens: int, on_cpu: bool) -> int:
+    """Tokens of a chunk: a power of two from 64 to 1024, whose logits stay near the platform's limit; at most num_tokens."""
     size = 64
-    while size < 1024 and 2 * size * vocab_size <= CHUNK_LOGITS:
+    while size < 1024 and 2 * size * vocab_size <= (CHUNK_LOGITS_CPU if on_cpu else CHUNK_LOGITS):
         size *= 2
     return min(size, num_tokens)
 
@@ -73,19 +76,21 @@ def _token_logps_bwd(chunk: int, compute_dtype: jnp.dtype, saved: tuple, d_logps
     head = head_VD.astype(compute_dtype)
 
     def step(i: jax.Array, carry: tuple) -> tuple:
-        d_hidden_BSD, d_head_VD = carry
+        d_hidden_BSD, d_head_DV = carry
         start = i * chunk
         logits_BCV = _logits(hidden_BSD, head, start, chunk)
         hit_BCV = _hits(_cut(targets_BS, start, chunk), logits_BCV)
         probs_BCV = jnp.exp(logits_BCV - _cut(lse_BS, start, chunk)[..., None])
         d_logits_BCV = ((hit_BCV.astype(jnp.float32) - probs_BCV) * _cut(d_logps_BS, start, chunk)[..., None]).astype(compute_dtype)
         d_hidden = jnp.einsum("BCV,VD->BCD", d_logits_BCV, head, preferred_element_type=jnp.float32)
-        d_head_VD += jnp.einsum("BCV,BCD->VD", d_logits_BCV, _cut(hidden_BSD, start, chunk), preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice_in_dim(d_hidden_BSD, d_hidden, start, axis=1), d_head_VD
+        hidden_BCD = _cut(hidden_BSD, start, chunk)
+        V, D = head.shape
+        d_head_DV += sum_of_outer_products(hidden_BCD.reshape(-1, D), d_logits_BCV.reshape(-1, V))
+        return jax.lax.dynamic_update_slice_in_dim(d_hidden_BSD, d_hidden, start, axis=1), d_head_DV
 
-    zeros = jnp.zeros(hidden_BSD.shape, jnp.float32), jnp.zeros(head_VD.shape, jnp.float32)
-    d_hidden_BSD, d_head_VD = jax.lax.fori_loop(0, chunks, step, zeros)
-    return d_hidden_BSD, d_head_VD.astype(head_VD.dtype), None, None
+    zeros = jnp.zeros(hidden_BSD.shape, jnp.float32), jnp.zeros(head_VD.shape[::-1], jnp.float32)
+    d_hidden_BSD, d_head_DV = jax.lax.fori_loop(0, chunks, step, zeros)
+    return d_hidden_BSD, d_head_DV.T.astype(head_VD.dtype), None, None
 
 
 token_logps.defvjp(_token_logps_fwd, _token_logps_bwd)

@@ -195,7 +195,7 @@ def _forward(config: Config, mesh: Mesh) -> ForwardOptions:
     return ForwardOptions(
         compute_dtype=("float32" if on_cpu else "bfloat16") if section.compute_dtype == "auto" else section.compute_dtype,
         attention="blocks" if section.attention == "auto" else section.attention,
-        remat=("none" if on_cpu else "full") if section.remat == "auto" else section.remat,
+        remat="full" if section.remat == "auto" else section.remat,
         mesh=mesh,
     )
 

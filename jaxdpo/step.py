@@ -236,7 +236,7 @@ class _Scored(NamedTuple):
             params, options.model, micro.tokens_MBT, micro.positions_MBT, micro.k_start_MBT, micro.k_end_MBT, options.forward
         )
         num_tokens = micro.slots_MBS.shape[-1]
-        chunk = min(options.chunk or chunk_size(options.model.vocab_size, num_tokens), num_tokens)
+        chunk = min(options.chunk or chunk_size(options.model.vocab_size, num_tokens, options.forward.on_cpu), num_tokens)
         behind = ((0, 0), (0, -num_tokens % chunk))
         sides_BS = jnp.pad(micro.sides_MBS, behind, constant_values=-1)
         slots_BS, targets_BS, common_BS = (jnp.pad(x, behind) for x in (micro.slots_MBS, micro.targets_MBS, micro.common_MBS))

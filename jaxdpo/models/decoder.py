@@ -25,9 +25,7 @@ Params = dict[str, Any]
 
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("attention")
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -44,6 +42,12 @@ class ForwardOptions:
     """A key of REMAT."""
     mesh: Mesh | None = None
     """The devices; None means one."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the devices are CPUs."""
+        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        return platform == "cpu"
 
 
 class Attention(nnx.Module):

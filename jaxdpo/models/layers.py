@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxdpo.models.config import RopeScaling
+from jaxdpo.products import sum_of_outer_products
 
 
 def param(
@@ -31,7 +33,7 @@ def product(equation: str, compute_dtype: jnp.dtype, x: jax.Array, weight: jax.A
     Plain autodiff would round a bfloat16 product's weight gradient to bfloat16 before microbatches are added up.
 
     Args:
-        equation: "a,b->c" in which every letter occurs in two of the three.
+        equation: "BT..,..->BT..": rows and slots first, the summed dimensions last in x and first in the weight.
         x, weight: float arrays.
 
     Returns:
@@ -51,8 +53,9 @@ def _product_bwd(equation: str, compute_dtype: jnp.dtype, saved: tuple, d_y: jax
     x_dims, weight_dims = inputs.split(",")
     d_y = d_y.astype(compute_dtype)
     d_x = jnp.einsum(f"{y_dims},{weight_dims}->{x_dims}", d_y, weight.astype(compute_dtype), preferred_element_type=jnp.float32)
-    d_weight = jnp.einsum(f"{x_dims},{y_dims}->{weight_dims}", x, d_y, preferred_element_type=jnp.float32)
-    return d_x, d_weight.astype(weight.dtype)
+    rows = x.shape[0] * x.shape[1]
+    d_weight = sum_of_outer_products(x.reshape(rows, -1), d_y.reshape(rows, -1))
+    return d_x, d_weight.reshape(weight.shape).astype(weight.dtype)
 
 
 product.defvjp(_product_fwd, _product_bwd)
@@ -60,7 +63,7 @@ product.defvjp(_product_fwd, _product_bwd)
 
 def project(equation: str, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, compute_dtype: jnp.dtype) -> jax.Array:
     """A linear map in compute_dtype: float32 in, float32 out."""
-    y = product(equation, compute_dtype, x, weight[...])
+    y = checkpoint_name(product(equation, compute_dtype, x, weight[...]), "product")
     return y if bias is None else y + widened(rounded(bias[...], compute_dtype), y.ndim)
 
 
