@@ -119,7 +119,6 @@ def environment(cores: int) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": str(cores),
         "MKL_NUM_THREADS": str(cores),
-        "PYTHONDONTWRITEBYTECODE": "",
     }
     dropped = ("NPROC", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
     return {name: value for name, value in os.environ.items() if name not in dropped} | forced
