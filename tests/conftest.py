@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, strict types and shapes, no network."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import pytest
 # JAX reads these once, when it is first imported. NPROC: XLA's CPU thread pool; with as many threads as a small
 # machine has cores, collectives of simulated devices that are queued without blocking wait for each other for ever.
 os.environ.setdefault("NPROC", "32")
+# Programs that compile five times faster and run slower: tests run a program once or twice. XLA_FLAGS= tests what users run.
+emitters = " --xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""  # later versions abort on this flag
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" + emitters)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")

@@ -15,7 +15,7 @@ from jaxdpo.config import Config, LossSection, MeshSection, OptimSection
 from jaxdpo.data.packing import Batch, Packer
 from jaxdpo.data.table import EncodedPair
 from jaxdpo.models.config import ModelConfig, from_hf
-from jaxdpo.models.decoder import ForwardOptions, Params, init_params
+from jaxdpo.models.decoder import ForwardOptions, Params, abstract_params
 from jaxdpo.models.weights import save_params
 from jaxdpo.session import state_shardings
 
@@ -46,15 +46,19 @@ def model(**changes: Any) -> ModelConfig:
 
 
 @functools.cache
-def params(seed: int = 0, config: ModelConfig | None = None, dtype: str = "float32") -> Params:
-    """Random weights as numpy arrays: safe from donation."""
-    weights = jax.jit(init_params, static_argnums=(0, 2))(config or model(), jax.random.key(seed), dtype)
-    return jax.tree.map(np.asarray, weights)
+def params(seed: int = 0, config: ModelConfig | None = None) -> Params:
+    """Random weights as numpy arrays (safe from donation): norms near 1, the rest wide."""
+    config = config or model()
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        return 1 + np.float32(0.1) * noise if "norm" in jax.tree_util.keystr(path) else np.float32(config.initializer_range) * noise
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config, "float32"))
 
 
-def pair(
-    prompt: int, chosen: int, rejected: int, *, rng: np.random.Generator | None = None, vocab: int = 64, **options: Any
-) -> EncodedPair:
+def pair(prompt: int, chosen: int, rejected: int, *, rng: np.random.Generator | None = None, vocab: int = 64, **more: Any) -> EncodedPair:
     """A pair of these lengths with random ids."""
     rng = np.random.default_rng(0) if rng is None else rng
     parts = [rng.integers(1, vocab, size).astype(np.int32) for size in (prompt, chosen, rejected)]

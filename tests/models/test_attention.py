@@ -1,0 +1,139 @@
+import functools
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdpo.models.attention import BLOCK, IMPLEMENTATIONS, attention, blocks, dense
+from tests.tiny import mesh, pack, pairs
+
+Arrays = tuple[jax.Array, ...]
+
+
+def inputs(T: int, *, B: int = 2, N: int = 4, K: int = 2, H: int = 8, seed: int = 0, size: float = 1.0, dtype: str = "float32") -> Arrays:
+    """Random q, k, v."""
+    rng = np.random.default_rng(seed)
+    shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H))
+    return tuple(jnp.asarray(size * rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+def any_intervals(T: int, B: int = 2, seed: int = 1) -> Arrays:
+    """Random intervals of at least one slot, wherever they lie."""
+    rng = np.random.default_rng(seed)
+    ends = np.sort(rng.integers(0, T, (2, B, T)), axis=0).astype(np.int32)
+    return jnp.asarray(ends[0]), jnp.asarray(ends[1] + 1)
+
+
+def packed_intervals(T: int) -> Arrays:
+    """Those of two packed rows, with empty slots at their ends."""
+    batch = pack(pairs(T // 40), num_rows=2, size=T)
+    assert batch.tokens_MBT.shape == (1, 2, T)
+    return jnp.asarray(batch.k_start_MBT[0]), jnp.asarray(batch.k_end_MBT[0])
+
+
+@functools.cache
+def compiled(attend: Callable) -> Callable:
+    """(value, gradients) of a weighted sum of the output."""
+
+    def loss(qkv: Arrays, bounds: Arrays, pull: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = attend(*qkv, *bounds)
+        return jnp.vdot(out, pull), out
+
+    def both(qkv: Arrays, bounds: Arrays, pull: jax.Array) -> tuple[jax.Array, Arrays]:
+        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(qkv, bounds, pull)
+        return out, grads
+
+    return jax.jit(both)
+
+
+def value_and_grads(attend: Callable, qkv: Arrays, bounds: Arrays) -> list[np.ndarray]:
+    pull = jnp.asarray(np.random.default_rng(3).standard_normal(qkv[0].shape), jnp.float32)
+    out, grads = compiled(attend)(qkv, bounds, pull)
+    return [np.asarray(x, np.float32) for x in (out, *grads)]
+
+
+def by_hand(qkv: Arrays, bounds: Arrays) -> np.ndarray:
+    """Slot by slot in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in qkv)
+    starts, ends = map(np.asarray, bounds)
+    B, T, N, H = q.shape
+    out = np.zeros((B, T, N, H))
+    for b, t, n in np.ndindex(B, T, N):
+        keys = slice(starts[b, t], ends[b, t])
+        scores = k[b, keys, n * k.shape[2] // N] @ q[b, t, n] / np.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights @ v[b, keys, n * k.shape[2] // N] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("attend", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_attention_is_the_softmax_over_the_interval(attend: Callable) -> None:
+    qkv, bounds = inputs(70), any_intervals(70)
+    np.testing.assert_allclose(value_and_grads(attend, qkv, bounds)[0], by_hand(qkv, bounds), atol=2e-6)
+
+
+@pytest.mark.parametrize("bounds", [any_intervals(200), packed_intervals(200)], ids=["any", "packed"])
+def test_blocks_equal_dense_in_value_and_gradient(bounds: Arrays) -> None:
+    qkv = inputs(200)
+    for name, ours, theirs in zip("oqkv", *(value_and_grads(attend, qkv, bounds) for attend in (blocks, dense)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-6 * max(1.0, np.abs(theirs).max()), err_msg=name)
+
+
+def test_blocks_equal_dense_in_bfloat16() -> None:
+    qkv, bounds = inputs(200, dtype="bfloat16"), any_intervals(200)
+    exact = value_and_grads(dense, tuple(x.astype(jnp.float32) for x in qkv), bounds)
+    for attend in (blocks, dense):
+        for name, ours, theirs in zip("oqkv", value_and_grads(attend, qkv, bounds), exact, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=0.02 * np.abs(theirs).max(), err_msg=name)
+    assert jax.eval_shape(blocks, *qkv, *bounds).dtype == jnp.float32
+
+
+def test_scores_beyond_the_range_of_exp_stay_finite() -> None:
+    qkv, bounds = inputs(200, size=40.0), any_intervals(200)
+    ours, theirs = (value_and_grads(attend, qkv, bounds) for attend in (blocks, dense))
+    for name, a, b in zip("oqkv", ours, theirs, strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max(), err_msg=name)
+
+
+def test_what_lies_outside_an_interval_has_no_influence_at_all() -> None:
+    (q, k, v), (starts, ends) = inputs(200), packed_intervals(200)
+    changed = 17 + int(np.asarray(ends)[0, 0])  # a slot of a later pair of the first row
+    out, *_ = value_and_grads(blocks, (q, k, v), (starts, ends))
+    other, *_ = value_and_grads(blocks, (q, k.at[0, changed].add(5.0), v.at[0, changed].add(5.0)), (starts, ends))
+    sees = np.asarray((starts <= changed) & (changed < ends))[0]
+    assert 0 < sees.sum() < 200
+    np.testing.assert_array_equal(out[0, ~sees], other[0, ~sees])
+    assert (out[0, sees] != other[0, sees]).any(axis=(1, 2)).all()
+
+
+def test_blocks_that_no_slot_may_see_are_not_even_read() -> None:
+    """NaN times a weight of 0 is NaN: a visit to the other pair's blocks would show."""
+    half = 2 * BLOCK
+    slots = jnp.broadcast_to(jnp.arange(2 * half, dtype=jnp.int32), (2, 2 * half))
+    bounds = (slots // half * half, slots + 1)
+    q, k, v = inputs(2 * half)
+    poisoned = (q.at[:, half:].set(jnp.nan), k.at[:, half:].set(jnp.nan), v.at[:, half:].set(jnp.nan))
+    for clean, ours in zip(value_and_grads(blocks, (q, k, v), bounds), value_and_grads(blocks, poisoned, bounds), strict=True):
+        np.testing.assert_array_equal(ours[:, :half], clean[:, :half])
+
+
+def test_no_array_of_all_slots_by_all_slots() -> None:
+    T = 1024
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs(T, B=1), *any_intervals(T, B=1))]
+    grad = jax.grad(lambda *args: blocks(*args).sum(), argnums=(0, 1, 2))
+    for attend, there in ((grad, False), (dense, True)):
+        text = str(jax.make_jaxpr(attend)(*shapes))
+        sizes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([0-9,]+)\]", text)}
+        assert any(sum(dim >= T for dim in dims) > 1 for dims in sizes) is there
+        assert bool(max(np.prod(dims, dtype=int) for dims in sizes) >= T * T) is there
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_devices_that_share_rows_and_heads_give_the_same(sizes: tuple[int, int, int]) -> None:
+    qkv, bounds = inputs(200, B=8), any_intervals(200, B=8)
+    spread = jax.jit(functools.partial(attention, implementation="blocks", mesh=mesh(*sizes)))
+    np.testing.assert_allclose(spread(*qkv, *bounds), jax.jit(blocks)(*qkv, *bounds), atol=1e-6)
