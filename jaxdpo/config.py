@@ -98,7 +98,7 @@ class DataSection:
             ),
             (
                 self.max_row_tokens >= 2 * self.max_length,
-                f"data.max_row_tokens={self.max_row_tokens}: must be at least twice data.max_length={self.max_length}, so that any pair fits a row",
+                f"data.max_row_tokens={self.max_row_tokens}: must be at least twice data.max_length={self.max_length}",
             ),
         )
 
@@ -269,9 +269,15 @@ class EvalSection:
 
     every: int = 100
     """Evaluate before the first step, after every so many steps and after the last. 0: never."""
+    samples: int = 0
+    """Validation prompts that policy and reference answer greedily at each evaluation, into samples.jsonl. 0: none."""
+    sample_tokens: int = 64
+    """Longest sampled answer, in tokens."""
 
     def __post_init__(self) -> None:
         require(
+            (self.samples >= 0, f"eval.samples={self.samples}: must not be negative"),
+            (self.sample_tokens >= 1, f"eval.sample_tokens={self.sample_tokens}: must be at least 1"),
             (self.every >= 0, f"eval.every={self.every}: must be 0 (never) or a number of steps"),
         )
 

@@ -26,9 +26,57 @@ from jaxdpo.runner import train
 from jaxdpo.sampling import generate
 
 VERBS = (
-    "bake boil clean cook draw fix fold grow hang lift mend open pack paint peel plant plate shine store trim wash weigh wrap water".split()
+    "bake",
+    "boil",
+    "clean",
+    "cook",
+    "draw",
+    "fix",
+    "fold",
+    "grow",
+    "hang",
+    "lift",
+    "mend",
+    "open",
+    "pack",
+    "paint",
+    "peel",
+    "plant",
+    "plate",
+    "shine",
+    "store",
+    "trim",
+    "wash",
+    "weigh",
+    "wrap",
+    "water",
 )
-THINGS = "apple basket bench book bottle box bread cake carpet chair clock coat fence flower kettle lamp onion pan plant rope shirt shoe table tree".split()
+THINGS = (
+    "apple",
+    "basket",
+    "bench",
+    "book",
+    "bottle",
+    "box",
+    "bread",
+    "cake",
+    "carpet",
+    "chair",
+    "clock",
+    "coat",
+    "fence",
+    "flower",
+    "kettle",
+    "lamp",
+    "onion",
+    "pan",
+    "plant",
+    "rope",
+    "shirt",
+    "shoe",
+    "table",
+    "tree",
+)
 PROMPT = "Q: How do I {verb} a {thing}?\nA:"
 PATIENT = (
     " Gladly! To {verb} a {thing}, take your time and go step by step.",
@@ -66,7 +114,8 @@ def demo() -> bool:
     """Train, align, and show what changed; False when a signal stopped it."""
     folder = _new_folder()
     print(
-        f"jaxdpo demo in {folder}: a small decoder learns to answer how-to questions, patiently or rudely; DPO then prefers the patient answers.\n"
+        f"jaxdpo demo in {folder}: a small decoder learns to answer how-to questions, patiently or rudely;\n"
+        "then DPO prefers the patient answers.\n"
     )
     _write_model(folder / "model")
     _write_pairs(folder, seed=0)
@@ -173,7 +222,9 @@ def _report(config: Config, folder: Path) -> None:
     tokenizer = load_tokenizer(str(folder / "model"))
     held_out = prepare(config.data, tokenizer, len(tokenizer)).eval
     prompts = [held_out[i].prompt_ids for i in range(min(SAMPLED, len(held_out)))]
-    answers = [[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in _sample(folder, run, prompts)] for run in ("sft", "dpo")]
+    answers = [
+        [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in _sample(folder, run, prompts)] for run in ("sft", "dpo")
+    ]
     print()
     show_table(
         f"{len(held_out)} held-out questions",
@@ -185,7 +236,7 @@ def _report(config: Config, folder: Path) -> None:
             ["sampled answers that are patient", *(f"{_share_patient(texts):.0%}" for texts in answers)],
         ],
     )
-    questions = [tokenizer.decode(prompts[i]).removeprefix("Q: ").removesuffix("\nA:") for i in range(SHOWN)]
+    questions = [str(tokenizer.decode(prompts[i])).removeprefix("Q: ").removesuffix("\nA:") for i in range(SHOWN)]
     show_table("Sampled answers", ["question", "before (SFT)", "after (DPO)"], list(map(list, zip(questions, *answers, strict=False))))
 
 

@@ -30,9 +30,8 @@ def dry_run(session: Session) -> None:
     print(f"compile: {time.perf_counter() - started:.1f} s")
     print("\n".join(_memory(program.memory_analysis())))
     seconds = _seconds_per_step(session, program)
-    print(
-        f"time: {seconds:.3g} s a step, {seconds * session.total_steps / 3600:.2g} h for {session.total_steps} steps, without evaluation and saves"
-    )
+    hours = seconds * session.total_steps / 3600
+    print(f"time: {seconds:.3g} s a step, {hours:.2g} h for {session.total_steps} steps, evaluation and saves aside")
 
 
 def _compile(session: Session) -> jax.stages.Compiled:

@@ -171,7 +171,7 @@ def read_run_config(run_dir: Path) -> Config:
     """
     path = run_dir / "config.yaml"
     config, problems = options.validate(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
-    if problems:
+    if problems or config is None:
         raise ValueError(f"{path}: is not a config of this version of jaxdpo:\n" + "\n".join(f"  {line}" for line in problems))
     return config
 

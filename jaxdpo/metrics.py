@@ -4,6 +4,7 @@ metrics.jsonl is the record: one JSON object a line, floats written so that they
 run cuts the rows beyond the step it resumes from, so that the file never tells a step twice.
 """
 
+import functools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -59,7 +60,12 @@ class JsonLines:
         """Open for appending, keeping of an earlier run the rows up to `resume_step` (None: no rows)."""
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+
+    @functools.cached_property
+    def _file(self) -> TextIO:
+        """Made by the first row, so that a run without any leaves no file."""
+        return self._path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row. Numbers that are not finite become null, as JSON has none."""

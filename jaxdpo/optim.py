@@ -50,7 +50,8 @@ def update(
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, section.max_grad_norm / (grad_norm + 1e-6)), grads)
     adam = optax.scale_by_adam(section.b1, section.b2, section.eps, mu_dtype=section.moments_dtype)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to an int32 count
-        steps, moments = adam.update(grads, optax.ScaleByAdamState(**opt))
+        steps, updated = adam.update(grads, optax.ScaleByAdamState(**opt))
+    moments: Any = updated
 
     def move(path: tuple, w: jax.Array, step: jax.Array) -> jax.Array:
         master = w.astype(jnp.float32)

@@ -24,14 +24,6 @@ Check = Callable[[Any], list[str]]
 USAGE = 2
 
 
-class _Incomplete(Exception):
-    """A required option is missing, so that no config can be built; carries all problems."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__(problems)
-        self.problems = problems
-
-
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML without surprises: a key that is set twice is an error."""
 
@@ -61,12 +53,9 @@ def load(
     if "--help" in given:
         print(help_text(schema, command, known))
         raise SystemExit(0)
-    try:
-        config, invalid = validate(schema, values)
-        problems += invalid or [problem for check in checks for problem in check(config)]
-    except _Incomplete as failure:
-        problems += failure.problems
-    if problems:
+    config, invalid = validate(schema, values)
+    problems += invalid or [problem for check in checks for problem in check(config)]
+    if problems or config is None:
         lines = "\n".join(textwrap.indent(problem, "  ") for problem in problems)
         count = f"{len(problems)} wrong option{'s' * (len(problems) > 1)}"
         print(f"jaxdpo.{command}: {count}:\n{lines}\n`python -m jaxdpo.{command} --help` lists all.", file=sys.stderr)
@@ -145,7 +134,7 @@ def _put(values: dict, path: list[str], value: Any, key: str) -> list[str]:
     return []
 
 
-def validate(schema: type[T], values: dict) -> tuple[T, list[str]]:
+def validate(schema: type[T], values: dict) -> tuple[T | None, list[str]]:
     """Build the config, gathering problems: after each round the offending keys are left out, so that later checks run too.
 
     Returns:
@@ -165,7 +154,7 @@ def validate(schema: type[T], values: dict) -> tuple[T, list[str]]:
             for place in places:
                 values = _without(values, place)
             if values == before:  # a required option is missing: nothing to leave out
-                raise _Incomplete(problems) from None
+                return None, problems
 
 
 def _place(schema: type, location: tuple) -> tuple[str, ...]:

@@ -17,16 +17,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdpo import losses, options, sharding
+from jaxdpo import losses, options
 from jaxdpo.checkpoint import Checkpoints, changed_fields
 from jaxdpo.config import Config
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.prepare import summary
-from jaxdpo.metrics import Logger
+from jaxdpo.metrics import JsonLines, Logger
 from jaxdpo.models.decoder import Params
 from jaxdpo.models.hf_folder import copy_model_files
 from jaxdpo.session import Session, checkpoint_tree
-from jaxdpo.step import TrainState, move_reference
+from jaxdpo.step import TrainState, move_reference, needs_reference
 
 MAX_BAD_STEPS = 3
 CLOSED_FORM_TOLERANCE = 1e-3
@@ -69,6 +69,10 @@ class Run:
     session: Session
     logger: Logger
     checkpoints: Checkpoints
+    samples: JsonLines
+    """samples.jsonl: answers at each evaluation."""
+    skipped: JsonLines
+    """nonfinite.jsonl: the ids of the pairs of each update that was skipped."""
     state: TrainState
     reference: Params | None
     step: int = 0
@@ -108,6 +112,7 @@ class Run:
         num_pairs, num_tokens = len(self.session.loader.pairs_of(step)), self.session.loader.num_tokens(step)
         self.tokens += num_tokens
         bad_steps = int(metrics.pop("bad_steps"))
+        mfu = self.session.mfu(step, seconds)
         self.logger.log(
             step,
             {"epoch": self.session.loader.epoch(step)}
@@ -119,18 +124,16 @@ class Run:
                 "pairs_per_second": num_pairs / seconds,
                 "tokens_per_second": num_tokens / seconds,
                 "wait_fraction": min(1.0, waited / seconds),
-            },
+            }
+            | ({} if mfu is None else {"mfu": mfu}),
         )
         if metrics["nonfinite"]:
             self._skipped(step, bad_steps)
 
     def _skipped(self, step: int, bad_steps: int) -> None:
         """Note which pairs a skipped update was to learn from; stop when several in a row were skipped."""
-        path = Path(self.config.run_dir).expanduser() / "nonfinite.jsonl"
-        ids = [str(self.session.data.train.ids[i]) for i in self.session.loader.pairs_of(step)]
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "ids": ids}) + "\n")
-        self.logger.warn(f"step {step}: loss or gradient is not finite; the update was skipped. The ids of its pairs are in {path}")
+        self.skipped.write({"step": step, "ids": [str(self.session.data.train.ids[i]) for i in self.session.loader.pairs_of(step)]})
+        self.logger.warn(f"step {step}: loss or gradient is not finite; the update was skipped. nonfinite.jsonl has the ids of its pairs")
         if bad_steps >= MAX_BAD_STEPS:
             raise Fault(
                 f"{bad_steps} steps in a row had no finite loss or gradient. The weights are as they were before them. "
@@ -142,6 +145,8 @@ class Run:
         self.flush()
         started = time.perf_counter()
         means = self.session.evaluate(self.state.params, self.reference)
+        for sample in self.session.samples(self.state.params, self.reference):
+            self.samples.write({"step": self.step, **sample})
         self.logger.evaluation(self.step, means | {"seconds": time.perf_counter() - started})
         self.reported_at = time.perf_counter()
         return means["loss"]
@@ -192,19 +197,21 @@ def train(config: Config) -> bool:
 
 def begin(session: Session, logger: Logger, checkpoints: Checkpoints) -> Run:
     """Weights onto the devices: the starting policy and its reference, or the newest checkpoint."""
-    state, reference = session.start()
-    run = Run(session=session, logger=logger, checkpoints=checkpoints, state=state, reference=reference)
+    run_dir, newest = Path(session.config.run_dir).expanduser(), checkpoints.latest_step()
+    samples, skipped = (JsonLines(run_dir / f"{name}.jsonl", newest) for name in ("samples", "nonfinite"))
     moves = bool(session.config.loss.tr_every)
     restored = checkpoints.restore(session.abstract_state(with_reference=moves))
     if restored is None:
+        state, reference = session.start()
+        run = Run(session, logger, checkpoints, samples, skipped, state, reference)
         check_closed_form(run)
         return run
-    run.step, tree, meta = restored
-    run.reference = tree.pop("reference", reference)
-    run.state = TrainState(**tree)
-    run.tokens = meta["counters"]["tokens"]
-    logger.info(f"resuming after step {run.step}")
-    return run
+    step, tree, meta = restored
+    reference = tree.pop("reference", None)
+    if reference is None and needs_reference(session.config.loss):
+        reference = session.initial_params(session.reference_dtype)
+    logger.info(f"resuming after step {step}")
+    return Run(session, logger, checkpoints, samples, skipped, TrainState(**tree), reference, step, meta["counters"]["tokens"])
 
 
 def loop(run: Run, stop: Stop) -> bool:
@@ -278,7 +285,7 @@ def check_same_run(session: Session, meta: dict[str, Any]) -> None:
     if lines:
         listed = "\n".join(f"  {line}" for line in lines)
         raise ValueError(
-            f"run_dir={session.config.run_dir}: holds checkpoints of a different run:\n{listed}\nSet these back to resume, or use another run_dir"
+            f"run_dir={session.config.run_dir}: holds checkpoints of a different run:\n{listed}\nSet these back, or use another run_dir"
         )
 
 

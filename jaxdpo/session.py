@@ -19,11 +19,13 @@ from jaxdpo.data.chat import Tokenizer, load_tokenizer
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.prepare import Prepared, prepare
+from jaxdpo.flops import peak_flops, step_flops
 from jaxdpo.models.config import ModelConfig, load_model_config
 from jaxdpo.models.decoder import ForwardOptions, Params, abstract_params, init_params, logical_axes
 from jaxdpo.models.hf_folder import fetch_model
 from jaxdpo.models.weightfiles import weights_fingerprint
 from jaxdpo.models.weights import load_params
+from jaxdpo.sampling import generate
 from jaxdpo.step import StepOptions, TrainState, averages, compile_steps, init_state, needs_reference
 
 
@@ -41,8 +43,8 @@ class Session:
     loader: Loader
     total_steps: int
     options: StepOptions
-    shardings: TrainState
-    """Shardings of the state, leaf for leaf."""
+    shardings: Any
+    """A TrainState of NamedShardings, leaf for leaf."""
     train_step: Callable
     eval_step: Callable
 
@@ -89,14 +91,26 @@ class Session:
         Raises:
             ValueError: the weights cannot be used.
         """
-        params = self._initial_params()
-        reference = None
-        if needs_reference(self.config.loss):
-            dtype = self.reference_dtype
-            copy = jax.jit(lambda tree: jax.tree.map(lambda w: jnp.array(w, dtype, copy=True), tree), out_shardings=self.shardings.params)
-            reference = copy(params)
+        params = self.initial_params(self.config.model.param_dtype)
         opt = jax.jit(lambda: optim.init(self._abstract_params(), self.config.optim), out_shardings=self.shardings.opt)()
-        return TrainState(params, opt, self.put_scalar(0, np.int32), self.put_scalar(0, np.int32)), reference
+        state = TrainState(params, opt, self.put_scalar(0, np.int32), self.put_scalar(0, np.int32))
+        if not needs_reference(self.config.loss):
+            return state, None
+        copy = jax.jit(
+            lambda tree: jax.tree.map(lambda w: jnp.array(w, self.reference_dtype, copy=True), tree), out_shardings=self.shardings.params
+        )
+        return state, copy(params)
+
+    def initial_params(self, dtype: str) -> Params:
+        """The weights that the run starts from, on the devices: those of model.path, or random ones.
+
+        Raises:
+            ValueError: the weights cannot be used.
+        """
+        if self.config.model.init == "random":
+            draw = jax.jit(lambda key: init_params(self.model, key, dtype), out_shardings=self.shardings.params)
+            return draw(jax.random.key(self.config.seed))
+        return load_params(self.folder, self.model, self.shardings.params, jnp.dtype(dtype))
 
     def abstract_state(self, with_reference: bool) -> dict[str, Any]:
         """Shapes, types and shardings of what a checkpoint holds."""
@@ -120,7 +134,44 @@ class Session:
         groups = [range(first, min(first + size, len(table))) for first in range(0, len(table), size)]
         batches = (self.put_batch(self.loader.packer([table[i] for i in group])) for group in groups)
         sums = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), (self.eval_step(params, reference, batch) for batch in batches))
-        return {key: value.item() for key, value in jax.device_get(jax.jit(averages)(sums)).items()} | {"pairs": len(table)}
+        means: dict[str, float] = {key: value.item() for key, value in jax.device_get(jax.jit(averages)(sums)).items()}
+        return means | {"pairs": len(table)}
+
+    def samples(self, params: Params, reference: Params | None) -> list[dict[str, str]]:
+        """Greedy answers to the first eval.samples validation prompts: {"id", "prompt", "policy"} and, where there is one, "reference"."""
+        section, table = self.config.eval, self.data.eval
+        pairs = [table[i] for i in range(min(section.samples, len(table)))]
+        if not pairs:
+            return []
+        models = {"policy": params} | ({} if reference is None else {"reference": reference})
+        texts = {name: self._answers(weights, [pair.prompt_ids for pair in pairs]) for name, weights in models.items()}
+        prompts = self.tokenizer.batch_decode([pair.prompt_ids for pair in pairs])
+        return [
+            {"id": pair.id, "prompt": prompts[i]} | {name: answers[i] for name, answers in texts.items()} for i, pair in enumerate(pairs)
+        ]
+
+    def _answers(self, params: Params, prompts: list[np.ndarray]) -> list[str]:
+        num_rows = sharding.num_row_shards(self.mesh)
+        padded = prompts + prompts[:1] * (-len(prompts) % num_rows)  # every device that sees rows of its own gets as many
+        stop: Any = self.tokenizer.eos_token_id
+        ids = generate(
+            params,
+            self.model,
+            padded,
+            max_new_tokens=self.config.eval.sample_tokens,
+            options=self.options.forward,
+            stop_ids=() if stop is None else (stop,),
+            num_tokens=min(len(self.tokenizer), self.model.vocab_size),
+        )
+        return self.tokenizer.batch_decode(ids[: len(prompts)], skip_special_tokens=True)
+
+    def mfu(self, step: int, seconds: float) -> float | None:
+        """Useful FLOPs of a step, as a share of what the devices could do in that time; None where their peak is not known."""
+        peak = peak_flops(self.mesh.devices)
+        if peak is None:
+            return None
+        lengths = self.data.train.lengths[self.loader.pairs_of(step)]
+        return step_flops(self.model, lengths, needs_reference(self.config.loss)) / (seconds * peak)
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
@@ -141,18 +192,11 @@ class Session:
         """Number of weights of the policy."""
         return sum(leaf.size for leaf in jax.tree.leaves(self._abstract_params()))
 
-    def _initial_params(self) -> Params:
-        dtype = self.config.model.param_dtype
-        if self.config.model.init == "random":
-            draw = jax.jit(lambda key: init_params(self.model, key, dtype), out_shardings=self.shardings.params)
-            return draw(jax.random.key(self.config.seed))
-        return load_params(self.folder, self.model, self.shardings.params, jnp.dtype(dtype))
-
     def _abstract_params(self) -> Params:
         return abstract_params(self.model, self.config.model.param_dtype)
 
 
-def state_shardings(model: ModelConfig, mesh: Mesh) -> TrainState:
+def state_shardings(model: ModelConfig, mesh: Mesh) -> Any:
     """Where each part of the state lives; moments with their weights.
 
     Raises:
@@ -160,7 +204,8 @@ def state_shardings(model: ModelConfig, mesh: Mesh) -> TrainState:
     """
     params = sharding.param_shardings(mesh, logical_axes(model), abstract_params(model, "float32"))
     everywhere = sharding.replicated(mesh)
-    return TrainState(params, {"count": everywhere, "mu": params, "nu": params}, everywhere, everywhere)
+    leaves: Any = (params, {"count": everywhere, "mu": params, "nu": params}, everywhere, everywhere)
+    return TrainState(*leaves)
 
 
 def checkpoint_tree(state: TrainState, moving_reference: Params | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh data x fsdp x tensor over all devices (or those given).
 
     Raises:

@@ -71,7 +71,7 @@ def init_state(params: Params, section: OptimSection) -> TrainState:
     return TrainState(params, optim.init(params, section), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def compile_steps(options: StepOptions, mesh: Mesh, state_shardings: TrainState) -> tuple[Callable, Callable]:
+def compile_steps(options: StepOptions, mesh: Mesh, state_shardings: Any) -> tuple[Callable, Callable]:
     """The jitted (train_step, eval_step); see there for what they take. The state given to train_step is donated."""
     everywhere, batch = replicated(mesh), rows(mesh, 1)
     reference = state_shardings.params
@@ -182,7 +182,8 @@ def loss_and_grads(params: Params, reference: Params | None, batch: Batch, optio
         sums = _report(_pair_logps(policy, ref, micro), micro, options.loss)
         if pull is not None:
             return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, pull, policy)), sums
-        sums |= _loss_sums(*(jax.tree.map(lambda x: x[None], tree) for tree in (policy, ref, micro)), options.loss)
+        policy, ref, micro = jax.tree.map(lambda x: x[None], (policy, ref, micro))
+        sums |= _loss_sums(policy, ref, micro, options.loss)
         return _loss_of(sums, weight, chosen_tokens), sums
 
     def micro_step(grads: Params, args: tuple) -> tuple[Params, Sums]:
@@ -207,7 +208,7 @@ def answers(params: Params, micro: Batch, options: StepOptions) -> Answers:
 
 def _answers(params: Params, scored: "_Scored", micro: Batch, options: StepOptions) -> Answers:
     num_places, section = micro.weights_MBP.shape[-1], options.loss
-    logps_BS = token_logps(scored.hidden_BSD, head_weight(params), scored.targets_BS, scored.chunks, scored.chunk, scored.dtype)
+    logps_BS: Any = token_logps(scored.hidden_BSD, head_weight(params), scored.targets_BS, scored.chunks, scored.chunk, scored.dtype)
     plain_logps = logps = sum_by_side(logps_BS, scored.sides_BS, num_places)
     if section.ld_alpha is not None:
         share_BS = jnp.where(scored.common_BS > 0, 1.0, section.ld_alpha)
@@ -271,7 +272,7 @@ def _loss_sums(policy: Answers, ref: Answers | None, batch: Batch, section: Loss
     pair = _pair_logps(policy, ref, batch)
     terms = losses.numerators(pair, section)
     weights_P = batch.weights_MBP.reshape(-1)
-    shared_P = weights_P if policy.collisions is None else weights_P * _wpo_weights(policy, pair)
+    shared_P = weights_P if policy.collisions is None else weights_P * _wpo_weights(policy.plain_logps - policy.collisions, pair)
     weight, chosen_tokens = _totals(batch)
     return {
         "loss_pairs": jnp.sum(shared_P * terms.pairs_P),
@@ -281,9 +282,9 @@ def _loss_sums(policy: Answers, ref: Answers | None, batch: Batch, section: Loss
     }
 
 
-def _wpo_weights(policy: Answers, pair: PairLogps) -> jax.Array:
+def _wpo_weights(excess: jax.Array, pair: PairLogps) -> jax.Array:
     """WPO (2406.11827 eq. 2, 4): exp of both sides' mean of log p(token) - log sum_v p(v)^2, not differentiated."""
-    excess = jax.lax.stop_gradient(policy.plain_logps - policy.collisions)
+    excess = jax.lax.stop_gradient(excess)
     chosen_P = excess[..., 0].reshape(-1) / jnp.maximum(pair.chosen_lengths_P, 1.0)
     rejected_P = excess[..., 1].reshape(-1) / jnp.maximum(pair.rejected_lengths_P, 1.0)
     return jnp.exp(chosen_P + rejected_P)

@@ -5,6 +5,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # a first call compiles, and machines differ
+settings.load_profile("untimed")
 
 # JAX reads these once, when it is first imported. NPROC: XLA's CPU thread pool; with as many threads as a small
 # machine has cores, collectives of simulated devices that are queued without blocking wait for each other for ever.

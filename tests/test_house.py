@@ -20,7 +20,7 @@ FLOORS = [
     ["pairs", "loss_functions", "losses", "logprobs", "optim"],
     ["models"],
     ["data"],
-    ["step", "checkpoint", "metrics", "sampling", "judges", "report", "evaluation", "reference"],
+    ["flops", "step", "checkpoint", "metrics", "sampling", "judges", "report", "evaluation", "reference"],
     ["session", "runner", "dryrun", "train", "export", "demo", "prefer", "compare", "generate", "plan", "pipeline"],
 ]
 """A module imports from lower floors and from its own (a folder is one room; no cycles). A new module needs a place here."""

@@ -13,11 +13,13 @@ Dimension names: M microbatches, B rows of a microbatch, T slots of a row, S sco
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxdpo.data.table import EncodedPair
+
+Array = Any  # numpy on the host, JAX on the devices
 
 SLOT_MULTIPLE = 64
 
@@ -25,27 +27,27 @@ SLOT_MULTIPLE = 64
 class Batch(NamedTuple):
     """The pairs of one optimizer step as M microbatches of B rows; int32 but for the weights. Padding has weight 0."""
 
-    tokens_MBT: np.ndarray
+    tokens_MBT: Array
     """Token ids."""
-    positions_MBT: np.ndarray
+    positions_MBT: Array
     """Rotary positions: both answers continue from the prompt's length."""
-    k_start_MBT: np.ndarray
+    k_start_MBT: Array
     """First slot that a slot attends to."""
-    k_end_MBT: np.ndarray
+    k_end_MBT: Array
     """One past the last slot that a slot attends to."""
-    slots_MBS: np.ndarray
+    slots_MBS: Array
     """Slot whose hidden state predicts a scored token."""
-    targets_MBS: np.ndarray
+    targets_MBS: Array
     """Id of a scored token."""
-    sides_MBS: np.ndarray
+    sides_MBS: Array
     """Owner of a scored token: 2 * pair place + (0 chosen, 1 rejected); -1 where there is none. Scored tokens come first."""
-    common_MBS: np.ndarray
+    common_MBS: Array
     """1 where a scored token lies within the length of its pair's shorter answer, else 0."""
-    lengths_MBP2: np.ndarray
+    lengths_MBP2: Array
     """Answer tokens of the chosen and the rejected side."""
-    weights_MBP: np.ndarray
+    weights_MBP: Array
     """float32 weight of a pair; 0 in an empty place."""
-    index_MBP: np.ndarray
+    index_MBP: Array
     """Place of a pair within its step, from 0; -1 in an empty place."""
 
 
@@ -134,7 +136,7 @@ def choose_row_sizes(loads: Iterable[int], count: int, max_slots: int) -> tuple[
     cost = sizes * below[1:]
     choices = [[int(size)] for size in sizes]
     for _ in range(count - 1):
-        rounds = [min(range(j + 1), key=lambda i: cost[i] + (below[j + 1] - below[i + 1]) * sizes[j]) for j in range(len(sizes))]  # noqa: B023
+        rounds = [min(range(j + 1), key=lambda i: cost[i] + (below[j + 1] - below[i + 1]) * sizes[j]) for j in range(len(sizes))]
         choices = [[*choices[i], int(sizes[j])] for j, i in enumerate(rounds)]
         cost = np.array([cost[i] + (below[j + 1] - below[i + 1]) * sizes[j] for j, i in enumerate(rounds)])
     return tuple(sorted(set(choices[-1])))
