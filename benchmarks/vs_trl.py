@@ -4,9 +4,10 @@
 
 The same 56M-parameter Llama with the same random weights, the same tokenizer, the same real pairs in the same order (token
 ids compared), 8 pairs a step, the same AdamW. Every rival is a process of its own that lives through the run; the rounds go
-around all of them, one working at a time, so that whatever else the machine does hits all alike, and a ratio is taken
-within a round. Two phases: pairs in random order, and in batches of similar length. Each side's mean log-prob of
-every step is compared, so that it is certain that both did the same work.
+around all of them, one working at a time, and a ratio is taken within a round. A round has two halves: pairs in random
+order, and in batches of similar length. Each side's mean log-prob of every step is compared, so that it is certain that
+both did the same work. Before anything is timed the script waits for the machine to be quiet; a round in which other
+processes used more than a twentieth of the cores does not count, and another takes its place.
 
 Writes benchmarks/results/vs_trl-<date>.json with every number and vs_trl-<date>.md with the tables. How each side is run
 is told in versus/ours.py and versus/theirs.py.
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from versus.report import markdown, verdicts
-from versus.workers import BENCHMARKS, RIVALS, SPARING, Rival, Setup, Worker, start
+from versus.workers import BENCHMARKS, FOREIGN_LIMIT, RIVALS, SPARING, Rival, Setup, Worker, start, wait_until_quiet
 
 HH_FILE = "hh-rlhf/harmless-base-test.jsonl.gz"
 OURS = ("jaxdpo", "jax", "jaxlib", "numpy")
@@ -34,6 +35,12 @@ THEIRS = ("trl", "torch", "transformers", "accelerate", "datasets")
 ISA = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 """Largest relative difference of log-probs between the sides."""
+SPARE = 2
+"""Rounds that may be run for each that is wanted, as those disturbed by other work on the machine do not count."""
+ATTEMPTS = 3
+"""Starts of a worker, until one is undisturbed."""
+PATIENCE = 120.0
+"""Seconds to wait for other work to end, each time."""
 
 
 def main(argv: list[str]) -> None:
@@ -52,9 +59,8 @@ def main(argv: list[str]) -> None:
         )
         results = {"config": configuration(args), "hardware": hardware(len(cores)), "versions": versions(args.trl_python)}
         plan = prepare(setup, args)
-        results |= {"data": plan["facts"], "tokens": {name: count(plan, name) for name in plan["phases"]}}
-        results |= measure(setup, args, plan)
-    results["same_work"] = same_work(results["phases"])
+        results |= {"data": plan["facts"]} | measure(setup, args, plan)
+    results["same_work"] = same_work(results["rounds"])
     results["verdicts"] = verdicts(results)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"vs_trl-{results['config']['date']}{args.suffix}"
@@ -69,7 +75,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", required=True, help="the python of an environment that has trl (1.16) and torch")
     parser.add_argument("--data", default=default, required=default is None, help=f"pairs; default: $JAXDPO_DATA/{HH_FILE}")
-    parser.add_argument("--rounds", type=int, default=6, help="rounds of each phase")
+    parser.add_argument("--rounds", type=int, default=6, help="undisturbed rounds wanted, each of both orders")
     parser.add_argument("--steps-per-round", type=int, default=2)
     parser.add_argument("--pairs-per-step", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
@@ -82,22 +88,21 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def prepare(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
     """Make model, tokenizer and pairs in a process of its own; returns the plan."""
     tell("making the model and the pairs")
-    steps = args.rounds * args.steps_per_round
     command = [sys.executable, "-m", "versus.prepare", f"--data={args.data}", f"--out={setup.folder}"]
-    command += [f"--random-steps={steps + 1}", f"--grouped-steps={steps}"]
+    command += [f"--rounds={SPARE * args.rounds}", f"--steps-per-round={args.steps_per_round}"]
     command += [f"--pairs-per-step={args.pairs_per_step}", f"--max-length={args.max_length}"]
     subprocess.run(command, cwd=BENCHMARKS, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     return json.loads((setup.folder / "plan.json").read_text(encoding="utf-8"))
 
 
-def count(plan: dict[str, Any], phase: str) -> list[dict[str, int]]:
-    """Tokens of each step: real ones (a prompt once), and what a padded batch of chosen and rejected rows holds."""
-    counts = []
-    for step in plan["phases"][phase]:
-        lengths = [[len(ids) for ids in plan["ids"][str(row)]] for row in step]
-        longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
-        counts.append({"real": sum(map(sum, lengths)), "padded": 2 * len(step) * longest})
-    return counts
+def count(plan: dict[str, Any], steps: list[list[int]]) -> dict[str, int]:
+    """Tokens of steps: real ones (a prompt once), and what padded batches of chosen and rejected rows hold."""
+    lengths = [[[len(ids) for ids in plan["ids"][str(row)]] for row in step] for step in steps]
+    longest = [max(prompt + max(answers) for prompt, *answers in step) for step in lengths]
+    return {
+        "real": sum(sum(pair) for step in lengths for pair in step),
+        "padded": sum(2 * len(s) * n for s, n in zip(steps, longest, strict=True)),
+    }
 
 
 def measure(setup: Setup, args: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
@@ -105,58 +110,72 @@ def measure(setup: Setup, args: argparse.Namespace, plan: dict[str, Any]) -> dic
     starts: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker] = {}
     for rival in RIVALS:
+        cache = ""
         if rival.ours:
-            cold = launch(setup, rival, f"{rival.name}, nothing compiled", starts)
-            starts[f"{rival.name}, nothing compiled"]["all_programs"] = cold.ask(do="prepare", phase="random")
+            label = f"{rival.name}, nothing compiled"
+            cold = launch(setup, rival, label, starts)
+            starts[label]["all_programs"] = cold.ask(do="prepare")
             cold.quit()
-        workers[rival.name] = launch(setup, rival, rival.name, starts)
-    phases = {phase: rounds(workers, phase, args) for phase in plan["phases"]}
+            cache = starts[label]["cache"]
+        workers[rival.name] = launch(setup, rival, rival.name, starts, cache)
+        starts[rival.name]["all_programs"] = workers[rival.name].ask(do="prepare")
+    done = rounds(workers, plan, args)
     for worker in workers.values():
         worker.quit()
-    padded = count(plan, "random")
-    heaviest = plan["phases"]["random"][max(range(len(padded)), key=lambda i: padded[i]["padded"])]
-    sparing = {rival.name: recomputing(setup, rival, [plan["phases"]["random"][0], heaviest], starts) for rival in SPARING}
-    return {"starts": starts, "phases": phases, "sparing": sparing}
+    steps = plan["phases"]["random"]
+    heaviest = max(steps[1 : 1 + len(done) * args.steps_per_round], key=lambda step: count(plan, [step])["padded"])
+    sparing = {rival.name: recomputing(setup, rival, [steps[0], heaviest], starts) for rival in SPARING}
+    return {"starts": starts, "rounds": done, "sparing": sparing}
 
 
-def launch(setup: Setup, rival: Rival, label: str, starts: dict[str, dict[str, Any]], steps: list[list[int]] | None = None) -> Worker:
-    """Start a worker and note how long that took."""
-    worker = start(setup, rival, cache=rival.dtype, steps=steps)
-    starts[label] = {"seconds": worker.start_seconds, **worker.first_step}
-    tell(f"{label}: {worker.start_seconds:.1f} s to the end of the first step")
-    return worker
+def launch(
+    setup: Setup, rival: Rival, label: str, starts: dict[str, dict[str, Any]], cache: str = "", steps: list[list[int]] | None = None
+) -> Worker:
+    """Start a worker and note how long that took; again if the machine was not ours meanwhile."""
+    attempt = 1
+    while True:
+        wait_until_quiet(PATIENCE)
+        name = cache or f"{rival.dtype}-{attempt}"
+        worker = start(setup, rival, name, steps)
+        starts[label] = worker.start | {"cache": name}
+        tell(f"{label}: {worker.start['seconds']:.1f} s to the end of the first step, others {worker.start['foreign']:.1%}")
+        if worker.start["foreign"] <= FOREIGN_LIMIT or attempt == ATTEMPTS:
+            return worker
+        worker.quit()
+        attempt += 1
 
 
-def rounds(workers: dict[str, Worker], phase: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of a phase: seconds and log-probs by rival, one entry a round, and each rival's peak memory after them."""
-    prepared = {name: worker.ask(do="prepare", phase=phase) for name, worker in workers.items()}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    for number in range(1, args.rounds + 1):
-        for name, worker in workers.items():
-            time.sleep(0.5)  # the threads of the one before go to sleep
-            found[name].append(worker.ask(do="round", steps=args.steps_per_round))
-        pairs = args.pairs_per_step * args.steps_per_round
-        tell(
-            f"{phase} {number}/{args.rounds}, pairs/s: " + ", ".join(f"{name} {pairs / found[name][-1]['seconds']:.2f}" for name in workers)
-        )
-    return {
-        "prepared": {name: answer for name, answer in prepared.items() if "programs" in answer},
-        "seconds": {name: [answer["seconds"] for answer in answers] for name, answers in found.items()},
-        "logps": {name: [logp for answer in answers for logp in answer["logps"]] for name, answers in found.items()},
-        "peak_bytes": {name: answers[-1]["peak_bytes"] for name, answers in found.items()},
-        "compiled_in_rounds": {name: sum(answer.get("large_programs", 0) for answer in answers) for name, answers in found.items()},
-    }
+def rounds(workers: dict[str, Worker], plan: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Go around until enough rounds were undisturbed, or there are no more spare ones. Each: what every rival answered, by phase."""
+    done: list[dict[str, Any]] = []
+    size = args.steps_per_round
+    while sum(item["clean"] for item in done) < args.rounds and len(done) < SPARE * args.rounds:
+        item: dict[str, Any] = {"phases": {}}
+        for phase, steps in plan["phases"].items():
+            first = len(done) * size + (phase == "random")
+            answers = {}
+            for name, worker in workers.items():
+                wait_until_quiet(PATIENCE)
+                answers[name] = worker.ask(do="round", phase=phase, steps=size)
+            item["phases"][phase] = {"answers": answers, "tokens": count(plan, steps[first : first + size])}
+            speeds = ", ".join(f"{name} {args.pairs_per_step * size / answers[name]['seconds']:.2f}" for name in workers)
+            tell(f"round {len(done) + 1}, {phase}, pairs/s: {speeds}")
+        item["foreign"] = max(answer["foreign"] for found in item["phases"].values() for answer in found["answers"].values())
+        item["clean"] = item["foreign"] <= FOREIGN_LIMIT
+        done.append(item)
+        tell(f"round {len(done)}: others used at most {item['foreign']:.1%} of the cores")
+    return done
 
 
 def recomputing(setup: Setup, rival: Rival, steps: list[list[int]], starts: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Seconds and peak memory of the step with the most padded tokens, in a process that trains on little else."""
-    worker = launch(setup, rival, rival.name, starts, steps)
-    answer = worker.ask(do="round", steps=1)
+    worker = launch(setup, rival, rival.name, starts, steps=steps)
+    answer = worker.ask(do="round", phase="random", steps=1)
     worker.quit()
     return {"seconds": answer["seconds"], "peak_bytes": answer["peak_bytes"]}
 
 
-def same_work(phases: dict[str, Any]) -> dict[str, float]:
+def same_work(done: list[dict[str, Any]]) -> dict[str, float]:
     """Largest relative difference of a step's mean chosen log-prob from that of ours in float32, by rival.
 
     Raises:
@@ -164,7 +183,8 @@ def same_work(phases: dict[str, Any]) -> dict[str, float]:
     """
     worst = {}
     for rival in RIVALS:
-        pairs = [pair for found in phases.values() for pair in zip(found["logps"][rival.name], found["logps"][RIVALS[0].name], strict=True)]
+        answers = [found["answers"] for item in done for found in item["phases"].values()]
+        pairs = [pair for answer in answers for pair in zip(answer[rival.name]["logps"], answer[RIVALS[0].name]["logps"], strict=True)]
         worst[rival.name] = max(abs(a / b - 1) for a, b in pairs)
         if worst[rival.name] > TOLERANCE[rival.dtype]:
             raise ValueError(f"{rival.name}: log-probs differ from ours by {worst[rival.name]:.2g}; the sides did not do the same work")

@@ -132,21 +132,24 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(Path(config.run_dir), 1, 0))
         run = begin(session, stack.enter_context(open_logger(session)), checkpoints)
-        phase = Phase(run, len(plan["phases"]["random"]))
-        _, logps = phase.round(1)
-        channel.send(event="first_step", logps=logps, row_sizes=session.loader.packer.row_sizes, **compiles.report())
+        current = Phase(run, len(plan["phases"]["random"]))
+        _, logps = current.round(1)
+        phases = {"random": current}
+        channel.send(event="first_step", logps=logps, **compiles.report())
         while (request := channel.receive())["do"] != "quit":
             if request["do"] == "prepare":
-                if request["phase"] == "grouped":
-                    session = Session.open(read_config(args, "grouped"))
-                    run = dataclasses.replace(
-                        phase.run, session=session, logger=stack.enter_context(open_logger(session)), step=0, tokens=0
-                    )
-                    phase = Phase(run, len(plan["phases"]["grouped"]))
-                phase.prepare()
-                channel.send(event="prepared", row_sizes=phase.run.session.loader.packer.row_sizes, **compiles.report())
+                current.prepare()
+                session = Session.open(read_config(args, "grouped"))
+                run = dataclasses.replace(run, session=session, logger=stack.enter_context(open_logger(session)), step=0, tokens=0)
+                current = phases["grouped"] = Phase(run, len(plan["phases"]["grouped"]))
+                current.prepare()
+                row_sizes = {name: phase.run.session.loader.packer.row_sizes for name, phase in phases.items()}
+                channel.send(event="prepared", row_sizes=row_sizes, **compiles.report())
             else:
-                seconds, logps = phase.round(request["steps"])
+                state = current.run.state
+                current = phases[request["phase"]]
+                current.run.state = state
+                seconds, logps = current.round(request["steps"])
                 channel.send(event="round", seconds=seconds, logps=logps, **compiles.report())
 
 

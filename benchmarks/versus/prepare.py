@@ -1,11 +1,12 @@
 """Make what both sides are given: a model folder, the pairs as text in two orders, and the token ids to expect.
 
-    python -m versus.prepare --data <jsonl> --out <folder> --random-steps 13 --grouped-steps 12
+    python -m versus.prepare --data <jsonl> --out <folder> --rounds 12 --steps-per-round 2
 
     <out>/model/          config.json, model.safetensors (random weights), tokenizer files
     <out>/random.jsonl    {prompt, chosen, rejected} as text, in one random order; step k trains on rows 8 (k-1) to 8 k
     <out>/grouped.jsonl   the same rows in batches of similar length
-    <out>/plan.json       for both phases the rows of random.jsonl that each step trains on, their token ids, facts
+    <out>/plan.json       for both phases the rows of random.jsonl that each step trains on, their token ids, facts. The
+                          first step of "random" is what a worker starts with; rounds begin with the second.
 
 Our own parser, layout and truncation decide what a pair is. Its ids are then turned back into text, for a trainer that
 takes text; the few pairs whose text does not give the same ids again (the cut went through a word) are left out.
@@ -57,8 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--random-steps", type=int, required=True)
-    parser.add_argument("--grouped-steps", type=int, required=True)
+    parser.add_argument("--rounds", type=int, required=True, help="rounds of each phase")
+    parser.add_argument("--steps-per-round", type=int, required=True)
     parser.add_argument("--pairs-per-step", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
@@ -76,13 +77,15 @@ def main() -> None:
     write_rows(args.out / "random.jsonl", rows)
     write_rows(args.out / "grouped.jsonl", [rows[i] for i in grouped])
 
+    num_steps = args.rounds * args.steps_per_round
     phases = {
-        "random": steps_of(np.arange(len(rows)), args.random_steps, args.pairs_per_step),
-        "grouped": steps_of(grouped, args.grouped_steps, args.pairs_per_step),
+        "random": steps_of(np.arange(len(rows)), num_steps + 1, args.pairs_per_step),
+        "grouped": steps_of(grouped, num_steps, args.pairs_per_step),
     }
     used = sorted({row for steps in phases.values() for step in steps for row in step})
     plan = {
         "phases": phases,
+        "steps_per_round": args.steps_per_round,
         "ids": {row: [ids.tolist() for ids in (pairs[row].prompt_ids, pairs[row].chosen_ids, pairs[row].rejected_ids)] for row in used},
         "max_length": args.max_length,
         "facts": {"rows_read": report.rows_read, "parsed": report.parsed, **counts, "tokenizer_entries": num_tokens},

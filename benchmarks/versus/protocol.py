@@ -2,9 +2,11 @@
 
 A worker starts, trains its first step and says so. Then it is asked for one thing at a time:
 
-    {"do": "prepare", "phase": "grouped"}   get ready for the steps of a phase (ours: compile), untimed
-    {"do": "round", "steps": 2}             train the next steps of the phase -> seconds
+    {"do": "prepare"}                                get ready for all the steps of the plan (ours: compile), untimed
+    {"do": "round", "phase": "grouped", "steps": 2}  train on the next steps of a phase -> seconds
     {"do": "quit"}
+
+Rounds come in the order of the plan: after the first step, a round of each phase in turn.
 """
 
 import json

@@ -20,16 +20,30 @@ PHASES = {"random": "Pairs in random order", "grouped": "Pairs in batches of sim
 NAMES = [rival.name for rival in RIVALS]
 
 
+def counted(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rounds that count: the undisturbed ones, or all if none is."""
+    return [item for item in results["rounds"] if item["clean"]] or results["rounds"]
+
+
+def seconds(results: dict[str, Any], phase: str, name: str) -> list[float]:
+    """What each round that counts took."""
+    return [item["phases"][phase]["answers"][name]["seconds"] for item in counted(results)]
+
+
 def ratios(results: dict[str, Any], phase: str, ours: str, theirs: str) -> list[float]:
     """How many times faster ours was, in each round."""
-    seconds = results["phases"][phase]["seconds"]
-    return [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+    return [b / a for a, b in zip(seconds(results, phase, ours), seconds(results, phase, theirs), strict=True)]
 
 
-def peak(results: dict[str, Any], name: str) -> float:
-    """Peak memory in bytes over the random phase; for ours the larger of a run that compiles and one that need not."""
+def warm_peak(results: dict[str, Any], name: str) -> int:
+    """Peak memory in bytes of the process that trained in all rounds."""
+    return max(found["answers"][name]["peak_bytes"] for item in results["rounds"] for found in item["phases"].values())
+
+
+def peak(results: dict[str, Any], name: str) -> int:
+    """Peak memory in bytes; for ours the larger of a process that compiles and one that need not."""
     cold = results["starts"].get(f"{name}, nothing compiled", {}).get("all_programs", {})
-    return max(results["phases"]["random"]["peak_bytes"][name], cold.get("peak_bytes", 0))
+    return max(warm_peak(results, name), cold.get("peak_bytes", 0))
 
 
 def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -53,7 +67,7 @@ def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
 def markdown(results: dict[str, Any]) -> str:
     """The result file."""
     parts = [_head(results), _aims(results)]
-    parts += [_phase(results, phase) for phase in results["phases"]]
+    parts += [_phase(results, phase) for phase in PHASES]
     parts += [_memory(results), _starts(results), _notes(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -75,51 +89,56 @@ def _head(results: dict[str, Any]) -> str:
         f"- {versions}\n"
         f"- Llama of 56M parameters (hidden 512, 8 layers, 8 heads, 4 kv heads, mlp 1408, vocabulary 32,000, untied head), random weights; "
         f"{config['data']}, {results['data']['kept']} pairs; {config['pairs_per_step']} pairs a step, "
-        f"at most {config['max_length']} tokens; {config['rounds']} rounds of {config['steps_per_round']} steps in each order"
+        f"at most {config['max_length']} tokens; {len(counted(results))} rounds of {config['steps_per_round']} steps in each order"
     )
 
 
 def _aims(results: dict[str, Any]) -> str:
     rows = [[item["aim"], item["wanted"], f"{item['measured']:.2f}", "yes" if item["met"] else "**no**"] for item in results["verdicts"]]
-    return "## Aims\n\n" + _table(["", "wanted", "measured", "met"], rows)
+    disturbed = (
+        "" if any(item["clean"] for item in results["rounds"]) else "**Other work ran beside every round: these numbers mean little.**\n\n"
+    )
+    return "## Aims\n\n" + disturbed + _table(["", "wanted", "measured", "met"], rows)
 
 
 def _phase(results: dict[str, Any], phase: str) -> str:
-    config, seconds = results["config"], results["phases"][phase]["seconds"]
-    tokens = results["tokens"][phase][-config["rounds"] * config["steps_per_round"] :]
+    config, used = results["config"], counted(results)
     pairs = config["pairs_per_step"] * config["steps_per_round"]
-    real, padded = (sum(step[kind] for step in tokens) for kind in ("real", "padded"))
+    real, padded = (sum(item["phases"][phase]["tokens"][kind] for item in used) for kind in ("real", "padded"))
     rows = []
     for name in NAMES:
-        rates = [pairs / s for s in seconds[name]]
+        took = seconds(results, phase, name)
+        rates = [pairs / s for s in took]
         faster = ratios(results, phase, NAMES[name.endswith("bf16")], name)
+        theirs = not name.startswith("ours")
         rows.append(
             [
                 name,
                 f"{statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})",
-                f"{pairs * config['rounds'] / sum(seconds[name]):.2f}",
-                f"{real / sum(seconds[name]):.0f}",
-                "" if name.startswith("ours") else f"{padded / sum(seconds[name]):.0f}",
-                "" if name.startswith("ours") else f"{statistics.median(faster):.2f}x ({min(faster):.2f} to {max(faster):.2f})",
+                f"{pairs * len(took) / sum(took):.2f}",
+                f"{real / sum(took):.0f}",
+                f"{padded / sum(took):.0f}" if theirs else "",
+                f"{statistics.median(faster):.2f}x ({min(faster):.2f} to {max(faster):.2f})" if theirs else "",
             ]
         )
     header = ["", "pairs/s, median (range)", "pairs/s, all rounds", "real tokens/s", "padded tokens/s", "ours of that type is faster by"]
     return (
         f"## {PHASES[phase]}\n\n{_table(header, rows)}\n\n"
-        f"Real tokens: prompt, chosen and rejected answer, each once ({real} in all rounds, a mean of {real / len(tokens):.0f} a step), "
-        f"counted alike for both sides. Padded: what TRL's batches hold, prompts twice and padding ({padded})."
+        f"Real tokens: prompt, chosen and rejected answer, each once ({real} in all rounds, a mean of "
+        f"{real / len(used) / config['steps_per_round']:.0f} a step), counted alike for both sides. "
+        f"Padded: what TRL's batches hold, prompts twice and padding ({padded})."
     )
 
 
 def _memory(results: dict[str, Any]) -> str:
     rows = [[name, f"{peak(results, name) / GB:.2f}"] for name in NAMES]
     for name in NAMES[:2]:
-        rows.append([f"{name}, programs in the cache", f"{results['phases']['random']['peak_bytes'][name] / GB:.2f}"])
+        rows.append([f"{name}, programs in the cache", f"{warm_peak(results, name) / GB:.2f}"])
     rows += [[f"{name} ({item['seconds']:.1f} s a step)", f"{item['peak_bytes'] / GB:.2f}"] for name, item in results["sparing"].items()]
     return (
-        "## Peak memory\n\n" + _table(["", "GB"], rows) + "\n\nLargest resident memory (ru_maxrss) from the start to the end of the random "
-        "phase; ours while it compiles, unless said otherwise. Gradient checkpointing is TRL's default; it is off in every other row, as "
-        "TRL is faster without. Those two rows are of one step, the one of the phase with the most padded tokens."
+        "## Peak memory\n\n" + _table(["", "GB"], rows) + "\n\nLargest resident memory (ru_maxrss) from the start to the last round; "
+        "ours while it compiles, unless said otherwise. Gradient checkpointing is TRL's default; it is off in every other row, as "
+        "TRL is faster without. Those two rows are of one step, that of the random order with the most padded tokens."
     )
 
 
@@ -127,9 +146,9 @@ def _starts(results: dict[str, Any]) -> str:
     rows = []
     for name, item in results["starts"].items():
         compiled = f"{item['compile_seconds']:.1f}" if "compile_seconds" in item else ""
-        programs = item.get("all_programs", results["phases"]["random"]["prepared"].get(name))
-        rows.append([name, f"{item['seconds']:.1f}", compiled, f"{programs['compile_seconds']:.1f}" if programs else ""])
-    header = ["", "to the end of step 1, s", "of which XLA compiles or loads, s", "the other row lengths of the run, s"]
+        programs = item.get("all_programs", {}).get("compile_seconds")
+        rows.append([name, f"{item['seconds']:.1f}", compiled, "" if programs is None else f"{programs:.1f}"])
+    header = ["", "to the end of step 1, s", "of which XLA compiles or loads, s", "then all other row lengths of both orders, s"]
     return (
         "## Start\n\n" + _table(header, rows) + "\n\nA fresh process each: imports, weights, tokenizing all pairs, first step. Ours "
         "includes the closed-form check (one step more). Rows without 'nothing compiled' find their programs in the cache on disk. All "
@@ -140,13 +159,18 @@ def _starts(results: dict[str, Any]) -> str:
 def _notes(results: dict[str, Any]) -> str:
     same = ", ".join(f"{name} {value:.1e}" for name, value in results["same_work"].items() if value)
     data = results["data"]
-    late = sum(sum(found["compiled_in_rounds"].values()) for found in results["phases"].values())
+    answers = [answer for item in results["rounds"] for found in item["phases"].values() for answer in found["answers"].values()]
+    late = sum(answer.get("large_programs", 0) for answer in answers)
+    clean = sum(item["clean"] for item in results["rounds"])
+    others = max(item["foreign"] for item in counted(results))
     return (
         "## Notes\n\n"
         f"- Data: {data['rows_read']} rows read, {data['parsed']} parsed, {data['kept']} used; {data['cut_prompts']} prompts cut at the "
         f"front to {results['config']['max_length'] // 2} tokens and {data['cut_answers']} answers at the end, by our rule; TRL, "
         "whose rule differs, was given the text already cut. The token ids of every pair measured were compared and are equal.\n"
         f"- Same work: largest relative difference of a step's mean chosen log-prob from ours in float32: {same}.\n"
+        f"- {clean} of {len(results['rounds'])} rounds were undisturbed; in those counted, other processes used at most {others:.1%} "
+        f"of the cores. Starts: at most {max(item['foreign'] for item in results['starts'].values()):.1%}.\n"
         f"- Programs compiled within timed rounds: {late}.\n"
         "- TRL at its best: its fused LM head scores the positions of answers only, as on a GPU (see versus/theirs.py). Gradient "
         "checkpointing, evaluation, logging and saving are off; the reference is computed in every step by both sides; 2 threads.\n"

@@ -108,6 +108,12 @@ def make_trainer(args: argparse.Namespace, plan: dict[str, Any], steps: list[lis
     return trainer
 
 
+def in_turn(plan: dict[str, Any]) -> list[list[int]]:
+    """All steps of the plan: the first, then a round of each phase in turn."""
+    size, (first, *rest), grouped = plan["steps_per_round"], plan["phases"]["random"], plan["phases"]["grouped"]
+    return [first, *(step for at in range(0, len(grouped), size) for steps in (rest, grouped) for step in steps[at : at + size])]
+
+
 def check_ids(trainer: Trainer, plan: dict[str, Any]) -> None:
     """Both sides must see the same tokens.
 
@@ -140,7 +146,7 @@ def main() -> None:
         assert hasattr(trl.trainer.utils, "_use_triton"), "this TRL decides elsewhere which positions its LM head scores"
         trl.trainer.utils._use_triton = lambda device: True
     plan = json.loads((args.folder / "plan.json").read_text(encoding="utf-8"))
-    trainer = make_trainer(args, plan, args.steps or [step for steps in plan["phases"].values() for step in steps])
+    trainer = make_trainer(args, plan, args.steps or in_turn(plan))
     rounds = Rounds(channel)
     rounds.metrics = trainer._metrics["train"]
     trainer.add_callback(rounds)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 BENCHMARKS = Path(__file__).parent.parent
+FOREIGN_LIMIT = 0.05
+"""Share of the cores that others may use while something is measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,28 +59,35 @@ class Worker:
     """A process that trains when asked to. It idles otherwise, so that only one works at a time."""
 
     def __init__(self, command: list[str], log: Path, environment: dict[str, str]):
-        began = time.perf_counter()
         self._log = log
+        began, busy = time.perf_counter(), busy_seconds()
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 command, cwd=BENCHMARKS, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
             )
-        self.first_step = self._answer()
-        self.start_seconds = time.perf_counter() - began
-        """From the start of the process to the end of the first step."""
+        answer = self._answer()
+        seconds = time.perf_counter() - began
+        self.start = {"seconds": seconds, **answer, "foreign": self._foreign(busy, 0.0, seconds)}
+        """What it says after its first step, and the seconds from the start of the process until then."""
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer."""
+        """Send a request and wait for its answer; "foreign" is what else used the cores meanwhile, as a share of them."""
         assert self._process.stdin is not None
+        began, busy, own = time.perf_counter(), busy_seconds(), process_seconds(self._process.pid)
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        answer = self._answer()
+        return answer | {"foreign": self._foreign(busy, own, time.perf_counter() - began)}
 
     def quit(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+    def _foreign(self, busy: float, own: float, seconds: float) -> float:
+        others = (busy_seconds() - busy) - (process_seconds(self._process.pid) - own)
+        return round(max(0.0, others) / (seconds * len(os.sched_getaffinity(0))), 4)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -89,7 +98,7 @@ class Worker:
         return json.loads(line)
 
 
-def start(setup: Setup, rival: Rival, cache: str = "", steps: list[list[int]] | None = None) -> Worker:
+def start(setup: Setup, rival: Rival, cache: str, steps: list[list[int]] | None = None) -> Worker:
     """Start a rival's worker; returns when it has trained its first step.
 
     Args:
@@ -108,6 +117,34 @@ def start(setup: Setup, rival: Rival, cache: str = "", steps: list[list[int]] | 
         command += ["--checkpointing"] * rival.checkpointing + ([f"--steps={json.dumps(steps)}"] if steps else [])
     command += [f"--folder={setup.folder}", f"--dtype={rival.dtype}"]
     return Worker(command, setup.scratch / f"{slug}-{time.time_ns()}.log", environment(setup.cores))
+
+
+def busy_seconds() -> float:
+    """CPU seconds that this process's cores have worked for anyone, or were taken by the host, since the machine started."""
+    mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    total = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *fields = line.split()
+        if name in mine:
+            user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, fields[:8])
+            total += user + nice + system + irq + softirq + steal
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def process_seconds(pid: int) -> float:
+    """CPU seconds that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_until_quiet(limit: float) -> float:
+    """Return when nothing else has used the cores for two seconds, or after `limit` seconds; returns the seconds waited."""
+    began, calm = time.perf_counter(), 0
+    while calm < 2 and time.perf_counter() - began < limit:
+        busy = busy_seconds()
+        time.sleep(1.0)
+        calm = calm + 1 if busy_seconds() - busy < FOREIGN_LIMIT * len(os.sched_getaffinity(0)) else 0
+    return time.perf_counter() - began
 
 
 def environment(cores: int) -> dict[str, str]:
