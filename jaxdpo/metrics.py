@@ -77,8 +77,9 @@ class JsonLines:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, if a row has made one."""
+        if "_file" in self.__dict__:
+            self._file.close()
 
 
 def _cut(path: Path, resume_step: int | None) -> None:

@@ -79,6 +79,8 @@ class Run:
     """Updates done."""
     tokens: int = 0
     """Tokens trained on, over all steps."""
+    evaluated: bool = False
+    """Whether the state that the run starts from was evaluated already."""
     pending: tuple[int, dict[str, jax.Array], int, float] | None = None
     """The newest step's number, metrics on the device, slots and seconds spent waiting for its batch; reported one step late."""
     reported_at: float = dataclasses.field(default_factory=time.perf_counter)
@@ -165,6 +167,11 @@ class Run:
         self.checkpoints.save(self.step, checkpoint_tree(self.state, moving), meta, eval_loss)
         self.reported_at = time.perf_counter()
 
+    def close(self) -> None:
+        """Close the files that a run opens itself."""
+        self.samples.close()
+        self.skipped.close()
+
 
 def train(config: Config) -> bool:
     """Train as the config says, from the newest checkpoint if there is one; False when a signal stopped it, saved.
@@ -181,13 +188,13 @@ def train(config: Config) -> bool:
         if newest is not None:
             check_same_run(session, checkpoints.read_meta(newest))
         write_inputs(session, run_dir)
-        with Logger(run_dir, config.log, session.total_steps, newest, has_reference=config.reference != "none") as logger:
+        with Logger(run_dir, config.log, session.total_steps, newest, has_reference=needs_reference(config.loss)) as logger:
             for note in checkpoints.notes:
                 logger.warn(note)
             for line in describe(session):
                 logger.info(line)
-            run = begin(session, logger, checkpoints)
-            finished = loop(run, stop)
+            with contextlib.closing(begin(session, logger, checkpoints)) as run:
+                finished = loop(run, stop)
             checkpoints.wait()
             logger.info(
                 f"{'done' if finished else 'stopped and saved'}: step {run.step} of {session.total_steps}, checkpoints in {run_dir}"
@@ -207,11 +214,10 @@ def begin(session: Session, logger: Logger, checkpoints: Checkpoints) -> Run:
         check_closed_form(run)
         return run
     step, tree, meta = restored
-    reference = tree.pop("reference", None)
-    if reference is None and needs_reference(session.config.loss):
-        reference = session.initial_params(session.reference_dtype)
+    reference = tree.pop("reference") if moves else session.starting_reference()
     logger.info(f"resuming after step {step}")
-    return Run(session, logger, checkpoints, samples, skipped, TrainState(**tree), reference, step, meta["counters"]["tokens"])
+    evaluated = meta["eval_loss"] is not None
+    return Run(session, logger, checkpoints, samples, skipped, TrainState(**tree), reference, step, meta["counters"]["tokens"], evaluated)
 
 
 def loop(run: Run, stop: Stop) -> bool:
@@ -219,7 +225,7 @@ def loop(run: Run, stop: Stop) -> bool:
     config, total = run.config, run.session.total_steps
     apply = run.session.put_scalar(True, np.bool_)
     with jax.transfer_guard("disallow"):
-        if run.step == 0 and config.eval.every:
+        if _due(run.step, config.eval.every) and not run.evaluated:  # the first state, or one that a signal left no time for
             run.evaluate()
         batches = run.session.loader.stream(run.step + 1, total)
         run.reported_at = time.perf_counter()
@@ -228,8 +234,8 @@ def loop(run: Run, stop: Stop) -> bool:
             batch = next(batches)
             run.advance(step, batch, apply, time.perf_counter() - asked)
             last = step == total
-            due = _due(step, config.eval.every) or (last and bool(config.eval.every))
-            eval_loss = run.evaluate() if due and not stop.requested else None
+            due = (last and config.eval.every > 0) or (_due(step, config.eval.every) and not stop.requested)
+            eval_loss = run.evaluate() if due else None
             if last or stop.requested or _due(step, config.checkpoint.save_every):
                 run.save(eval_loss)
             if stop.requested and not last:
@@ -257,11 +263,11 @@ def check_closed_form(run: Run) -> None:
     expected = (
         sum(weight * forms[name] for name, weight in zip(section.names, weights, strict=True)) if len(forms) == len(weights) else None
     )
-    off = [
-        f"{key} is {values[key]:.6g}, not 0" for key in ("rewards/chosen", "rewards/rejected") if abs(values[key]) > CLOSED_FORM_TOLERANCE
-    ]
-    if expected is not None and not section.wpo and abs(values["loss"] - expected) > CLOSED_FORM_TOLERANCE * max(1.0, abs(expected)):
-        off.insert(0, f"the loss is {values['loss']:.6g}, not {expected:.6g}")
+    known = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}
+    if expected is not None and not section.wpo:
+        known = {"loss": expected} | known
+    near = {key: abs(values[key] - value) <= CLOSED_FORM_TOLERANCE * max(1.0, abs(value)) for key, value in known.items()}
+    off = [f"{key} is {values[key]:.6g}, not {known[key]:.6g}" for key in known if not near[key]]  # a NaN is near nothing
     if off:
         raise Fault(
             f"policy and reference should agree before the first step, but {', '.join(off)}. Likely causes: weights that hold NaN or "

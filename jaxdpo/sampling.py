@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, forward, head_weight
+from jaxdpo.sharding import replicated
 
 SLOT_MULTIPLE = 64
 
@@ -47,19 +48,18 @@ def generate(
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     stops = np.array([*stop_ids, -1], np.int32)  # -1 is no token: keeps the shape valid when there are no stop ids
+    where = None if options.mesh is None else replicated(options.mesh)
     tokens, ends = _continue(
         params,
-        jnp.asarray(tokens_BT),
-        jnp.asarray(lengths),
-        jnp.asarray(stops),
-        jax.random.key(seed),
+        *jax.device_put((tokens_BT, lengths, stops, np.uint32(seed)), where),  # in so many words: training forbids implicit transfers
         model=model,
         options=options,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         num_tokens=num_tokens or model.vocab_size,
     )
-    return [row[start:end] for row, start, end in zip(np.asarray(tokens), lengths, np.asarray(ends), strict=True)]
+    rows, ends_B = jax.device_get((tokens, ends))
+    return [row[start:end] for row, start, end in zip(rows, lengths, ends_B, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options", "max_new_tokens", "temperature", "num_tokens"))
@@ -68,7 +68,7 @@ def _continue(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     stop_ids: jax.Array,
-    key: jax.Array,
+    seed: jax.Array,
     *,
     model: ModelConfig,
     options: ForwardOptions,
@@ -80,6 +80,7 @@ def _continue(
     B, T = tokens_BT.shape
     slots_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     first_BT = jnp.zeros_like(slots_BT)
+    key = jax.random.key(seed)
 
     def next_ids(tokens_BT: jax.Array, ends_B: jax.Array, step: jax.Array) -> jax.Array:
         hidden_BTD = forward(params, model, tokens_BT, slots_BT, first_BT, slots_BT + 1, options)

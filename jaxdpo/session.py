@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdpo import optim, sharding
+from jaxdpo import losses, optim, sharding
 from jaxdpo.config import Config
 from jaxdpo.data.chat import Tokenizer, load_tokenizer
 from jaxdpo.data.loader import Loader
@@ -59,9 +59,10 @@ class Session:
         folder = model_folder(config)
         model = load_model_config(folder)
         tokenizer = load_tokenizer(str(folder))
-        config = settle_lengths(config, model)
+        config = settle_lengths(settle_dtype(config, mesh), model)
         _check_lengths(config, model)
         data = prepare(config.data, tokenizer, model.vocab_size)
+        _check_weights(config, data)
         pairs_per_step = config.train.pairs_per_step
         loader = Loader.create(
             data.train, config.data, pairs_per_step=pairs_per_step, num_rows=sharding.num_row_shards(mesh), seed=config.seed
@@ -91,26 +92,17 @@ class Session:
         Raises:
             ValueError: the weights cannot be used.
         """
-        params = self.initial_params(self.config.model.param_dtype)
+        params = self._initial_params()
         opt = jax.jit(lambda: optim.init(self._abstract_params(), self.config.optim), out_shardings=self.shardings.opt)()
         state = TrainState(params, opt, self.put_scalar(0, np.int32), self.put_scalar(0, np.int32))
+        return state, self._copy_as_reference(params) if needs_reference(self.config.loss) else None
+
+    def starting_reference(self) -> Params | None:
+        """The reference alone, as `start` gives it: for a resume, which has its policy from a checkpoint."""
         if not needs_reference(self.config.loss):
-            return state, None
-        copy = jax.jit(
-            lambda tree: jax.tree.map(lambda w: jnp.array(w, self.reference_dtype, copy=True), tree), out_shardings=self.shardings.params
-        )
-        return state, copy(params)
-
-    def initial_params(self, dtype: str) -> Params:
-        """The weights that the run starts from, on the devices: those of model.path, or random ones.
-
-        Raises:
-            ValueError: the weights cannot be used.
-        """
-        if self.config.model.init == "random":
-            draw = jax.jit(lambda key: init_params(self.model, key, dtype), out_shardings=self.shardings.params)
-            return draw(jax.random.key(self.config.seed))
-        return load_params(self.folder, self.model, self.shardings.params, jnp.dtype(dtype))
+            return None
+        params = self._initial_params()
+        return params if self.config.model.param_dtype == self.reference_dtype else self._copy_as_reference(params)
 
     def abstract_state(self, with_reference: bool) -> dict[str, Any]:
         """Shapes, types and shardings of what a checkpoint holds."""
@@ -192,6 +184,18 @@ class Session:
         """Number of weights of the policy."""
         return sum(leaf.size for leaf in jax.tree.leaves(self._abstract_params()))
 
+    def _initial_params(self) -> Params:
+        dtype = self.config.model.param_dtype
+        if self.config.model.init == "random":
+            draw = jax.jit(lambda key: init_params(self.model, key, dtype), out_shardings=self.shardings.params)
+            return draw(jax.random.key(self.config.seed))
+        return load_params(self.folder, self.model, self.shardings.params, jnp.dtype(dtype))
+
+    def _copy_as_reference(self, params: Params) -> Params:
+        dtype = self.reference_dtype
+        copy = jax.jit(lambda tree: jax.tree.map(lambda w: jnp.array(w, dtype, copy=True), tree), out_shardings=self.shardings.params)
+        return copy(params)
+
     def _abstract_params(self) -> Params:
         return abstract_params(self.model, self.config.model.param_dtype)
 
@@ -225,6 +229,14 @@ def model_folder(config: Config) -> Path:
     return fetch_model(config.model.path or "", config.model.revision)
 
 
+def settle_dtype(config: Config, mesh: Mesh) -> Config:
+    """The config with the platform's type in place of an automatic one, so that a resume elsewhere cannot change it unseen."""
+    if config.model.compute_dtype != "auto":
+        return config
+    dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+
+
 def settle_lengths(config: Config, model: ModelConfig) -> Config:
     """The config with numbers in place of automatic lengths."""
     data = config.data
@@ -235,14 +247,23 @@ def settle_lengths(config: Config, model: ModelConfig) -> Config:
 
 def _forward(config: Config, mesh: Mesh) -> ForwardOptions:
     """The forward options, with each `auto` settled for this platform."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
     section = config.model
     return ForwardOptions(
-        compute_dtype=("float32" if on_cpu else "bfloat16") if section.compute_dtype == "auto" else section.compute_dtype,
+        compute_dtype=section.compute_dtype,
         attention="blocks" if section.attention == "auto" else section.attention,
         remat="full" if section.remat == "auto" else section.remat,
         mesh=mesh,
     )
+
+
+def _check_weights(config: Config, data: Prepared) -> None:
+    """A coupled loss compares every pair with every other: which of them a pair's weight should count for is not defined."""
+    weighted = [name for name, table in (("data.train", data.train), ("data.eval", data.eval)) if np.unique(table.weights).size > 1]
+    if weighted and losses.coupled(config.loss):
+        raise ValueError(
+            f"loss.name={config.loss.name}: mixes the pairs of a step, so it cannot weigh them, and the rows of {weighted[0]} differ in "
+            "their column 'weight'. Remove that column, or use another loss"
+        )
 
 
 def _check_lengths(config: Config, model: ModelConfig) -> None:
