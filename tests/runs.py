@@ -1,0 +1,133 @@
+"""Short runs in a folder, for the tests of the runner: start, stop, copy and compare them."""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxdpo import sharding
+from jaxdpo.checkpoint import restore_params
+from jaxdpo.config import Config, MeshSection
+from jaxdpo.metrics import TIME_KEYS
+from jaxdpo.runner import Run, train
+from jaxdpo.session import Session
+from jaxdpo.step import StepOptions, compile_steps
+from tests.tiny import config, rows, write_model, write_rows
+
+TOTAL, STOPPED = 8, 7  # 2 pairs a step: the run is stopped in its second epoch
+
+
+def folder_with_inputs(folder: Path) -> Path:
+    """The folder, with the tiny model and its rows in it."""
+    write_model(folder / "model")
+    write_rows(folder / "rows.jsonl", rows(13))
+    return folder
+
+
+def use_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs use one of the eight devices, and those with the same options share their programs."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda section: make_mesh(MeshSection(), jax.devices()[:1]))
+    monkeypatch.setattr("jaxdpo.session.compile_steps", compiled_once)
+
+
+PROGRAMS: dict[str, tuple[Callable, Callable]] = {}
+
+
+def compiled_once(options: StepOptions, mesh: jax.sharding.Mesh, shardings: Any) -> tuple[Callable, Callable]:
+    """compile_steps that remembers."""
+    key = repr(options)
+    if key not in PROGRAMS:
+        PROGRAMS[key] = compile_steps(options, mesh, shardings)
+    return PROGRAMS[key]
+
+
+def settings(shared: Path, run_dir: Path, **changes: Any) -> Config:
+    """A run of TOTAL steps that evaluates and saves every other one."""
+    common = {
+        "run_dir": str(run_dir),
+        "train__steps": TOTAL,
+        "data__eval_fraction": 0.3,
+        "eval__every": 2,
+        "checkpoint__save_every": 3,
+    }
+    return config(shared, **common | changes)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics that must be the same bits whenever and however often the run was interrupted."""
+    return [{key: value for key, value in row.items() if key not in TIME_KEYS} for row in metrics(run_dir)]
+
+
+def final_params(run_dir: Path) -> dict[str, Any]:
+    """The policy after the last step."""
+    step, params, _ = restore_params(run_dir)
+    assert step == TOTAL
+    return params
+
+
+def same_bits(ours: Path, theirs: Path) -> bool:
+    """Whether two runs ended with the same parameters and metrics."""
+    equal = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), final_params(ours), final_params(theirs))
+    return all(jax.tree.leaves(equal)) and untimed(ours) == untimed(theirs)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """A SIGTERM during this step."""
+    advance = Run.advance
+
+    def advance_and_signal(self: Run, now: int, *args: Any) -> None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        advance(self, now, *args)
+
+    monkeypatch.setattr(Run, "advance", advance_and_signal)
+
+
+@functools.cache
+def stopped(shared: Path) -> Path:
+    """The plain run up to STOPPED, to be copied."""
+    some = settings(shared, shared / "stopped")
+    interrupt(some, STOPPED)
+    return shared / "stopped"
+
+
+def stopped_copy(shared: Path, run_dir: Path) -> Config:
+    """A copy of the stopped run, and its config."""
+    shutil.copytree(stopped(shared), run_dir, dirs_exist_ok=True)
+    return settings(shared, run_dir)
+
+
+def interrupt(some: Config, step: int) -> None:
+    """The part of a run up to a SIGTERM, saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, step)
+        assert train(some) is False
+    assert restore_params(some.run_dir)[0] == step
+    assert step != STOPPED or Session.open(some).loader.epoch(step) > 1
+
+
+@functools.cache
+def whole(shared: Path, kind: str = "plain") -> Path:
+    """The uninterrupted run."""
+    changes = {"plain": {}, "tr": {"loss__tr_every": 2, "loss__tr_alpha": 0.5, "eval__every": 0}}[kind]
+    assert train(settings(shared, shared / kind, **changes)) is True
+    return shared / kind
+
+
+def replaced(some: Config, **changes: dict[str, Any]) -> Config:
+    """The config with some fields of its sections changed."""
+    return dataclasses.replace(some, **{name: dataclasses.replace(getattr(some, name), **fields) for name, fields in changes.items()})

@@ -1,0 +1,210 @@
+"""A run that was interrupted ends with the same bits as one that was not, or is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxdpo.checkpoint import Checkpoints
+from jaxdpo.config import Config
+from jaxdpo.data.loader import Loader
+from jaxdpo.runner import train
+from jaxdpo.session import Session
+from tests.runs import STOPPED, folder_with_inputs, interrupt, replaced, same_bits, settings, stopped_copy, untimed, use_one_device, whole
+from tests.tiny import rows, write_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of these tests' runs."""
+    return folder_with_inputs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See use_one_device."""
+    use_one_device(monkeypatch)
+
+
+def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(shared: Path, tmp_path: Path) -> None:
+    some = stopped_copy(shared, tmp_path)
+    assert [row["step"] for row in untimed(tmp_path) if "loss" in row] == list(range(1, STOPPED + 1))
+    assert train(some) is True
+    assert same_bits(tmp_path, whole(shared))
+
+
+def test_a_stop_where_an_evaluation_was_due_loses_nothing(shared: Path, tmp_path: Path) -> None:
+    some = settings(shared, tmp_path)
+    interrupt(some, 4)
+    assert untimed(tmp_path)[-1]["step"] == 4 and "eval/loss" not in untimed(tmp_path)[-1]
+    assert train(some) is True
+    assert same_bits(tmp_path, whole(shared))
+
+
+def test_rows_beyond_the_checkpoint_are_told_once(shared: Path, tmp_path: Path) -> None:
+    """As after a SIGKILL: metrics of steps after the last save are on disk."""
+    some = settings(shared, tmp_path, checkpoint__save_every=3)
+    interrupt(some, 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 123}\n{"step": 5, "lo')
+    (tmp_path / "nonfinite.jsonl").write_text('{"step": 2, "ids": ["a"]}\n{"step": 4, "ids": ["b"]}\n')
+    assert train(some) is True
+    assert same_bits(tmp_path, whole(shared))
+    assert (tmp_path / "nonfinite.jsonl").read_text() == '{"step": 2, "ids": ["a"]}\n'
+
+
+def test_a_finished_run_stays_as_it_is(shared: Path) -> None:
+    run_dir = whole(shared)
+    before = untimed(run_dir)
+    assert train(settings(shared, run_dir)) is True
+    assert untimed(run_dir) == before
+
+
+def restoring(change: Callable[[dict[str, Any]], None]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Have the restored state changed."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        restore = Checkpoints.restore
+
+        def changed(self: Checkpoints, abstract: Any) -> Any:
+            found = restore(self, abstract)
+            assert found is not None
+            change(found[1])
+            return found
+
+        monkeypatch.setattr(Checkpoints, "restore", changed)
+
+    return patch
+
+
+def zeroed(tree: dict[str, Any], *path: str) -> None:
+    for name in path[:-1]:
+        tree = tree[name]
+    tree[path[-1]] = jax.tree.map(jnp.zeros_like, tree[path[-1]])
+
+
+def from_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Loader.stream
+    monkeypatch.setattr(Loader, "stream", lambda self, first, last: stream(self, 1, last - first + 1))
+
+
+LOSSES_ON_RESUME = {
+    "first moments": restoring(lambda tree: zeroed(tree, "opt", "mu")),
+    "second moments": restoring(lambda tree: zeroed(tree, "opt", "nu")),
+    "optimizer's count": restoring(lambda tree: zeroed(tree, "opt", "count")),
+    "step": restoring(lambda tree: zeroed(tree, "step")),
+    "position in the data": from_the_first_batch,
+}
+
+
+@pytest.mark.parametrize("lost", LOSSES_ON_RESUME)
+def test_the_comparison_sees_what_a_resume_loses(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    some = stopped_copy(shared, tmp_path)
+    LOSSES_ON_RESUME[lost](monkeypatch)
+    assert train(some) is True
+    assert not same_bits(tmp_path, whole(shared))
+
+
+def test_a_moved_reference_is_saved_and_restored(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = whole(shared, "tr")
+    changes: dict[str, Any] = {"loss__tr_every": 2, "loss__tr_alpha": 0.5, "eval__every": 0}
+    some = settings(shared, tmp_path / "kept", **changes)
+    interrupt(some, STOPPED)
+    shutil.copytree(tmp_path / "kept", tmp_path / "lost")
+    assert train(some) is True and same_bits(tmp_path / "kept", theirs)
+    other = settings(shared, tmp_path / "lost", **changes)
+    forget = restoring(lambda tree: tree.update(reference=Session.open(other).starting_reference()))  # what is there without it
+    forget(monkeypatch)
+    assert train(other) is True and not same_bits(tmp_path / "lost", theirs)
+
+
+def test_a_reference_is_the_same_after_a_resume_whatever_the_types(shared: Path, tmp_path: Path) -> None:
+    """Weights held in bfloat16 are rounded before the reference is taken from them, also on resume."""
+    for param_dtype, compute_dtype in (("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float32")):
+        some = settings(shared, tmp_path, model__param_dtype=param_dtype, model__compute_dtype=compute_dtype)
+        session = Session.open(some)
+        _, reference = session.start()
+        for a, b in zip(jax.tree.leaves(reference), jax.tree.leaves(session.starting_reference()), strict=True):
+            assert a.dtype == b.dtype == compute_dtype and (a == b).all()
+
+
+# --- what a resume refuses ---
+
+
+@pytest.fixture(scope="module")
+def halfway(shared: Path) -> Config:
+    """A run that was stopped after its second step."""
+    some = settings(shared, shared / "halfway")
+    interrupt(some, 2)
+    return some
+
+
+def test_another_config_is_refused_with_every_field(halfway: Config) -> None:
+    other = replaced(halfway, optim={"learning_rate": 0.5}, loss={"beta": 0.3}, log={"every": 2}, train={"steps": 9})
+    with pytest.raises(ValueError) as caught:
+        train(other)
+    lines = str(caught.value).split("\n")
+    assert lines[0] == f"run_dir={halfway.run_dir}: holds checkpoints of a different run:"
+    assert lines[1:-1] == [
+        "  loss.beta: None in the checkpoint, 0.3 now",
+        "  optim.learning_rate: 0.001 in the checkpoint, 0.5 now",
+        "  train.steps: 8 in the checkpoint, 9 now",
+    ]
+
+
+def test_another_type_of_products_is_refused_although_both_say_auto(halfway: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_on_a_gpu(some: Config, mesh: object) -> Config:
+        return replaced(some, model={"compute_dtype": "bfloat16"})
+
+    monkeypatch.setattr("jaxdpo.session.settle_dtype", as_on_a_gpu)
+    with pytest.raises(ValueError, match=r"model.compute_dtype: float32 in the checkpoint, bfloat16 now"):
+        train(halfway)
+
+
+@pytest.mark.parametrize(
+    ("what", "key"), [("rows", "pairs"), ("weights", "weights"), ("tokenizer", "tokenizer"), ("template", "chat_template")]
+)
+def test_other_data_or_models_are_refused(halfway: Config, shared: Path, what: str, key: str) -> None:
+    model = Path(str(halfway.model.path))
+    path = {
+        "rows": shared / "rows.jsonl",
+        "weights": model / "model.safetensors",
+        "tokenizer": model / "tokenizer.json",
+        "template": model / "tokenizer_config.json",
+    }[what]
+    before = path.read_bytes()
+    changes = {
+        "rows": lambda: write_rows(path, [*rows(12), {"prompt": "w1", "chosen": " w2", "rejected": " w3"}]),
+        "weights": lambda: write_model(model, seed=5),
+        "tokenizer": lambda: path.write_bytes(before.replace(b'"w63": 63', b'"w63": 63, "w64": 63')),
+        "template": lambda: path.write_text(json.dumps(json.loads(before) | {"chat_template": "{{ messages }}"})),
+    }
+    try:
+        changes[what]()
+        with pytest.raises(ValueError, match=f"\n  {key}: not what the checkpoint was trained with"):
+            train(halfway)
+    finally:
+        path.write_bytes(before)
+    Session.open(halfway)
+
+
+def test_what_only_changes_where_things_are_computed_may_change(shared: Path, tmp_path: Path) -> None:
+    some = settings(shared, tmp_path, eval__every=0)
+    interrupt(some, STOPPED)
+    other = replaced(some, model={"attention": "dense"}, data={"layout": "separate", "max_row_tokens": 96}, log={"every": 1})
+    assert train(other) is True
+    wanted = [row["loss"] for row in untimed(whole(shared)) if "loss" in row]
+    assert [row["loss"] for row in untimed(tmp_path)] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_pair_weights_are_refused_by_losses_that_mix_pairs(shared: Path, tmp_path: Path) -> None:
+    weighted = write_rows(tmp_path / "rows.jsonl", [row | {"weight": 1 + i % 2} for i, row in enumerate(rows(13))])
+    with pytest.raises(ValueError, match=r"loss.name=aot: .* the rows of data.train differ in their column 'weight'"):
+        Session.open(settings(shared, tmp_path, data__train=[weighted], loss__name="aot"))
+    Session.open(settings(shared, tmp_path, data__train=[weighted]))
+    Session.open(settings(shared, tmp_path, loss__name="aot"))
