@@ -39,7 +39,6 @@ HF: dict[str, Any] = {
 """config.json of the tiny model; weights are five times larger than usual, so that every part matters."""
 
 
-@functools.cache
 def model(**changes: Any) -> ModelConfig:
     """The tiny model's config, with changes to HF."""
     return from_hf(HF | changes)

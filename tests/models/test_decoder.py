@@ -1,0 +1,171 @@
+"""The decoder on its own; logits against transformers are in test_parity.py."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdpo.data.packing import Batch
+from jaxdpo.data.table import EncodedPair
+from jaxdpo.models.config import ModelConfig, RopeScaling
+from jaxdpo.models.decoder import REMAT, ForwardOptions, Params, abstract_params, forward, head_weight, init_params, logical_axes
+from jaxdpo.models.layers import product, rope_tables, scale_frequencies
+from tests.tiny import model, pack, pairs, params
+
+QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12, "attention_bias": True, "tie_word_embeddings": True}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 9}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "qwen3": QWEN3,
+    "mistral": MISTRAL,
+}
+PAIRS = pairs(5, low=3, high=20)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def hidden_states(weights: Params, arrays: tuple[jax.Array, ...], config: ModelConfig, options: ForwardOptions) -> jax.Array:
+    return forward(weights, config, *arrays, options)
+
+
+def packed_states(batch: Batch, config: ModelConfig, **options: Any) -> np.ndarray:
+    """Hidden states of the batch's first microbatch."""
+    arrays = tuple(x[0] for x in (batch.tokens_MBT, batch.positions_MBT, batch.k_start_MBT, batch.k_end_MBT))
+    return np.asarray(hidden_states(params(0, config), arrays, config, ForwardOptions(**options)))
+
+
+def states_alone(one: EncodedPair, side: int, config: ModelConfig) -> np.ndarray:
+    """Hidden states that predict a side's answer, computed as one plain causal row."""
+    ids = np.concatenate([one.prompt_ids, (one.chosen_ids, one.rejected_ids)[side]])
+    tokens = np.zeros((1, 64), np.int32)
+    tokens[0, : len(ids)] = ids
+    slots = np.arange(64, dtype=np.int32)[None]
+    arrays = (tokens, slots, np.zeros_like(slots), slots + 1)
+    states = np.asarray(hidden_states(params(0, config), arrays, config, ForwardOptions(attention="dense")))
+    return states[0, len(one.prompt_ids) - 1 : len(ids) - 1]
+
+
+def check_packed(config: ModelConfig, layout: str) -> None:
+    """Each scored token of packed rows is predicted from the state that its answer has alone."""
+    batch = pack(PAIRS, layout=layout, size=384)
+    states = packed_states(batch, config)
+    for place, index in enumerate(batch.index_MBP[0, 0]):
+        for side in range(2):
+            slots = batch.slots_MBS[0, 0][batch.sides_MBS[0, 0] == 2 * place + side]
+            alone = states_alone(PAIRS[index], side, config)
+            np.testing.assert_allclose(states[0, slots], alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama with biases", "qwen3"])
+def test_states_in_shared_rows_are_those_of_each_answer_alone(name: str) -> None:
+    check_packed(model(**FAMILIES[name]), "shared")
+
+
+@pytest.mark.parametrize("name", ["mistral"])
+def test_states_in_separate_rows_are_those_of_each_answer_alone(name: str) -> None:
+    config = model(**FAMILIES[name])
+    assert config.sliding_window == 9 and max(map(len, PAIRS)) > 2 * 9
+    check_packed(config, "separate")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_axes_and_shapes_are_one_tree(name: str) -> None:
+    config = model(**FAMILIES[name])
+    shapes, axes = abstract_params(config, "bfloat16"), logical_axes(config)
+    named = {path: axes_of for path, axes_of in jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda node: isinstance(node, tuple))}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        assert len(named.pop(path)) == len(leaf.shape) and leaf.dtype == jnp.bfloat16, path
+    assert not named
+    assert ("head" in shapes) is not config.tied_head
+    assert ("q_bias" in shapes["layers"]["attn"]) is config.qkv_bias and ("q_norm" in shapes["layers"]["attn"]) is config.qk_norm
+
+
+def test_random_weights_have_the_configs_spread() -> None:
+    config = model(**QWEN3, num_hidden_layers=1)
+    weights = jax.jit(init_params, static_argnums=(0, 2))(config, jax.random.key(0), "float32")
+    shapes = abstract_params(config, "float32")
+    assert jax.tree.map(lambda w: (w.shape, w.dtype), weights) == jax.tree.map(lambda w: (w.shape, w.dtype), shapes)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        name = jax.tree_util.keystr(path)
+        if "norm" in name or "bias" in name:
+            assert (leaf == (1 if "norm" in name else 0)).all(), name
+        else:
+            np.testing.assert_allclose(leaf.std(), config.initializer_range, rtol=0.1, err_msg=name)
+            assert abs(leaf.mean()) < 0.02, name
+
+
+def test_the_head_is_the_embedding_where_they_are_tied() -> None:
+    for changes, name in (({}, "head"), (QWEN3, "embed")):
+        weights = params(0, model(**changes))
+        assert head_weight(weights) is weights[name]["weight"]
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_recomputation_leaves_the_states_alone(remat: str) -> None:
+    batch = pack(PAIRS, size=384)
+    np.testing.assert_allclose(packed_states(batch, model(), remat=remat), packed_states(batch, model(), attention="dense"), atol=2e-5)
+
+
+def test_bfloat16_products_stay_near_float32() -> None:
+    batch = pack(PAIRS, size=384)
+    exact, rounded = packed_states(batch, model()), packed_states(batch, model(), compute_dtype="bfloat16")
+    assert rounded.dtype == np.float32
+    off = np.abs(rounded - exact).max() / np.abs(exact).max()
+    assert 1e-5 < off < 0.05
+
+
+def test_a_reference_held_in_bfloat16_computes_the_same_bits_as_its_float32_source() -> None:
+    config, batch = model(**FAMILIES["llama with biases"]), pack(PAIRS, size=384)
+    arrays = tuple(x[0] for x in (batch.tokens_MBT, batch.positions_MBT, batch.k_start_MBT, batch.k_end_MBT))
+    options = ForwardOptions(compute_dtype="bfloat16")
+    held = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), params(0, config))
+    ours, theirs = (hidden_states(weights, arrays, config, options) for weights in (params(0, config), held))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("equation", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTF,FD->BTD"])
+def test_products_have_the_gradients_of_einsum(equation: str) -> None:
+    sizes = {"B": 2, "T": 5, "D": 6, "N": 3, "H": 4, "F": 7}
+    x_dims, rest = equation.split(",")
+    weight_dims, y_dims = rest.split("->")
+    x, weight, pull = (
+        jax.random.normal(jax.random.key(i), [sizes[dim] for dim in dims]) for i, dims in enumerate((x_dims, weight_dims, y_dims))
+    )
+
+    def through(f: Any) -> Any:
+        return jax.value_and_grad(lambda x, weight: jnp.vdot(f(x, weight), pull), argnums=(0, 1))(x, weight)
+
+    ours, theirs = (
+        through(functools.partial(product, equation, jnp.dtype("float32"))),
+        through(functools.partial(jnp.einsum, equation)),
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_weight_gradients_of_bfloat16_products_are_sums_in_float32() -> None:
+    x = jnp.ones((1, 1000, 1))
+    weight = jnp.ones((1, 1), jnp.float32)
+    grad = jax.grad(lambda w: product("BTD,DF->BTF", jnp.dtype("bfloat16"), x, w).sum())(weight)
+    assert grad.dtype == jnp.float32 and float(grad[0, 0]) == 1000  # bfloat16 sums would stop at 256
+
+
+def test_rotary_angles_follow_positions_not_slots() -> None:
+    cos, sin = rope_tables(jnp.array([[3, 0, 7]], jnp.int32), 8, 100.0, None)
+    angles = np.array([3, 0, 7])[:, None] * 100.0 ** (-np.arange(0, 8, 2) / 8)
+    np.testing.assert_allclose(cos[0, :, 0], np.cos(angles), atol=1e-6)
+    np.testing.assert_allclose(sin[0, :, 0], np.sin(angles), atol=1e-6)
+
+
+def test_scaled_rotations() -> None:
+    frequencies = jnp.array([1.0, 0.1, 0.02, 0.001], jnp.float32)
+    linear = RopeScaling(kind="linear", factor=4.0)
+    np.testing.assert_allclose(scale_frequencies(frequencies, linear), frequencies / 4, rtol=1e-6)
+    llama3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=1000)
+    turns = 1000 * np.array([1.0, 0.1, 0.02, 0.001]) / (2 * np.pi)  # 159, 16, 3.2, 0.16: kept, kept, blended, divided
+    blend = (turns[2] - 1) / 3
+    wanted = [1.0, 0.1, 0.02 * (blend + (1 - blend) / 8), 0.001 / 8]
+    np.testing.assert_allclose(scale_frequencies(frequencies, llama3), wanted, rtol=1e-5)
