@@ -160,8 +160,7 @@ def averages(sums: Sums) -> Sums:
     pairs, tokens = jnp.maximum(sums["pairs"], 1.0), jnp.maximum(sums["tokens"], 1.0)
     per_pair = {key: sum_ / pairs for key, sum_ in sums.items() if "/" in key and not key.startswith("kl/")}
     per_token = {key: sum_ / tokens for key, sum_ in sums.items() if key.startswith("kl/")}
-    loss = sums["loss_pairs"] / _at_least_tiny(sums["weight"]) + sums["loss_tokens"] / _at_least_tiny(sums["chosen_tokens"])
-    return {"loss": loss} | per_pair | per_token
+    return {"loss": _loss_of(sums, sums["weight"], sums["chosen_tokens"])} | per_pair | per_token
 
 
 def loss_and_grads(params: Params, reference: Params | None, batch: Batch, options: StepOptions) -> tuple[Sums, Params]:
