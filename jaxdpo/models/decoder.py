@@ -161,7 +161,8 @@ class Decoder(nnx.Module):
             slots = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
             k_start_BT = jnp.maximum(k_start_BT, slots - config.sliding_window + 1)
         rope = rope_tables(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
-        x_BTD = rounded(self.embed.weight[...][tokens_BT], jnp.dtype(options.compute_dtype))
+        table_VD = constrain(self.embed.weight[...], options.mesh, "tensor", None)  # gathering from a table cut along D too is slow
+        x_BTD = constrain(rounded(table_VD[tokens_BT], jnp.dtype(options.compute_dtype)), options.mesh, ROWS)
         graph, stacked = nnx.split(self.layers)
 
         def layer(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
