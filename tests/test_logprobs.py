@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def ours(x: Arrays, chunks: jax.Array, chunk: int, dtype: str = "float32") -> tu
     """Log-probs, and the gradients of their weighted sum."""
 
     def loss(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logps = logprobs.token_logps(hidden, head, x["targets"], chunks, chunk, jnp.dtype(dtype))
+        logps: Any = logprobs.token_logps(hidden, head, x["targets"], chunks, chunk, jnp.dtype(dtype))
         return jnp.vdot(logps, x["pull"]), logps
 
     (_, logps), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x["hidden"], x["head"])

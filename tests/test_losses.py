@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def golden_pair(section: LossSection) -> tuple[PairLogps, np.ndarray]:
     """The golden tokens as a loss sees them, with LD-DPO applied, and WPO's weight of each pair."""
     sides = GOLDEN["tokens"]["chosen"], GOLDEN["tokens"]["rejected"]
     lengths = [[len(side["policy"]) for side in half] for half in sides]
-    shared = np.minimum(*lengths)
+    shared = np.minimum(lengths[0], lengths[1])
     alpha = 1.0 if section.ld_alpha is None else section.ld_alpha
 
     def sums(half: int, column: str) -> list[float]:
@@ -124,9 +125,8 @@ def test_equals_the_shared_golden(real_data: Path) -> None:
     for key, values in golden["losses"].items():
         name, _, rest = key.partition(" ")
         found = json.loads(rest or "{}")
-        section = LossSection(
-            name=name, beta=golden["beta"], label_smoothing=found.get("ls"), f_divergence=divergences.get(found.get("fdiv"))
-        )
+        divergence: Any = divergences.get(found.get("fdiv"))
+        section = LossSection(name=name, beta=golden["beta"], label_smoothing=found.get("ls"), f_divergence=divergence)
         assert check(section, "frozen") == []
         with jax.enable_x64(True):
             np.testing.assert_allclose(pair_losses(exact, section)[name], values, atol=1e-6, rtol=0, err_msg=key)
@@ -268,7 +268,7 @@ def test_rewards_as_trl_reports_them() -> None:
 @pytest.mark.parametrize("option", sorted(set(OTHER_VALUES) - APPLIED_BY_THE_STEP))
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_option_is_read_or_refused(name: str, option: str) -> None:
-    base = {"name": name} | ({"f_divergence": "alpha"} if option == "alpha_divergence" else {})
+    base: dict[str, Any] = {"name": name} | ({"f_divergence": "alpha"} if option == "alpha_divergence" else {})
     changed = LossSection(**base | {option: OTHER_VALUES[option]})
     plain = LossSection(**base) if option in LOSSES[name].options else LossSection(name=name)
     reads = option in LOSSES[name].options

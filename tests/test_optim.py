@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +103,7 @@ def test_bfloat16_weights_stay_bfloat16() -> None:
 
 def rates(section: OptimSection, total: int) -> list[float]:
     schedule = optim.schedule(section, total)
-    return [float(schedule(jnp.float32(k))) for k in range(total)]
+    return [np.asarray(schedule(jnp.float32(k))).item() for k in range(total)]
 
 
 def test_schedules() -> None:
@@ -129,7 +131,7 @@ def test_optax_agrees() -> None:
     section, grads = OptimSection(weight_decay=0.0, max_grad_norm=0.0), [gradients(seed) for seed in range(3)]
     ours, _ = run(section, grads)
     adamw = optax.adamw(0.01, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0)
-    weights = jax.tree.map(jnp.asarray, PARAMS)
+    weights: Any = jax.tree.map(jnp.asarray, PARAMS)
     with jax.numpy_dtype_promotion("standard"):
         opt = adamw.init(weights)
         for g in grads:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdpo import config as config_module
@@ -197,12 +197,16 @@ def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_p
     }
 
 
+PRINTABLE = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])
+
+
+@settings(max_examples=300)
 @given(
     rate=st.floats(0, 1e3, allow_nan=False),
-    path=st.text(min_size=1, max_size=20),
+    path=st.text(PRINTABLE, min_size=1, max_size=20),
     steps=st.none() | st.integers(1, 10**12),
     beta=st.none() | st.floats(1e-300, 1e300),
-    names=st.lists(st.text(max_size=8), min_size=1, max_size=4),
+    names=st.lists(st.text(PRINTABLE, max_size=8), min_size=1, max_size=4),
 )
 def test_any_config_survives_yaml(rate: float, path: str, steps: int | None, beta: float | None, names: list[str]) -> None:
     config = Config(

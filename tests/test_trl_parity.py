@@ -48,7 +48,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Params]:
 def pairs_of(step: int, one_token: bool) -> list[EncodedPair]:
     rows = GOLDENS["one_token_rows" if one_token else "rows"]
     chosen = [rows[(PAIRS * (step - 1) + i) % len(rows)] for i in range(PAIRS)]
-    return [EncodedPair(*(np.array(row[part], np.int32) for part in ("prompt", "chosen", "rejected"))) for row in chosen]
+    return [EncodedPair(ids(row["prompt"]), ids(row["chosen"]), ids(row["rejected"])) for row in chosen]
+
+
+def ids(tokens: list[int]) -> np.ndarray:
+    return np.array(tokens, np.int32)
 
 
 def our_steps(run: dict[str, Any], checkpoint: tuple[Any, Params]) -> list[dict[str, float]]:
@@ -70,7 +74,7 @@ def our_steps(run: dict[str, Any], checkpoint: tuple[Any, Params]) -> list[dict[
         batch = pack(pairs_of(step, run["trainer"] == "orpo"), size=SIZE)
         assert batch.tokens_MBT.shape == (1, 1, SIZE)
         metrics.append(stepper.train(stepper.put(batch)))
-        if loss.tr_every and step % loss.tr_every == 0:
+        if stepper.reference is not None and loss.tr_every and step % loss.tr_every == 0:
             stepper.reference = move_reference(stepper.reference, stepper.state.params, loss)
     return metrics
 

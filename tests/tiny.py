@@ -60,8 +60,8 @@ def params(seed: int = 0, config: ModelConfig | None = None) -> Params:
 def pair(prompt: int, chosen: int, rejected: int, *, rng: np.random.Generator | None = None, vocab: int = 64, **more: Any) -> EncodedPair:
     """A pair of these lengths with random ids."""
     rng = np.random.default_rng(0) if rng is None else rng
-    parts = [rng.integers(1, vocab, size).astype(np.int32) for size in (prompt, chosen, rejected)]
-    return EncodedPair(*parts, **more)
+    prompt_ids, chosen_ids, rejected_ids = (rng.integers(1, vocab, size).astype(np.int32) for size in (prompt, chosen, rejected))
+    return EncodedPair(prompt_ids, chosen_ids, rejected_ids, **more)
 
 
 def pairs(count: int, *, seed: int = 0, low: int = 3, high: int = 40, vocab: int = 64) -> list[EncodedPair]:
@@ -200,5 +200,5 @@ def config(folder: Path, **changes: Any) -> Config:
         else:
             values[section] = value
     made, problems = options.validate(Config, values)
-    assert not problems, problems
+    assert made is not None and not problems, problems
     return made

@@ -85,8 +85,8 @@ def test_every_scored_token_is_predicted_from_exactly_what_comes_before_it(
 
 
 def test_the_shared_row_written_out() -> None:
-    ids = [np.array(part, np.int32) for part in ([11, 12, 13], [21, 22], [31, 32, 33])]
-    (row,) = rows_of(Packer(layout="shared", num_rows=1, row_sizes=(10,), num_places=1)([EncodedPair(*ids)]))
+    prompt, chosen, rejected = (np.array(part, np.int32) for part in ([11, 12, 13], [21, 22], [31, 32, 33]))
+    (row,) = rows_of(Packer(layout="shared", num_rows=1, row_sizes=(10,), num_places=1)([EncodedPair(prompt, chosen, rejected)]))
     assert row.tokens_MBT.tolist() == [22, 21, 11, 12, 13, 31, 32, 33, 0, 0]
     assert row.positions_MBT.tolist() == [4, 3, 0, 1, 2, 3, 4, 5, 0, 0]
     assert row.k_start_MBT.tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 8, 9]

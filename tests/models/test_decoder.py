@@ -27,8 +27,9 @@ PAIRS = pairs(5, low=3, high=20)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
-def hidden_states(weights: Params, arrays: tuple[jax.Array, ...], config: ModelConfig, options: ForwardOptions) -> jax.Array:
-    return forward(weights, config, *arrays, options)
+def hidden_states(weights: Params, arrays: Any, config: ModelConfig, options: ForwardOptions) -> jax.Array:
+    tokens, positions, k_start, k_end = arrays
+    return forward(weights, config, tokens, positions, k_start, k_end, options)
 
 
 def packed_states(batch: Batch, config: ModelConfig, **options: Any) -> np.ndarray:
@@ -149,7 +150,12 @@ def test_products_have_the_gradients_of_einsum(equation: str) -> None:
 def test_weight_gradients_of_bfloat16_products_are_sums_in_float32() -> None:
     x = jnp.ones((1, 1000, 1))
     weight = jnp.ones((1, 1), jnp.float32)
-    grad = jax.grad(lambda w: product("BTD,DF->BTF", jnp.dtype("bfloat16"), x, w).sum())(weight)
+
+    def total(weight: jax.Array) -> jax.Array:
+        y: Any = product("BTD,DF->BTF", jnp.dtype("bfloat16"), x, weight)
+        return y.sum()
+
+    grad = jax.grad(total)(weight)
     assert grad.dtype == jnp.float32 and float(grad[0, 0]) == 1000  # bfloat16 sums would stop at 256
 
 
