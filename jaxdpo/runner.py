@@ -236,11 +236,12 @@ def loop(run: Run, stop: Stop) -> bool:
             batch = next(batches)
             run.advance(step, batch, apply, time.perf_counter() - asked)
             last = step == total
-            due = (last and config.eval.every > 0) or (_due(step, config.eval.every) and not stop.requested)
+            stopping = stop.requested and not last  # looked at once: a signal after this line is the next step's
+            due = (last and config.eval.every > 0) or (_due(step, config.eval.every) and not stopping)
             eval_loss = run.evaluate() if due else None
-            if last or stop.requested or _due(step, config.checkpoint.save_every):
+            if last or stopping or _due(step, config.checkpoint.save_every):
                 run.save(eval_loss)
-            if stop.requested and not last:
+            if stopping:
                 return False
     return True
 
