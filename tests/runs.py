@@ -32,10 +32,12 @@ def folder_with_inputs(folder: Path) -> Path:
     return folder
 
 
+MAKE_MESH = sharding.make_mesh
+
+
 def use_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs use one of the eight devices, and those with the same options share their programs."""
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda section: make_mesh(MeshSection(), jax.devices()[:1]))
+    monkeypatch.setattr(sharding, "make_mesh", lambda section: MAKE_MESH(MeshSection(), jax.devices()[:1]))
     monkeypatch.setattr("jaxdpo.session.compile_steps", compiled_once)
 
 

@@ -10,12 +10,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxdpo import sharding
 from jaxdpo.checkpoint import Checkpoints
 from jaxdpo.config import Config
 from jaxdpo.data.loader import Loader
 from jaxdpo.runner import train
 from jaxdpo.session import Session
-from tests.runs import STOPPED, folder_with_inputs, interrupt, replaced, same_bits, settings, stopped_copy, untimed, use_one_device, whole
+from tests.runs import (
+    MAKE_MESH,
+    STOPPED,
+    folder_with_inputs,
+    interrupt,
+    replaced,
+    same_bits,
+    settings,
+    stopped_copy,
+    untimed,
+    use_one_device,
+    whole,
+)
 from tests.tiny import rows, write_model, write_rows
 
 
@@ -200,6 +213,17 @@ def test_what_only_changes_where_things_are_computed_may_change(shared: Path, tm
     assert train(other) is True
     wanted = [row["loss"] for row in untimed(whole(shared)) if "loss" in row]
     assert [row["loss"] for row in untimed(tmp_path)] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_run_on_eight_devices_can_be_resumed_on_one(shared: Path, tmp_path: Path) -> None:
+    some = settings(shared, tmp_path, mesh__fsdp=2, mesh__tensor=2, eval__samples=1, eval__sample_tokens=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", MAKE_MESH)
+        interrupt(some, STOPPED)
+    assert train(settings(shared, tmp_path)) is True
+    ours, theirs = ([row for row in untimed(run) if "loss" in row] for run in (tmp_path, whole(shared)))
+    for key in ("loss", "grad_norm", "logps/chosen"):
+        assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=1e-5)
 
 
 def test_pair_weights_are_refused_by_losses_that_mix_pairs(shared: Path, tmp_path: Path) -> None:
