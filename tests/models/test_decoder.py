@@ -72,6 +72,15 @@ def test_states_in_separate_rows_are_those_of_each_answer_alone(name: str) -> No
     check_packed(config, "separate")
 
 
+def test_a_window_of_nine_is_a_slot_and_the_eight_before_it() -> None:
+    windowed, plain = model(**MISTRAL), model(**MISTRAL | {"sliding_window": None})
+    slots = np.arange(64, dtype=np.int32)[None]
+    tokens, first = slots + 0, np.zeros_like(slots)
+    ours = hidden_states(params(0, windowed), (tokens, slots, first, slots + 1), windowed, ForwardOptions())
+    nine = (tokens, slots, np.maximum(slots - 8, 0), slots + 1)
+    np.testing.assert_allclose(ours, hidden_states(params(0, windowed), nine, plain, ForwardOptions(attention="dense")), atol=2e-5)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_axes_and_shapes_are_one_tree(name: str) -> None:
     config = model(**FAMILIES[name])
