@@ -46,8 +46,8 @@ class ModelSection:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix-product inputs; sums are float32 always. auto: float32 on CPU, bfloat16 on GPU and TPU."""
     remat: Literal["auto", "none", "dots", "full"] = "auto"
-    """What the backward pass recomputes. none: nothing. dots: all but matrix products and attention. full: every layer from its
-    input. auto: full."""
+    """What the backward pass recomputes. none: nothing. dots: all but matrix products and attention. full: all but attention.
+    auto: full."""
     attention: Literal["auto", "blocks", "dense"] = "auto"
     """Attention implementation. blocks skips what no token may see; dense is the O(T^2) reference. auto: blocks."""
 
@@ -77,7 +77,7 @@ class DataSection:
     """shared: a pair's prompt is computed once for both answers. separate: once for each."""
     max_row_tokens: int = 4096
     """Longest packed row, in tokens. Steps with more tokens than the rows of one pass hold use more microbatches."""
-    row_sizes: int = 6
+    row_sizes: int = 8
     """How many row lengths, each a compiled program of its own. More of them waste fewer slots and compile longer."""
     shuffle: bool = True
     """Visit the pairs of each epoch in a new random order (from seed)."""

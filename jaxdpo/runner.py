@@ -22,7 +22,6 @@ from jaxdpo.checkpoint import Checkpoints, changed_fields
 from jaxdpo.config import Config
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.prepare import summary
-from jaxdpo.hostmemory import keep_freed_memory
 from jaxdpo.metrics import JsonLines, Logger
 from jaxdpo.models.decoder import Params
 from jaxdpo.models.hf_folder import copy_model_files
@@ -182,7 +181,6 @@ def train(config: Config) -> bool:
         Fault: training went wrong.
     """
     run_dir = Path(config.run_dir).expanduser()
-    keep_freed_memory()
     keep_compiled_programs(config.train.compilation_cache)
     session = Session.open(config)
     with stop_on_signals() as stop, Checkpoints(run_dir, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 Modules = dict[str, ast.Module]
 
 FLOORS = [
-    ["config", "options", "sharding", "products", "hostmemory"],
+    ["config", "options", "sharding", "products"],
     ["pairs", "loss_functions", "losses", "logprobs", "optim"],
     ["models"],
     ["data"],

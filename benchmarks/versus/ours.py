@@ -22,7 +22,6 @@ from jaxdpo import options
 from jaxdpo.checkpoint import Checkpoints
 from jaxdpo.config import Config
 from jaxdpo.data.packing import Batch
-from jaxdpo.hostmemory import keep_freed_memory
 from jaxdpo.metrics import Logger
 from jaxdpo.runner import Run, begin, keep_compiled_programs
 from jaxdpo.session import Session
@@ -128,7 +127,6 @@ def main() -> None:
     plan = json.loads((args.folder / "plan.json").read_text())
 
     config = read_config(args, "random")
-    keep_freed_memory()
     keep_compiled_programs(config.train.compilation_cache)
     session = Session.open(config)
     with contextlib.ExitStack() as stack:

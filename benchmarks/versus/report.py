@@ -174,7 +174,5 @@ def _notes(results: dict[str, Any]) -> str:
         f"- Programs compiled within timed rounds: {late}.\n"
         "- TRL at its best: its fused LM head scores the positions of answers only, as on a GPU (see versus/theirs.py). Gradient "
         "checkpointing, evaluation, logging and saving are off; the reference is computed in every step by both sides; 2 threads.\n"
-        "- Memory allocation: ours keeps freed memory for the next step, as its command sets the C library to (jaxdpo/hostmemory.py); TRL "
-        "runs with the C library's defaults, at its best too.\n"
         "- bf16: autocast over float32 weights in TRL; bf16 inputs of matrix products with float32 sums, float32 weights, in ours."
     )

@@ -26,7 +26,7 @@ Params = dict[str, Any]
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": jax.checkpoint_policies.save_only_these_names("attention"),
 }
 
 
