@@ -20,8 +20,8 @@ from jaxdpo.data.chat import load_tokenizer
 from jaxdpo.data.prepare import prepare
 from jaxdpo.export import ExportConfig, export_run
 from jaxdpo.metrics import show_table
-from jaxdpo.models.config import load_model_config
 from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.hfconfig import load_model_config
 from jaxdpo.runner import train
 from jaxdpo.sampling import generate
 

@@ -19,8 +19,9 @@ from jaxdpo import __version__, options
 from jaxdpo.checkpoint import restore_params
 from jaxdpo.config import STRICT_KEYS, Config, require
 from jaxdpo.losses import LOSSES
-from jaxdpo.models.config import ModelConfig, from_hf, read_config_json, to_hf
+from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf_folder import copy_tokenizer, fetch_model, generation_config, set_chat_template, write_json
+from jaxdpo.models.hfconfig import from_hf, read_config_json, to_hf
 from jaxdpo.models.weights import save_params
 
 CARD_METRICS = ("loss", "rewards/", "logps/", "kl/", "lengths/")

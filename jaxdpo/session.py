@@ -20,9 +20,10 @@ from jaxdpo.data.loader import Loader
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.prepare import Prepared, prepare
 from jaxdpo.flops import peak_flops, step_flops
-from jaxdpo.models.config import ModelConfig, load_model_config
+from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, abstract_params, init_params, logical_axes
 from jaxdpo.models.hf_folder import fetch_model
+from jaxdpo.models.hfconfig import load_model_config
 from jaxdpo.models.weightfiles import weights_fingerprint
 from jaxdpo.models.weights import load_params
 from jaxdpo.sampling import generate

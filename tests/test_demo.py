@@ -11,7 +11,7 @@ import pytest
 
 from jaxdpo import demo
 from jaxdpo.data.chat import load_tokenizer
-from jaxdpo.models.config import load_model_config
+from jaxdpo.models.hfconfig import load_model_config
 
 LIMIT = 120.0
 """Seconds that the demo may take."""

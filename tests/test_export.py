@@ -14,7 +14,8 @@ import yaml
 from jaxdpo import export, options
 from jaxdpo.checkpoint import Checkpoints
 from jaxdpo.config import Config, DataSection, LossSection, ModelSection
-from jaxdpo.models.config import ModelConfig, load_model_config, to_hf
+from jaxdpo.models.config import ModelConfig
+from jaxdpo.models.hfconfig import load_model_config, to_hf
 from jaxdpo.models.weights import load_params, weight_table
 
 MODEL = ModelConfig(

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from jaxdpo.config import LossSection, OptimSection
 from jaxdpo.data.table import EncodedPair
-from jaxdpo.models.config import load_model_config
 from jaxdpo.models.decoder import Params
+from jaxdpo.models.hfconfig import load_model_config
 from jaxdpo.models.weights import load_params
 from jaxdpo.step import move_reference
 from tests.tiny import Setup, Stepper, pack

@@ -14,8 +14,9 @@ from jaxdpo import options, sharding, step
 from jaxdpo.config import Config, LossSection, MeshSection, OptimSection
 from jaxdpo.data.packing import Batch, Packer
 from jaxdpo.data.table import EncodedPair
-from jaxdpo.models.config import ModelConfig, from_hf
+from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, abstract_params
+from jaxdpo.models.hfconfig import from_hf
 from jaxdpo.models.weights import save_params
 from jaxdpo.session import state_shardings
 

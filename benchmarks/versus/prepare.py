@@ -26,8 +26,8 @@ from jaxdpo.data.chat import Encoder, load_tokenizer
 from jaxdpo.data.records import Dropped, Preference
 from jaxdpo.data.sources import read_set
 from jaxdpo.data.table import EncodedPair
-from jaxdpo.models.config import load_model_config
 from jaxdpo.models.decoder import init_params
+from jaxdpo.models.hfconfig import load_model_config
 from jaxdpo.models.weights import save_params
 
 END = "<|end|>"

@@ -1,34 +1,38 @@
-"""ModelConfig: all that the decoder needs to know, read from a Hugging Face config.json and written back to one.
+"""ModelConfig: all that the decoder needs to know. Families differ by its values alone.
 
-A family is one row of FAMILIES; nothing else compares a family's name. What is not implemented is refused by name,
-because a feature that is silently skipped gives a model that runs and is wrong.
+hfconfig.py reads it from a Hugging Face config.json and writes it back, families.py says what a model_type means.
 """
 
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal
-
-from jaxdpo.models.hf_folder import read_json
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-_REQUIRED = object()
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for long contexts; `linear` reads `factor` only.
+    """How rotary frequencies are stretched for long contexts. Each kind reads its own fields; `linear` reads `factor` only.
 
-    llama3 is the scaling of the Llama 3.1 report (arXiv 2407.21783), linear is position interpolation (arXiv 2306.15595).
+    linear is position interpolation (arXiv 2306.15595), llama3 the scaling of the Llama 3.1 report (arXiv 2407.21783), yarn that of
+    arXiv 2309.00071, longrope that of arXiv 2402.13753.
     """
 
-    kind: Literal["llama3", "linear"]
-    factor: float
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    """The context, in tokens, that the model had before it was stretched."""
+    beta_fast: float = 32.0
+    """yarn: dimensions that turn this often within the original context keep their frequency."""
+    beta_slow: float = 1.0
+    """yarn: dimensions that turn less often than this are divided by `factor`; those between are blended."""
+    truncate: bool = True
+    """yarn: whether the bounds of the blend are rounded to whole dimensions."""
+    attention_factor: float = 1.0
+    """yarn, longrope: multiplies cosines and sines."""
+    short_factor: tuple[float, ...] = ()
+    """longrope: divides each frequency, within the original context."""
+    long_factor: tuple[float, ...] = ()
+    """longrope: the same beyond the original context."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class ModelConfig:
     """The shape of a decoder. Sizes are counts, `max_positions` and `sliding_window` are in tokens."""
 
     family: str
-    """Hugging Face model_type: a key of FAMILIES."""
+    """Hugging Face model_type: a key of FAMILIES. It names tensors and keys in files and changes no computation."""
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -44,327 +48,64 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     mlp_size: int
+    """Width of the MLP, or of one expert."""
     max_positions: int
+    initializer_range: float = 0.02
+    tied_head: bool = False
+
+    norm: Literal["rms", "rms_offset", "layer"] = "rms"
+    """rms_offset multiplies by 1 + scale; layer subtracts the mean and has a bias."""
     norm_eps: float = 1e-6
+    pre_norm: bool = True
+    """Norms before attention and MLP."""
+    post_norm: bool = False
+    """Norms of what attention and MLP put out, before it is added to the residual stream."""
+    qk_norm: Literal["none", "head", "all"] = "none"
+    """RMS norm of queries and keys before rope: of each head, or over all heads together. An rms_offset model's have the offset too."""
+
+    positions: Literal["rope", "learned"] = "rope"
+    """learned: a vector for each position is added to the token's."""
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    rotary_fraction: float = 1.0
+    """Share of each head that rope turns, from its start."""
+    local_rope_theta: float | None = None
+    """rope_theta of the layers that have the window, never scaled; None: as in all layers."""
     sliding_window: int | None = None
-    """A token sees this many tokens, itself included; None: all before it. The same in every layer."""
-    tied_head: bool = False
+    """A token sees this many tokens, itself included; None: all before it."""
+    window_layers: tuple[bool, ...] = ()
+    """Which layers have the window, one for each; () when there is none."""
+
+    attention_scale: float | None = None
+    """Multiplies the scores; None: head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    """Scores s become cap * tanh(s / cap); likewise the logits by `logit_softcap`."""
+    logit_softcap: float | None = None
+    attention_sinks: bool = False
+    """Each head's softmax has one more, learned score that takes weight and gives nothing."""
+
+    activation: Literal["silu", "gelu_tanh", "clamped_swish"] = "silu"
+    """clamped_swish: (up + 1) * gate * sigmoid(1.702 gate), gate at most the limit, up within plus or minus the limit."""
+    gated: bool = True
+    """down(act(gate x) * up x); False: down(act(up x))."""
+    activation_limit: float | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    """RMS norm of each query and key head, before rope."""
-    initializer_range: float = 0.02
+    embed_scale: float = 1.0
+    """Multiplies the token vectors."""
 
+    num_experts: int = 0
+    """0: one MLP for all tokens."""
+    experts_per_token: int = 0
+    norm_topk: bool = False
+    """Whether the weights of a token's experts are divided by their sum."""
+    router_bias: bool = False
+    expert_bias: bool = False
+    router_aux_coef: float = 0.0
+    """Weight of the load-balancing loss, as config.json proposes it."""
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """What a model_type fixes. A bool is fixed; a string names the config.json key that tells (false when absent)."""
-
-    architecture: str
-    window: Literal["never", "always", "flag"] = "never"
-    """Whether the key sliding_window counts: never, always, or only when use_sliding_window is true."""
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
-    mlp_bias: bool | str = False
-    qk_norm: bool = False
-    head_dim: int | None = None
-    """head_dim when config.json has none. None: hidden_size / num_attention_heads."""
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Other values that transformers takes for keys that config.json leaves out."""
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(architecture="LlamaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-    "mistral": Family(architecture="MistralForCausalLM", window="always", defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
-    "qwen2": Family(
-        architecture="Qwen2ForCausalLM",
-        window="flag",
-        qkv_bias=True,
-        defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    ),
-    "qwen3": Family(
-        architecture="Qwen3ForCausalLM",
-        window="flag",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        qk_norm=True,
-        head_dim=128,
-        defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    ),
-}
-
-
-class _Reader:
-    """Reads typed values of config.json and collects every problem, so that all are told at once."""
-
-    def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any]):
-        self.raw = {**defaults, **raw}
-        self.problems: list[str] = []
-
-    def refuse(self, key: str, why: str) -> None:
-        self.problems.append(f"{key}={json.dumps(self.raw.get(key), default=str)}: {why}")
-
-    def _value(self, key: str, default: Any, accept: Callable[[Any], bool], wanted: str, fallback: Any) -> Any:
-        value = self.raw.get(key)
-        if value is None and default is not _REQUIRED:
-            return default
-        if value is None:
-            self.problems.append(f"{key}: is missing. It must be {wanted}")
-        elif accept(value):
-            return value
-        else:
-            self.refuse(key, f"must be {wanted}")
-        return fallback
-
-    def size(self, key: str, default: Any = None) -> int:
-        return self._value(key, _REQUIRED if default is None else default, _is_size, "a whole number of at least 1", 1)
-
-    def number(self, key: str, default: float) -> float:
-        return float(self._value(key, default, _is_positive, "a number above 0", 1.0))
-
-    def flag(self, key: str | bool) -> bool:
-        return key if isinstance(key, bool) else self._value(key, False, lambda v: isinstance(v, bool), "true or false", False)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**40
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a parsed config.json, in the hub's form (rope_theta, rope_scaling) or transformers 5's (rope_parameters).
-
-    Keys that do not change what the model computes are passed over; attention_dropout is one of them (training uses none).
-
-    Raises:
-        ValueError: names every key that is missing, malformed, or asks for something that is not implemented.
-    """
-    name = raw.get("model_type")
-    family = FAMILIES.get(name) if isinstance(name, str) else None
-    if family is None or not isinstance(name, str):
-        raise ValueError(f"model_type={json.dumps(name, default=str)}: is not implemented. Implemented are: {', '.join(FAMILIES)}")
-    reader = _Reader(raw, family.defaults)
-    _refuse_unsupported(reader)
-    heads = reader.size("num_attention_heads")
-    hidden_size, num_layers = reader.size("hidden_size"), reader.size("num_hidden_layers")
-    max_positions = reader.size("max_position_embeddings")
-    theta, scaling = _rope(reader, max_positions)
-    config = ModelConfig(
-        family=name,
-        vocab_size=reader.size("vocab_size"),
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=heads,
-        num_kv_heads=reader.size("num_key_value_heads", heads),
-        head_dim=_head_dim(reader, family, hidden_size, heads),
-        mlp_size=reader.size("intermediate_size"),
-        max_positions=max_positions,
-        norm_eps=reader.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        sliding_window=_window(reader, family, num_layers),
-        tied_head=reader.flag("tie_word_embeddings"),
-        qkv_bias=reader.flag(family.qkv_bias),
-        o_bias=reader.flag(family.o_bias),
-        mlp_bias=reader.flag(family.mlp_bias),
-        qk_norm=family.qk_norm,
-        initializer_range=reader.number("initializer_range", 0.02),
-    )
-    if config.num_heads % config.num_kv_heads:
-        reader.refuse("num_key_value_heads", f"must divide num_attention_heads={heads}")
-    if config.head_dim % 2:
-        reader.problems.append(f"head_dim={config.head_dim}: must be even, since rope turns pairs of numbers")
-    if reader.problems:
-        raise ValueError("\n".join(reader.problems))
-    return config
-
-
-def _refuse_unsupported(reader: _Reader) -> None:
-    """Keys that change the computation in ways that no supported family has."""
-    raw = reader.raw
-    if raw.get("hidden_act", "silu") != "silu":
-        reader.refuse("hidden_act", 'only "silu" is implemented')
-    if raw.get("quantization_config"):
-        reader.refuse("quantization_config", "quantised weights are not implemented. Use the unquantised model")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if raw.get(key) is not None:
-            reader.refuse(key, "soft-capped logits are not implemented for this model_type")
-    architectures = raw.get("architectures")
-    if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
-        reader.refuse("architectures", "is not a causal language model (...ForCausalLM)")
-
-
-def _head_dim(reader: _Reader, family: Family, hidden_size: int, heads: int) -> int:
-    if reader.raw.get("head_dim") is None and family.head_dim is None and hidden_size % heads:
-        reader.refuse("hidden_size", f"is not a multiple of num_attention_heads={heads}, and head_dim is not given")
-    return reader.size("head_dim", family.head_dim or max(hidden_size // heads, 1))
-
-
-def _rope(reader: _Reader, max_positions: int) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from either form, or both if they agree."""
-    rope = _merged_rope(reader)
-    inner = _Reader(rope, {})
-    theta = inner.number("rope_theta", 10000.0)
-    factor, partial = inner.number("factor", 1.0), rope.get("partial_rotary_factor")
-    low, high = inner.number("low_freq_factor", 1.0), inner.number("high_freq_factor", 4.0)
-    kind = rope.get("rope_type", "default")
-    scaling = None
-    if kind == "linear":
-        scaling = RopeScaling(kind="linear", factor=factor)
-    elif kind == "llama3":
-        missing = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key not in rope]
-        inner.problems += [f"{key}: is missing; rope type llama3 needs it" for key in missing]
-        if low >= high:
-            inner.refuse("high_freq_factor", f"must exceed low_freq_factor={low}")
-        original = inner.size("original_max_position_embeddings", max_positions)
-        scaling = RopeScaling(kind="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_positions=original)
-    elif kind != "default":
-        inner.problems.append(f"rope_type={json.dumps(kind, default=str)}: is not implemented. Implemented are: default, linear, llama3")
-    if partial not in (None, 1):
-        inner.refuse("partial_rotary_factor", "rotary embedding of a part of each head is not implemented")
-    reader.problems += [f"rope: {problem}" for problem in inner.problems]
-    return theta, scaling
-
-
-def _merged_rope(reader: _Reader) -> dict[str, Any]:
-    """One flat dict from rope_parameters, rope_scaling and the keys beside them; a key that two of them give differently is refused."""
-    raw, merged = reader.raw, {}
-    beside = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None}
-    for key in ("rope_parameters", "rope_scaling"):
-        part = raw.get(key)
-        if part is not None and not isinstance(part, dict):
-            reader.refuse(key, "must be an object or null")
-        elif part and any(isinstance(value, dict) for value in part.values()):
-            reader.refuse(key, "rope that differs between layers is not implemented")
-        elif part:
-            part = {"rope_type": part.get("type", "default"), **part}
-            part.pop("type", None)
-            clash = [name for name in part if merged.get(name, part[name]) != part[name]]
-            reader.problems += [f"{key}.{name}={part[name]}: rope_parameters.{name}={merged[name]} says otherwise" for name in clash]
-            merged |= part
-    clash = [name for name in beside if merged.get(name, beside[name]) != beside[name]]
-    reader.problems += [f"{name}={beside[name]}: the rope parameters say {merged[name]}" for name in clash]
-    return {**beside, **merged}
-
-
-def _window(reader: _Reader, family: Family, num_layers: int) -> int | None:
-    """The window that every layer has; a model that mixes layers with and without one is refused."""
-    raw = reader.raw
-    flagged = family.window == "always" or (family.window == "flag" and reader.flag("use_sliding_window"))
-    window = reader.size("sliding_window") if flagged and raw.get("sliding_window") is not None else None
-    full_layers = raw.get("max_window_layers", 0) if family.window == "flag" else 0
-    if not isinstance(full_layers, int):
-        reader.refuse("max_window_layers", "must be a whole number")
-        return None
-    types = raw.get("layer_types")
-    if types is None:
-        types = [_SLIDING if window is not None and layer >= full_layers else _FULL for layer in range(min(num_layers, 2**16))]
-    if not isinstance(types, list) or not types or any(kind not in (_FULL, _SLIDING) for kind in types):
-        reader.refuse("layer_types", f'must be a list of "{_FULL}" or "{_SLIDING}"; other kinds of layer are not implemented')
-    elif len(set(types)) > 1:
-        count = types.count(_SLIDING)
-        reader.problems.append(
-            f"sliding_window={window}: {count} of {len(types)} layers (layer_types, max_window_layers={full_layers}) have the window "
-            "and the others not; such a mixture is not implemented"
-        )
-    elif types[0] == _SLIDING and window is None:
-        reader.refuse(
-            "layer_types", "asks for a sliding window in every layer, but none is switched on (sliding_window, use_sliding_window)"
-        )
-    elif types[0] == _FULL and window is not None and family.window == "always":
-        reader.refuse("layer_types", f"says that no layer has a window, but sliding_window={window}. Set one of them to null")
-    return window if types and types[0] == _SLIDING else None
-
-
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a Hugging Face folder.
-
-    Raises:
-        ValueError: the file is missing or holds something else than a JSON object.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"model.path={folder}: has no config.json. Name a Hugging Face model folder")
-    return read_json(path)
-
-
-def load_model_config(folder: Path) -> ModelConfig:
-    """ModelConfig of the Hugging Face folder `folder`.
-
-    Raises:
-        ValueError: as `read_config_json` and `from_hf`, with the folder named.
-    """
-    raw = read_config_json(folder)
-    try:
-        return from_hf(raw)
-    except ValueError as error:
-        lines = "\n".join(f"  {line}" for line in str(error).splitlines())
-        raise ValueError(f"model.path={folder}: its config.json cannot be used:\n{lines}") from None
-
-
-def to_hf(config: ModelConfig, raw: Mapping[str, Any] | None = None, *, dtype: str = "float32") -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 both read, for weights stored as `dtype`.
-
-    Args:
-        config: the model.
-        raw: the config.json that the model came from; keys that say nothing about its computation are kept from it.
-        dtype: "float32", "bfloat16" or "float16"; written under the old and the new name.
-    """
-    family = FAMILIES[config.family]
-    theta, scaling = config.rope_theta, _scaling_to_hf(config.rope_scaling)
-    values = {
-        "architectures": [family.architecture],
-        "model_type": config.family,
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
-        "tie_word_embeddings": config.tied_head,
-        "initializer_range": config.initializer_range,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-    }
-    flags = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias, "mlp_bias": config.mlp_bias}
-    values |= {key: flags[field] for field in flags if isinstance(key := getattr(family, field), str)}
-    kept = {key: value for key, value in (raw or {}).items() if key != "_name_or_path"}  # a path on the machine that wrote it
-    return {**kept, **values, **_window_to_hf(config, family)}
-
-
-def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_positions,
-    }
-
-
-def _window_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
-    if family.window == "never":
-        return {}
-    values: dict[str, Any] = {"sliding_window": config.sliding_window}
-    if family.window == "flag":
-        values |= {"use_sliding_window": config.sliding_window is not None}
-        values |= {"max_window_layers": 0 if config.sliding_window else config.num_layers}
-        values |= {"layer_types": [_SLIDING if config.sliding_window else _FULL] * config.num_layers}
-    return values
+    @property
+    def rotary_dim(self) -> int:
+        """How many leading dimensions of each head rope turns."""
+        return int(self.head_dim * self.rotary_fraction)

@@ -65,8 +65,8 @@ class Attention(nnx.Module):
         self.k_bias = constant((L, K, H), ("layer", "kv_heads", "head_dim")) if config.qkv_bias else None
         self.v_bias = constant((L, K, H), ("layer", "kv_heads", "head_dim")) if config.qkv_bias else None
         self.o_bias = constant((L, D), ("layer", "norm")) if config.o_bias else None
-        self.q_norm = constant((L, H), ("layer", "norm"), fill=1.0) if config.qk_norm else None
-        self.k_norm = constant((L, H), ("layer", "norm"), fill=1.0) if config.qk_norm else None
+        self.q_norm = constant((L, H), ("layer", "norm"), fill=1.0) if config.qk_norm != "none" else None
+        self.k_norm = constant((L, H), ("layer", "norm"), fill=1.0) if config.qk_norm != "none" else None
         self.eps = config.norm_eps
 
     def __call__(self, x_BTD: jax.Array, rope: tuple, k_start_BT: jax.Array, k_end_BT: jax.Array, options: ForwardOptions) -> jax.Array:

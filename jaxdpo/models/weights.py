@@ -81,7 +81,7 @@ def weight_table(config: ModelConfig) -> list[WeightRow]:
         layers += [_vector(f"attn/{name}_bias", f"{attention}{name}_proj.bias", heads if name == "q" else kv_heads) for name in "qkv"]
     if config.o_bias:
         layers += [_vector("attn/o_bias", attention + "o_proj.bias", (D,))]
-    if config.qk_norm:
+    if config.qk_norm != "none":
         layers += [_vector(f"attn/{name}_norm", f"{attention}{name}_norm.weight", (H,)) for name in "qk"]
     if config.mlp_bias:
         sizes = {"gate": F, "up": F, "down": D}

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from jaxdpo.models.config import FAMILIES, ModelConfig, RopeScaling, from_hf, load_model_config, to_hf
+from jaxdpo.models.config import ModelConfig, RopeScaling
 from jaxdpo.models.decoder import abstract_params
+from jaxdpo.models.families import FAMILIES
+from jaxdpo.models.hfconfig import from_hf, load_model_config, to_hf
 from jaxdpo.models.weights import weight_table
 
 TRUE_COUNTS = {
@@ -110,11 +112,11 @@ def test_hub_form_and_transformers_5_form_are_read_alike(scaling: dict | None, e
 
 def test_what_a_family_fixes_and_what_its_config_tells() -> None:
     llama = from_hf(hub_config("llama", attention_bias=True, mlp_bias=True, sliding_window=7))
-    assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias, llama.qk_norm, llama.sliding_window) == (True, True, True, False, None)
+    assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias, llama.qk_norm, llama.sliding_window) == (True, True, True, "none", None)
     qwen2 = from_hf(hub_config("qwen2", attention_bias=False, sliding_window=7))
-    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.mlp_bias, qwen2.qk_norm, qwen2.sliding_window) == (True, False, False, False, None)
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.mlp_bias, qwen2.qk_norm, qwen2.sliding_window) == (True, False, False, "none", None)
     qwen3 = from_hf(hub_config("qwen3"))
-    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, "head", 128)
     assert from_hf(hub_config("qwen3", attention_bias=True)).o_bias
     assert from_hf(hub_config("llama", num_key_value_heads=...)).num_kv_heads == 4
     assert from_hf(hub_config("mistral", num_attention_heads=16, num_key_value_heads=...)).num_kv_heads == 8

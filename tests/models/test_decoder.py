@@ -90,7 +90,8 @@ def test_weights_axes_and_shapes_are_one_tree(name: str) -> None:
         assert len(named.pop(path)) == len(leaf.shape) and leaf.dtype == jnp.bfloat16, path
     assert not named
     assert ("head" in shapes) is not config.tied_head
-    assert ("q_bias" in shapes["layers"]["attn"]) is config.qkv_bias and ("q_norm" in shapes["layers"]["attn"]) is config.qk_norm
+    attn = shapes["layers"]["attn"]
+    assert ("q_bias" in attn) is config.qkv_bias and ("q_norm" in attn) is (config.qk_norm != "none")
 
 
 def test_random_weights_have_the_configs_spread() -> None:

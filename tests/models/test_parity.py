@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxdpo.export import Card, export_model
-from jaxdpo.models.config import ModelConfig, from_hf, load_model_config, read_config_json
+from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, forward, head_weight
+from jaxdpo.models.hfconfig import from_hf, load_model_config, read_config_json
 from jaxdpo.models.weights import load_params
 from jaxdpo.sampling import generate
 

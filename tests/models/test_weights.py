@@ -19,15 +19,16 @@ from hypothesis import strategies as st
 
 from jaxdpo.config import MeshSection
 from jaxdpo.models import tensorfile, weightfiles
-from jaxdpo.models.config import ModelConfig, load_model_config
+from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import abstract_params, logical_axes
+from jaxdpo.models.hfconfig import load_model_config
 from jaxdpo.models.weights import fold_layers, load_params, save_params, weight_table, weights_fingerprint
 from jaxdpo.sharding import make_mesh, param_shardings
 
 PLAIN = ModelConfig(
     family="llama", vocab_size=40, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_size=24, max_positions=64
 )
-FULL = dataclasses.replace(PLAIN, family="qwen3", qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
+FULL = dataclasses.replace(PLAIN, family="qwen3", qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm="head")
 TIED = dataclasses.replace(PLAIN, family="qwen2", tied_head=True, qkv_bias=True)
 
 
