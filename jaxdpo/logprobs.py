@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.products import sum_of_outer_products
+from jaxdpo.products import soft_cap, soft_cap_slope, sum_of_outer_products
 
 CHUNK_LOGITS_CPU, CHUNK_LOGITS = 1 << 23, 1 << 27
 """Logits held at once for one row, as a number of float32: what stays near a CPU's caches, and what keeps an accelerator busy."""
@@ -36,9 +36,15 @@ def num_chunks(sides_BS: jax.Array, chunk: int) -> jax.Array:
     return (jnp.max(jnp.sum(sides_BS >= 0, axis=1)).astype(jnp.int32) + chunk - 1) // chunk
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def token_logps(
-    hidden_BSD: jax.Array, head_VD: jax.Array, targets_BS: jax.Array, chunks: jax.Array, chunk: int, compute_dtype: jnp.dtype
+    hidden_BSD: jax.Array,
+    head_VD: jax.Array,
+    targets_BS: jax.Array,
+    chunks: jax.Array,
+    chunk: int,
+    compute_dtype: jnp.dtype,
+    cap: float | None = None,
 ) -> jax.Array:
     """log softmax(hidden head^T)[target] of each scored token.
 
@@ -49,21 +55,28 @@ def token_logps(
         chunks: int32 scalar, chunks to compute; the tokens behind them get 0.
         chunk: tokens of a chunk.
         compute_dtype: type of the products' inputs; sums are float32.
+        cap: soft cap of the logits.
 
     Returns:
         float32 [B, S], nats. Differentiable in hidden_BSD and head_VD.
     """
-    return _token_logps_fwd(hidden_BSD, head_VD, targets_BS, chunks, chunk, compute_dtype)[0]
+    return _token_logps_fwd(hidden_BSD, head_VD, targets_BS, chunks, chunk, compute_dtype, cap)[0]
 
 
 def _token_logps_fwd(
-    hidden_BSD: jax.Array, head_VD: jax.Array, targets_BS: jax.Array, chunks: jax.Array, chunk: int, compute_dtype: jnp.dtype
+    hidden_BSD: jax.Array,
+    head_VD: jax.Array,
+    targets_BS: jax.Array,
+    chunks: jax.Array,
+    chunk: int,
+    compute_dtype: jnp.dtype,
+    cap: float | None,
 ) -> tuple:
     head = head_VD.astype(compute_dtype)
     hidden_BSD = hidden_BSD.astype(compute_dtype)
 
     def measure(start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BCV = _logits(hidden_BSD, head, start, chunk)
+        logits_BCV = _logits(hidden_BSD, head, start, chunk, cap)
         lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         return _pick(logits_BCV, _cut(targets_BS, start, chunk)) - lse_BC, lse_BC
 
@@ -71,17 +84,19 @@ def _token_logps_fwd(
     return logps_BS, (hidden_BSD, head_VD, targets_BS, chunks, lse_BS)
 
 
-def _token_logps_bwd(chunk: int, compute_dtype: jnp.dtype, saved: tuple, d_logps_BS: jax.Array) -> tuple:
+def _token_logps_bwd(chunk: int, compute_dtype: jnp.dtype, cap: float | None, saved: tuple, d_logps_BS: jax.Array) -> tuple:
     hidden_BSD, head_VD, targets_BS, chunks, lse_BS = saved
     head = head_VD.astype(compute_dtype)
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         d_hidden_BSD, d_head_DV = carry
         start = i * chunk
-        logits_BCV = _logits(hidden_BSD, head, start, chunk)
+        logits_BCV = _logits(hidden_BSD, head, start, chunk, cap)
         hit_BCV = _hits(_cut(targets_BS, start, chunk), logits_BCV)
         probs_BCV = jnp.exp(logits_BCV - _cut(lse_BS, start, chunk)[..., None])
-        d_logits_BCV = ((hit_BCV.astype(jnp.float32) - probs_BCV) * _cut(d_logps_BS, start, chunk)[..., None]).astype(compute_dtype)
+        d_logits_BCV = (hit_BCV.astype(jnp.float32) - probs_BCV) * _cut(d_logps_BS, start, chunk)[..., None]
+        slope_BCV = soft_cap_slope(logits_BCV, cap)
+        d_logits_BCV = (d_logits_BCV if slope_BCV is None else d_logits_BCV * slope_BCV).astype(compute_dtype)
         d_hidden = jnp.einsum("BCV,VD->BCD", d_logits_BCV, head, preferred_element_type=jnp.float32)
         hidden_BCD = _cut(hidden_BSD, start, chunk)
         V, D = head.shape
@@ -96,12 +111,14 @@ def _token_logps_bwd(chunk: int, compute_dtype: jnp.dtype, saved: tuple, d_logps
 token_logps.defvjp(_token_logps_fwd, _token_logps_bwd)
 
 
-def token_collisions(hidden_BSD: jax.Array, head_VD: jax.Array, chunks: jax.Array, chunk: int, compute_dtype: jnp.dtype) -> jax.Array:
+def token_collisions(
+    hidden_BSD: jax.Array, head_VD: jax.Array, chunks: jax.Array, chunk: int, compute_dtype: jnp.dtype, cap: float | None = None
+) -> jax.Array:
     """log sum_v p(v)^2 of each scored token's distribution, as WPO weighs with (2406.11827 eq. 4); float32 [B, S]. Not differentiable."""
     hidden_BSD, head_VD = hidden_BSD.astype(compute_dtype), head_VD.astype(compute_dtype)
 
     def measure(start: jax.Array) -> tuple[jax.Array]:
-        logits_BCV = _logits(hidden_BSD, head_VD, start, chunk)
+        logits_BCV = _logits(hidden_BSD, head_VD, start, chunk, cap)
         return (jax.nn.logsumexp(2 * logits_BCV, axis=-1) - 2 * jax.nn.logsumexp(logits_BCV, axis=-1),)
 
     return _by_chunk(measure, 1, hidden_BSD.shape[:2], chunks, chunk)[0]
@@ -115,6 +132,7 @@ def token_kl(
     chunks: jax.Array,
     chunk: int,
     compute_dtype: jnp.dtype,
+    cap: float | None = None,
 ) -> jax.Array:
     """Exact KL(policy || reference) of each scored token's distribution, over the whole vocabulary.
 
@@ -125,8 +143,8 @@ def token_kl(
     ref_hidden_BSD, ref_head_VD = ref_hidden_BSD.astype(compute_dtype), ref_head_VD.astype(compute_dtype)
 
     def measure(start: jax.Array) -> tuple[jax.Array]:
-        logps_BCV = jax.nn.log_softmax(_logits(hidden_BSD, head_VD, start, chunk), axis=-1)
-        ref_logps_BCV = jax.nn.log_softmax(_logits(ref_hidden_BSD, ref_head_VD, start, chunk), axis=-1)
+        logps_BCV = jax.nn.log_softmax(_logits(hidden_BSD, head_VD, start, chunk, cap), axis=-1)
+        ref_logps_BCV = jax.nn.log_softmax(_logits(ref_hidden_BSD, ref_head_VD, start, chunk, cap), axis=-1)
         return (jnp.sum(jnp.exp(logps_BCV) * (logps_BCV - ref_logps_BCV), axis=-1),)
 
     return _by_chunk(measure, 1, hidden_BSD.shape[:2], chunks, chunk)[0]
@@ -156,8 +174,8 @@ def _cut(x: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
 
 
-def _logits(hidden_BSD: jax.Array, head_VD: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
-    return jnp.einsum("BCD,VD->BCV", _cut(hidden_BSD, start, chunk), head_VD, preferred_element_type=jnp.float32)
+def _logits(hidden_BSD: jax.Array, head_VD: jax.Array, start: jax.Array, chunk: int, cap: float | None) -> jax.Array:
+    return soft_cap(jnp.einsum("BCD,VD->BCV", _cut(hidden_BSD, start, chunk), head_VD, preferred_element_type=jnp.float32), cap)
 
 
 def _hits(targets_BC: jax.Array, logits_BCV: jax.Array) -> jax.Array:

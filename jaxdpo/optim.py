@@ -35,30 +35,45 @@ def schedule(section: OptimSection, total_steps: int) -> optax.Schedule:
 
 
 def update(
-    grads: Tree, grad_norm: jax.Array, opt: dict[str, Any], params: Tree, learning_rate: jax.Array, section: OptimSection
+    grads: Tree,
+    grad_norm: jax.Array,
+    opt: dict[str, Any],
+    params: Tree,
+    learning_rate: jax.Array,
+    section: OptimSection,
+    accept: jax.Array,
 ) -> tuple[Tree, dict]:
     """One AdamW update (1711.05101), gradients first scaled down to max_grad_norm.
 
     Args:
         grads: float32, like params.
         grad_norm: their global norm, float32 scalar.
+        accept: bool scalar; False leaves everything as it is, whatever the gradients hold.
 
     Returns:
         (new params in their own types, new state).
     """
     if section.max_grad_norm:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, section.max_grad_norm / (grad_norm + 1e-6)), grads)
-    adam = optax.scale_by_adam(section.b1, section.b2, section.eps, mu_dtype=section.moments_dtype)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to an int32 count
-        steps, updated = adam.update(grads, optax.ScaleByAdamState(**opt))
-    moments: Any = updated
+    count = opt["count"] + accept.astype(jnp.int32)
 
-    def move(path: tuple, w: jax.Array, step: jax.Array) -> jax.Array:
+    def moment(decay: float, power: int, old: Tree) -> Tree:
+        def mix(g: jax.Array, m: jax.Array) -> jax.Array:
+            return jnp.where(accept, (decay * m.astype(jnp.float32) + (1.0 - decay) * g**power).astype(m.dtype), m)
+
+        return jax.tree.map(mix, grads, old)
+
+    mu, nu = moment(section.b1, 1, opt["mu"]), moment(section.b2, 2, opt["nu"])
+    mu, nu = jax.lax.optimization_barrier((mu, nu))  # first the moments, in place; else the compiler keeps copies of the old ones
+    corrections = [1.0 - decay ** count.astype(jnp.float32) for decay in (section.b1, section.b2)]
+
+    def move(path: tuple, w: jax.Array, mean: jax.Array, square: jax.Array) -> jax.Array:
         master = w.astype(jnp.float32)
+        step = (mean.astype(jnp.float32) / corrections[0]) / (jnp.sqrt(square / corrections[1]) + section.eps)
         decay = section.weight_decay * master if section.weight_decay and _decays(path) else 0.0
-        return (master - learning_rate * (step + decay)).astype(w.dtype)
+        return jnp.where(accept, (master - learning_rate * (step + decay)).astype(w.dtype), w)
 
-    return jax.tree_util.tree_map_with_path(move, params, steps), {"count": moments.count, "mu": moments.mu, "nu": moments.nu}
+    return jax.tree_util.tree_map_with_path(move, params, mu, nu), {"count": count, "mu": mu, "nu": nu}
 
 
 def _decays(path: tuple) -> bool:
@@ -70,3 +85,8 @@ def _decays(path: tuple) -> bool:
 def global_norm(grads: Tree) -> jax.Array:
     """Square root of the sum of all squares; float32 scalar."""
     return jnp.sqrt(jax.tree.reduce(jnp.add, jax.tree.map(lambda g: jnp.sum(jnp.square(g)), grads)))
+
+
+def leaves_named(tree: Tree, name: str) -> list[jax.Array]:
+    """The leaves of a nested dict that lie under a key."""
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key == name]

@@ -1,4 +1,4 @@
-"""Matrix products whose fastest form depends on the platform. Dimension names: R rows, I inputs, O outputs."""
+"""Small numerical pieces that model and log-probs share. Dimension names: R rows, I inputs, O outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -20,3 +20,13 @@ def _transposed_first(x_RI: jax.Array, y_RO: jax.Array) -> jax.Array:
 
 def _as_it_is(x_RI: jax.Array, y_RO: jax.Array) -> jax.Array:
     return jnp.einsum("RI,RO->IO", x_RI, y_RO, preferred_element_type=jnp.float32)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap): values stay within the cap (Gemma 2, 2408.00118). Without a cap, x."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def soft_cap_slope(capped: jax.Array, cap: float | None) -> jax.Array | None:
+    """The derivative of `soft_cap`, from its result; None where it is 1."""
+    return None if cap is None else 1.0 - jnp.square(capped / cap)

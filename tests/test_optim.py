@@ -25,7 +25,7 @@ def gradients(seed: int, size: float = 1.0) -> Tree:
 
 def run(section: OptimSection, grads: list[Tree], rate: float = 0.01, params: Tree = PARAMS) -> tuple[Tree, dict]:
     """Our updates, one for each gradient."""
-    step = jax.jit(lambda g, opt, w: optim.update(g, optim.global_norm(g), opt, w, jnp.float32(rate), section))
+    step = jax.jit(lambda g, opt, w: optim.update(g, optim.global_norm(g), opt, w, jnp.float32(rate), section, jnp.bool_(True)))
     weights, opt = jax.tree.map(jnp.asarray, params), optim.init(params, section)
     for g in grads:
         weights, opt = step(g, opt, weights)
@@ -76,7 +76,7 @@ def test_the_clip_keeps_small_gradients_and_the_direction_of_large_ones() -> Non
     section = OptimSection(b1=0.0, max_grad_norm=2.0)
     for norm, kept in ((1.0, 1.0), (2.0, 1.0), (8.0, 0.25)):
         grads = {"w": jnp.array([norm, 0.0])}
-        _, opt = optim.update(grads, optim.global_norm(grads), optim.init(grads, section), grads, jnp.float32(0.0), section)
+        _, opt = optim.update(grads, optim.global_norm(grads), optim.init(grads, section), grads, jnp.float32(0.0), section, jnp.bool_(True))
         np.testing.assert_allclose(opt["mu"]["w"], [norm * kept, 0.0], rtol=1e-6)
 
 

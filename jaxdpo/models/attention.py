@@ -1,9 +1,10 @@
 """Interval attention: each slot attends to one run of slots, [k_start, k_end); no mask array exists.
 
 Packed rows are laid out so that one interval per slot says everything (see data/packing.py). Several implementations of
-one function, equal in value and gradient: `dense` for tests and tiny rows, `blocks` for training.
+one function, equal in value and gradient: `dense` for tests and tiny rows, `blocks` for training. One new token against a
+cache of keys is `attend_to_cache`.
 
-Dimension names: B rows, T slots, N query heads, K key-value heads, G = N / K, H head dim, b slots of a block, n blocks.
+Dimension names: B rows, T slots, S slots of a cache, N query heads, K key-value heads, G = N / K, H head dim, b slots of a block.
 """
 
 import functools
@@ -14,10 +15,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxdpo.products import soft_cap, soft_cap_slope
 from jaxdpo.sharding import ROWS
 
 BLOCK = 64
 MASKED = -1e30  # finite, so that a block without any allowed key gives exp(...) = 0 and not NaN
+
+
+class Window(NamedTuple):
+    """A sliding window: a token sees tokens less than `size` positions before it."""
+
+    size: jax.Array
+    """int32 scalar, which may differ between layers; beyond all positions for a layer without a window."""
+    positions_BT: jax.Array
+    """int32. Slots of a packed row are not in order of position, so the slots' distance does not tell."""
 
 
 def attention(
@@ -28,41 +39,114 @@ def attention(
     k_end_BT: jax.Array,
     *,
     implementation: str,
+    scale: float,
+    cap: float | None = None,
+    window: Window | None = None,
+    sinks_N: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over each slot's interval of keys.
+    """softmax(scale * q k^T) v over each slot's interval of keys.
 
     Args:
         q_BTNH, k_BTKH, v_BTKH: float; products take these types, sums and softmax are float32.
-        k_start_BT, k_end_BT: int32; slot t attends to the slots k_start <= s < k_end, at least one.
+        k_start_BT, k_end_BT: int32; slot t attends to the slots k_start <= s < k_end, at least itself.
         implementation: a key of IMPLEMENTATIONS.
+        scale: factor of the scores.
+        cap: scores become cap * tanh(score / cap).
+        window: cuts the intervals further.
+        sinks_N: float32 score of one more key with value 0, by head (2309.17453, as gpt-oss learns it).
         mesh: rows are spread over data and fsdp, heads over tensor.
 
     Returns:
         float32 [B, T, N, H].
     """
-    attend = IMPLEMENTATIONS[implementation]
+    if window is not None:  # a slot that looks back sees slots in order of position, so blocks before its window can be skipped
+        slots = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, :]
+        k_start_BT = jnp.maximum(k_start_BT, slots - window.size + 1)
+    attend = functools.partial(IMPLEMENTATIONS[implementation], scale, cap)
     if mesh is None or mesh.size == 1:
-        return attend(q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT)
+        return attend(q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, window, sinks_N)
     heads, slots = PartitionSpec(ROWS, None, "tensor", None), PartitionSpec(ROWS, None)
-    local = jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, slots, slots), out_specs=heads, check_vma=False)
-    return local(q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT)
+    windows = None if window is None else Window(PartitionSpec(), slots)
+    sinks = None if sinks_N is None else PartitionSpec("tensor")
+    local = jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, slots, slots, windows, sinks), out_specs=heads, check_vma=False)
+    return local(q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, window, sinks_N)
 
 
-def dense(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, k_start_BT: jax.Array, k_end_BT: jax.Array) -> jax.Array:
+def dense(
+    scale: float,
+    cap: float | None,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_start_BT: jax.Array,
+    k_end_BT: jax.Array,
+    window: Window | None,
+    sinks_N: jax.Array | None,
+) -> jax.Array:
     """The reference: all T x T scores, then masked."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32) * H**-0.5
+    scores = soft_cap(jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32) * scale, cap)
     slots = jnp.arange(T, dtype=jnp.int32)[None, None, :]
     allowed = (slots >= k_start_BT[..., None]) & (slots < k_end_BT[..., None])
-    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, MASKED), axis=-1)
+    if window is not None:
+        allowed &= window.positions_BT[:, :, None] - window.positions_BT[:, None, :] < window.size
+    weights = _softmax(jnp.where(allowed[:, None, None], scores, MASKED), sinks_N)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BTKH.dtype), v_BTKH, preferred_element_type=jnp.float32)
     return out.reshape(B, T, N, H)
 
 
-def blocks(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, k_start_BT: jax.Array, k_end_BT: jax.Array) -> jax.Array:
+def _softmax(scores_BKGTS: jax.Array, sinks_N: jax.Array | None) -> jax.Array:
+    """Softmax over the keys and, where there is one, the sink, whose own weight is left out."""
+    if sinks_N is None:
+        return jax.nn.softmax(scores_BKGTS, axis=-1)
+    B, K, G, T, _ = scores_BKGTS.shape
+    sinks = jnp.broadcast_to(sinks_N.reshape(1, K, G, 1, 1), (B, K, G, T, 1))
+    return jax.nn.softmax(jnp.concatenate([scores_BKGTS, sinks], axis=-1), axis=-1)[..., :-1]
+
+
+def attend_to_cache(
+    q_BNH: jax.Array,
+    k_BKH: jax.Array,
+    v_BKH: jax.Array,
+    cached_k_BKSH: jax.Array,
+    cached_v_BKSH: jax.Array,
+    allowed_BS: jax.Array,
+    *,
+    scale: float,
+    cap: float | None,
+    sinks_N: jax.Array | None,
+) -> jax.Array:
+    """One new token's attention to itself and to the slots of a cache that `allowed_BS` (bool) names: float32 [B, N, H].
+
+    The new key and value come apart from the cache, so that all layers' can be written to it at once, in place.
+    """
+    B, N, H = q_BNH.shape
+    K = k_BKH.shape[1]
+    q_BKGH = q_BNH.reshape(B, K, N // K, H)
+    past_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, cached_k_BKSH, preferred_element_type=jnp.float32)
+    own_BKG = jnp.einsum("BKGH,BKH->BKG", q_BKGH, k_BKH, preferred_element_type=jnp.float32)
+    past_BKGS = jnp.where(allowed_BS[:, None, None], soft_cap(past_BKGS * scale, cap), MASKED)
+    scores_BKGS = jnp.concatenate([past_BKGS, soft_cap(own_BKG * scale, cap)[..., None]], axis=-1)
+    weights_BKGS = _softmax(scores_BKGS[:, :, :, None], sinks_N)[:, :, :, 0].astype(v_BKH.dtype)
+    out_BKGH = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS[..., :-1], cached_v_BKSH, preferred_element_type=jnp.float32)
+    own_BKGH = weights_BKGS[..., -1:].astype(jnp.float32) * v_BKH.astype(jnp.float32)[:, :, None]
+    return (out_BKGH + own_BKGH).reshape(B, N, H)
+
+
+def blocks(
+    scale: float,
+    cap: float | None,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_start_BT: jax.Array,
+    k_end_BT: jax.Array,
+    window: Window | None,
+    sinks_N: jax.Array | None,
+) -> jax.Array:
     """Block by block with a running softmax, visiting only blocks that hold an allowed key.
 
     Online softmax: Milakov and Gimelshein 1805.02867; blocks and recomputed backward: FlashAttention 2205.14135.
@@ -71,15 +155,30 @@ def blocks(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, k_start_BT: 
     K = k_BTKH.shape[2]
     pad = -T % BLOCK
     slots = ((0, 0), (0, pad))
-    k_start_BT, k_end_BT = jnp.pad(k_start_BT, slots), jnp.pad(k_end_BT, slots, constant_values=1)
+    keys = _Keys(
+        jnp.pad(k_start_BT, slots),
+        jnp.pad(k_end_BT, slots, constant_values=1),
+        None if window is None else jnp.pad(window.positions_BT, slots),
+        None if window is None else jnp.broadcast_to(window.size, (B,)),
+    )
     q, k, v = (jnp.pad(x, (*slots, (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
-    q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype).reshape(B, T + pad, K, N // K, H)
-    row = functools.partial(jax.lax.map, lambda args: _attend_row(*args))
-    out = row((q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), k_start_BT, k_end_BT))
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype).reshape(B, T + pad, K, N // K, H)
+    sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, N // K)
+    row = functools.partial(jax.lax.map, lambda args: _attend_row(cap, *args, sinks_KG))
+    out = row((q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), keys))
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T + pad, N, H)[:, :T]
 
 
 IMPLEMENTATIONS = {"dense": dense, "blocks": blocks}
+
+
+class _Keys(NamedTuple):
+    """What each slot of a row may see; with a leading B outside the map over rows."""
+
+    start_T: jax.Array
+    end_T: jax.Array
+    positions_T: jax.Array | None
+    window: jax.Array | None
 
 
 class _Block(NamedTuple):
@@ -92,10 +191,10 @@ class _Block(NamedTuple):
     last: jax.Array
 
 
-def _query_block(index: jax.Array, k_start_T: jax.Array, k_end_T: jax.Array) -> _Block:
+def _query_block(index: jax.Array, keys: _Keys) -> _Block:
     start = index * BLOCK
-    k_start_b = jax.lax.dynamic_slice_in_dim(k_start_T, start, BLOCK)
-    k_end_b = jax.lax.dynamic_slice_in_dim(k_end_T, start, BLOCK)
+    k_start_b = jax.lax.dynamic_slice_in_dim(keys.start_T, start, BLOCK)
+    k_end_b = jax.lax.dynamic_slice_in_dim(keys.end_T, start, BLOCK)
     return _Block(start, k_start_b, k_end_b, k_start_b.min() // BLOCK, (k_end_b.max() + BLOCK - 1) // BLOCK)
 
 
@@ -104,67 +203,86 @@ def _cut(x: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis=x.ndim - 2)
 
 
-def _scores(q_KGbH: jax.Array, k_KbH: jax.Array, block: _Block, key_start: jax.Array) -> jax.Array:
-    """Scores of a block of queries against a block of keys, MASKED outside the intervals: float32 [K, G, b, b]."""
-    keys = (key_start + jnp.arange(BLOCK, dtype=jnp.int32))[None, :]
-    allowed = (keys >= block.k_start_b[:, None]) & (keys < block.k_end_b[:, None])
-    scores = jnp.einsum("KGqH,KkH->KGqk", q_KGbH, k_KbH, preferred_element_type=jnp.float32)
-    return jnp.where(allowed[None, None], scores, MASKED)
+def _scores(
+    q_KGbH: jax.Array, k_KbH: jax.Array, block: _Block, key_start: jax.Array, keys: _Keys, cap: float | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scores of a block of queries against a block of keys, MASKED where they are not allowed: float32 [K, G, b, b].
+
+    Also the derivative of the scores by the products, where it is not 1.
+    """
+    slots = (key_start + jnp.arange(BLOCK, dtype=jnp.int32))[None, :]
+    allowed = (slots >= block.k_start_b[:, None]) & (slots < block.k_end_b[:, None])
+    if keys.positions_T is not None:
+        q_positions, k_positions = (jax.lax.dynamic_slice_in_dim(keys.positions_T, at, BLOCK) for at in (block.start, key_start))
+        allowed &= q_positions[:, None] - k_positions[None, :] < keys.window
+    scores = soft_cap(jnp.einsum("KGqH,KkH->KGqk", q_KGbH, k_KbH, preferred_element_type=jnp.float32), cap)
+    return jnp.where(allowed[None, None], scores, MASKED), soft_cap_slope(scores, cap)
 
 
-@jax.custom_vjp
-def _attend_row(q_KGTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, k_start_T: jax.Array, k_end_T: jax.Array) -> jax.Array:
-    return _attend_row_fwd(q_KGTH, k_KTH, v_KTH, k_start_T, k_end_T)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_row(
+    cap: float | None, q_KGTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, keys: _Keys, sinks_KG: jax.Array | None
+) -> jax.Array:
+    return _attend_row_fwd(cap, q_KGTH, k_KTH, v_KTH, keys, sinks_KG)[0]
 
 
-def _attend_row_fwd(q_KGTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, k_start_T: jax.Array, k_end_T: jax.Array) -> tuple:
+def _attend_row_fwd(
+    cap: float | None, q_KGTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, keys: _Keys, sinks_KG: jax.Array | None
+) -> tuple:
     K, G, T, H = q_KGTH.shape
+    shape = (K, G, BLOCK)
+    if sinks_KG is None:
+        top, total = jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
+    else:
+        top, total = jnp.broadcast_to(sinks_KG[..., None], shape), jnp.ones(shape, jnp.float32)
 
     def query_block(carry: tuple, index: jax.Array) -> tuple:
         out_KGTH, lse_KGT = carry
-        block = _query_block(index, k_start_T, k_end_T)
+        block = _query_block(index, keys)
         q_KGbH = _cut(q_KGTH, block.start)
 
         def key_block(j: jax.Array, running: tuple) -> tuple:
             top, total, out = running
-            scores = _scores(q_KGbH, _cut(k_KTH, j * BLOCK), block, j * BLOCK)
+            scores, _ = _scores(q_KGbH, _cut(k_KTH, j * BLOCK), block, j * BLOCK, keys, cap)
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
             new = jnp.einsum("KGqk,KkH->KGqH", weights.astype(v_KTH.dtype), _cut(v_KTH, j * BLOCK), preferred_element_type=jnp.float32)
             return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + new
 
-        shape = (K, G, BLOCK)
-        start = (jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, H), jnp.float32))
-        top, total, out = jax.lax.fori_loop(block.first, block.last, key_block, start)
-        out_KGTH = jax.lax.dynamic_update_slice_in_dim(out_KGTH, out / total[..., None], block.start, axis=2)
-        lse_KGT = jax.lax.dynamic_update_slice_in_dim(lse_KGT, top + jnp.log(total), block.start, axis=2)
+        start = (top, total, jnp.zeros((*shape, H), jnp.float32))
+        last_top, last_total, out = jax.lax.fori_loop(block.first, block.last, key_block, start)
+        out_KGTH = jax.lax.dynamic_update_slice_in_dim(out_KGTH, out / last_total[..., None], block.start, axis=2)
+        lse_KGT = jax.lax.dynamic_update_slice_in_dim(lse_KGT, last_top + jnp.log(last_total), block.start, axis=2)
         return (out_KGTH, lse_KGT), None
 
     empty = (jnp.zeros((K, G, T, H), jnp.float32), jnp.zeros((K, G, T), jnp.float32))
     (out_KGTH, lse_KGT), _ = jax.lax.scan(query_block, empty, jnp.arange(T // BLOCK, dtype=jnp.int32))
     out_KGTH, lse_KGT = checkpoint_name(out_KGTH, "attention"), checkpoint_name(lse_KGT, "attention")
-    return out_KGTH, (q_KGTH, k_KTH, v_KTH, k_start_T, k_end_T, out_KGTH, lse_KGT)
+    return out_KGTH, (q_KGTH, k_KTH, v_KTH, keys, sinks_KG, out_KGTH, lse_KGT)
 
 
-def _attend_row_bwd(saved: tuple, d_out_KGTH: jax.Array) -> tuple:
-    q_KGTH, k_KTH, v_KTH, k_start_T, k_end_T, out_KGTH, lse_KGT = saved
+def _attend_row_bwd(cap: float | None, saved: tuple, d_out_KGTH: jax.Array) -> tuple:
+    q_KGTH, k_KTH, v_KTH, keys, sinks_KG, out_KGTH, lse_KGT = saved
     dtype = q_KGTH.dtype
     overlap_KGT = (d_out_KGTH * out_KGTH).sum(-1)  # sum_k p_k dp_k, FlashAttention's D
+    d_sinks_KG = None if sinks_KG is None else -(jnp.exp(sinks_KG[..., None] - lse_KGT) * overlap_KGT).sum(-1)
     d_out_KGTH = d_out_KGTH.astype(dtype)
 
     def query_block(carry: tuple, index: jax.Array) -> tuple:
         d_q_KGTH, d_k_KTH, d_v_KTH = carry
-        block = _query_block(index, k_start_T, k_end_T)
+        block = _query_block(index, keys)
         q, d_out = _cut(q_KGTH, block.start), _cut(d_out_KGTH, block.start)
         lse, overlap = (jax.lax.dynamic_slice_in_dim(x, block.start, BLOCK, axis=2)[..., None] for x in (lse_KGT, overlap_KGT))
 
         def key_block(j: jax.Array, running: tuple) -> tuple:
             d_q, d_k_KTH, d_v_KTH = running
             k, v = _cut(k_KTH, j * BLOCK), _cut(v_KTH, j * BLOCK)
-            weights = jnp.exp(_scores(q, k, block, j * BLOCK) - lse)
+            scores, slope = _scores(q, k, block, j * BLOCK, keys, cap)
+            weights = jnp.exp(scores - lse)
             d_weights = jnp.einsum("KGqH,KkH->KGqk", d_out, v, preferred_element_type=jnp.float32)
-            d_scores = (weights * (d_weights - overlap)).astype(dtype)
+            d_scores = weights * (d_weights - overlap)
+            d_scores = (d_scores if slope is None else d_scores * slope).astype(dtype)
             d_v = jnp.einsum("KGqk,KGqH->KkH", weights.astype(dtype), d_out, preferred_element_type=jnp.float32)
             d_k = jnp.einsum("KGqk,KGqH->KkH", d_scores, q, preferred_element_type=jnp.float32)
             d_q += jnp.einsum("KGqk,KkH->KGqH", d_scores, k, preferred_element_type=jnp.float32)
@@ -176,7 +294,7 @@ def _attend_row_bwd(saved: tuple, d_out_KGTH: jax.Array) -> tuple:
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_KGTH, k_KTH, v_KTH))
     (d_q, d_k, d_v), _ = jax.lax.scan(query_block, zeros, jnp.arange(q_KGTH.shape[2] // BLOCK, dtype=jnp.int32))
-    return d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype), None, None
+    return d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype), None, d_sinks_KG
 
 
 def _add_block(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:

@@ -2,27 +2,34 @@
 
 The nnx modules are containers. Training code holds the weights as a pure nested dict (`layers/attn/q`, ...) and calls
 `forward`; the layers' weights are stacked, and one `lax.scan` runs them. The LM head is apart (logprobs.py), since
-training needs it on answer tokens only.
+training needs it on answer tokens only. `params["lora"]`, where there is one, holds low-rank updates of `params["layers"]`.
 
 Dimension names: B rows, T slots, D model, F mlp, N query heads, K key-value heads, H head dim, V vocabulary, L layers.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdpo.models.attention import attention
+from jaxdpo.models.attention import Window, attention
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.layers import param, project, rms_norm, rope_tables, rotate, rounded
+from jaxdpo.models.layers import ACTIVATIONS, gated, layer_norm, param, project, rms_norm, rope_tables, rotate, rounded
+from jaxdpo.models.moe import MoE, RouterLoad
+from jaxdpo.products import soft_cap
 from jaxdpo.sharding import ROWS, constrain
 
 Params = dict[str, Any]
+Rope = tuple[jax.Array, jax.Array] | None
+Attend = Callable[..., tuple[jax.Array, Any]]
+"""(q_BTNH, k_BTKH, v_BTKH, scale, cap, sinks_N) -> float32 [B, T, N, H] and what is to be kept of this layer."""
 
+NO_WINDOW = 1 << 30
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
@@ -32,7 +39,7 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardOptions:
-    """How a forward pass is computed; none of it changes the result beyond rounding."""
+    """How a forward pass is computed; but for lora_scale, none of it changes the result beyond rounding."""
 
     compute_dtype: str = "float32"
     """Type of matrix-product inputs."""
@@ -40,8 +47,15 @@ class ForwardOptions:
     """A key of attention.IMPLEMENTATIONS."""
     remat: str = "none"
     """A key of REMAT."""
+    lora_scale: float = 1.0
+    """Factor of the low-rank updates: alpha / rank."""
     mesh: Mesh | None = None
     """The devices; None means one."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """compute_dtype as a type."""
+        return jnp.dtype(self.compute_dtype)
 
     @property
     def on_cpu(self) -> bool:
@@ -51,7 +65,7 @@ class ForwardOptions:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions (2305.13245), optional biases and per-head norms of q and k."""
+    """Grouped-query attention with rotary positions (2305.13245), optional biases, sinks and norms of q and k."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         L, D, N, K, H = config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
@@ -65,118 +79,144 @@ class Attention(nnx.Module):
         self.k_bias = constant((L, K, H), ("layer", "kv_heads", "head_dim")) if config.qkv_bias else None
         self.v_bias = constant((L, K, H), ("layer", "kv_heads", "head_dim")) if config.qkv_bias else None
         self.o_bias = constant((L, D), ("layer", "norm")) if config.o_bias else None
-        self.q_norm = constant((L, H), ("layer", "norm"), fill=1.0) if config.qk_norm != "none" else None
-        self.k_norm = constant((L, H), ("layer", "norm"), fill=1.0) if config.qk_norm != "none" else None
-        self.eps = config.norm_eps
+        self.sinks = constant((L, N), ("layer", "heads")) if config.attention_sinks else None
+        one = 0.0 if config.norm == "rms_offset" else 1.0
+        if config.qk_norm == "all":
+            self.q_norm = constant((L, N, H), ("layer", "heads", "head_dim"), fill=one)
+            self.k_norm = constant((L, K, H), ("layer", "kv_heads", "head_dim"), fill=one)
+        else:
+            self.q_norm = constant((L, H), ("layer", "norm"), fill=one) if config.qk_norm == "head" else None
+            self.k_norm = constant((L, H), ("layer", "norm"), fill=one) if config.qk_norm == "head" else None
+        self.config = config
 
-    def __call__(self, x_BTD: jax.Array, rope: tuple, k_start_BT: jax.Array, k_end_BT: jax.Array, options: ForwardOptions) -> jax.Array:
-        """float32 [B, T, D] in and out."""
-        dtype = jnp.dtype(options.compute_dtype)
-        q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q, self.q_bias, dtype)
-        k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k, self.k_bias, dtype)
-        v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v, self.v_bias, dtype)
+    def __call__(
+        self, x_BTD: jax.Array, rope: Rope, attend: Attend, lora: Mapping[str, Any], options: ForwardOptions
+    ) -> tuple[jax.Array, Any]:
+        """float32 [B, T, D] in and out, and what `attend` keeps."""
+        config, dtype = self.config, options.dtype
+        linear = functools.partial(project, compute_dtype=dtype, adapter_scale=options.lora_scale)
+        q_BTNH = linear("BTD,DNH->BTNH", x_BTD, self.q, self.q_bias, adapter=lora.get("q"))
+        k_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.k, self.k_bias, adapter=lora.get("k"))
+        v_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.v, self.v_bias, adapter=lora.get("v"))
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH = rms_norm(q_BTNH, self.q_norm, self.eps, dtype)
-            k_BTKH = rms_norm(k_BTKH, self.k_norm, self.eps, dtype)
-        q_BTNH, k_BTKH = rotate(q_BTNH, *rope).astype(dtype), rotate(k_BTKH, *rope).astype(dtype)
-        out_BTNH = attention(
-            q_BTNH, k_BTKH, v_BTKH.astype(dtype), k_start_BT, k_end_BT, implementation=options.attention, mesh=options.mesh
-        )
-        return project("BTNH,NHD->BTD", out_BTNH, self.o, self.o_bias, dtype)
+            norm = functools.partial(rms_norm, eps=config.norm_eps, compute_dtype=dtype, offset=_offset(config))
+            q_BTNH, k_BTKH = norm(q_BTNH, self.q_norm), norm(k_BTKH, self.k_norm)
+        if rope is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
+        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        sinks_N = None if self.sinks is None else rounded(self.sinks[...], dtype)
+        heads = (x.astype(dtype) for x in (q_BTNH, k_BTKH, v_BTKH))
+        out_BTNH, kept = attend(*heads, scale=scale, cap=config.attention_softcap, sinks_N=sinks_N)
+        return linear("BTNH,NHD->BTD", out_BTNH, self.o, self.o_bias, adapter=lora.get("o")), kept
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (2002.05202)."""
+    """down(act(gate(x)) * up(x)) (2002.05202), or down(act(up(x))) without a gate."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         L, D, F = config.num_layers, config.hidden_size, config.mlp_size
         normal = functools.partial(param, rngs, std=config.initializer_range, dtype=dtype)
         constant = functools.partial(param, rngs, std=None, dtype=dtype)
-        self.gate = normal((L, D, F), ("layer", "embed", "mlp"))
+        self.gate = normal((L, D, F), ("layer", "embed", "mlp")) if config.gated else None
         self.up = normal((L, D, F), ("layer", "embed", "mlp"))
         self.down = normal((L, F, D), ("layer", "mlp", "embed"))
-        self.gate_bias = constant((L, F), ("layer", "mlp")) if config.mlp_bias else None
+        self.gate_bias = constant((L, F), ("layer", "mlp")) if config.gated and config.mlp_bias else None
         self.up_bias = constant((L, F), ("layer", "mlp")) if config.mlp_bias else None
         self.down_bias = constant((L, D), ("layer", "norm")) if config.mlp_bias else None
+        self.config = config
 
-    def __call__(self, x_BTD: jax.Array, options: ForwardOptions) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, lora: Mapping[str, Any], options: ForwardOptions) -> jax.Array:
         """float32 [B, T, D] in and out."""
-        dtype = jnp.dtype(options.compute_dtype)
-        gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate, self.gate_bias, dtype)
-        up_BTF = project("BTD,DF->BTF", x_BTD, self.up, self.up_bias, dtype)
-        return project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down, self.down_bias, dtype)
+        config = self.config
+        linear = functools.partial(project, compute_dtype=options.dtype, adapter_scale=options.lora_scale)
+        up_BTF = linear("BTD,DF->BTF", x_BTD, self.up, self.up_bias, adapter=lora.get("up"))
+        if self.gate is None:
+            inner_BTF = ACTIVATIONS[config.activation](up_BTF)
+        else:
+            gate_BTF = linear("BTD,DF->BTF", x_BTD, self.gate, self.gate_bias, adapter=lora.get("gate"))
+            inner_BTF = gated(config.activation, config.activation_limit, gate_BTF, up_BTF)
+        return linear("BTF,FD->BTD", inner_BTF, self.down, self.down_bias, adapter=lora.get("down"))
 
 
 class Norm(nnx.Module):
-    """RMS norm; one scale, or a stack of them with num_layers."""
+    """The family's norm; one, or a stack of them with num_layers."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, num_layers: int | None = None) -> None:
         shape = (config.hidden_size,) if num_layers is None else (num_layers, config.hidden_size)
-        self.scale = param(rngs, shape, ("layer", "norm")[-len(shape) :], std=None, fill=1.0, dtype=dtype)
-        self.eps = config.norm_eps
+        constant = functools.partial(param, rngs, shape, ("layer", "norm")[-len(shape) :], std=None, dtype=dtype)
+        self.scale = constant(fill=0.0 if config.norm == "rms_offset" else 1.0)
+        self.bias = constant() if config.norm == "layer" else None
+        self.config = config
 
     def __call__(self, x_BTD: jax.Array, options: ForwardOptions) -> jax.Array:
         """float32 [B, T, D] in and out."""
-        return rms_norm(x_BTD, self.scale, self.eps, jnp.dtype(options.compute_dtype))
+        if self.bias is not None:
+            return layer_norm(x_BTD, self.scale, self.bias, self.config.norm_eps, options.dtype)
+        return rms_norm(x_BTD, self.scale, self.config.norm_eps, options.dtype, offset=_offset(self.config))
+
+
+def _offset(config: ModelConfig) -> float:
+    return 1.0 if config.norm == "rms_offset" else 0.0
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream. Holds all layers' weights, stacked."""
+    """Attention and MLP, added to the residual stream, with norms before or behind each. Holds all layers' weights, stacked."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.attn_norm = Norm(config, rngs=rngs, dtype=dtype, num_layers=config.num_layers)
+        norm = functools.partial(Norm, config, rngs=rngs, dtype=dtype, num_layers=config.num_layers)
+        self.attn_norm = norm() if config.pre_norm else None
         self.attn = Attention(config, rngs=rngs, dtype=dtype)
-        self.mlp_norm = Norm(config, rngs=rngs, dtype=dtype, num_layers=config.num_layers)
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+        self.attn_post_norm = norm() if config.post_norm else None
+        self.mlp_norm = norm() if config.pre_norm else None
+        self.mlp = None if config.num_experts else MLP(config, rngs=rngs, dtype=dtype)
+        self.moe = MoE(config, rngs=rngs, dtype=dtype) if config.num_experts else None
+        self.mlp_post_norm = norm() if config.post_norm else None
 
-    def __call__(self, x_BTD: jax.Array, rope: tuple, k_start_BT: jax.Array, k_end_BT: jax.Array, options: ForwardOptions) -> jax.Array:
-        """float32 [B, T, D] in and out."""
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD, options), rope, k_start_BT, k_end_BT, options)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD, options), options)
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rope: Rope,
+        attend: Attend,
+        lora: Mapping[str, Any],
+        real_BT: jax.Array | None,
+        options: ForwardOptions,
+    ) -> tuple[jax.Array, Any, RouterLoad | None]:
+        """float32 [B, T, D] in and out; what `attend` keeps; how the experts were used, where there are some."""
+        inner_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD, options)
+        inner_BTD, kept = self.attn(inner_BTD, rope, attend, lora.get("attn", {}), options)
+        x_BTD = x_BTD + (inner_BTD if self.attn_post_norm is None else self.attn_post_norm(inner_BTD, options))
+        inner_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD, options)
+        load = None
+        if self.moe is not None:
+            inner_BTD, load = self.moe(inner_BTD, real_BT, options.dtype, options.mesh)
+        elif self.mlp is not None:
+            inner_BTD = self.mlp(inner_BTD, lora.get("mlp", {}), options)
+        x_BTD = x_BTD + (inner_BTD if self.mlp_post_norm is None else self.mlp_post_norm(inner_BTD, options))
+        return x_BTD, kept, load
 
 
-class Embedding(nnx.Module):
-    """Token vectors [V, D]; also the form of the LM head."""
+class Table(nnx.Module):
+    """Vectors of tokens [V, D], which is also the form of the LM head, or of positions."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.weight = param(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), std=config.initializer_range, dtype=dtype)
+    def __init__(self, config: ModelConfig, rows: int, axis: str, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.weight = param(rngs, (rows, config.hidden_size), (axis, "embed"), std=config.initializer_range, dtype=dtype)
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states."""
+    """All the weights of a model."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.embed = Embedding(config, rngs=rngs, dtype=dtype)
+        self.embed = Table(config, config.vocab_size, "vocab", rngs=rngs, dtype=dtype)
+        self.positions = Table(config, config.max_positions, "position", rngs=rngs, dtype=dtype) if config.positions == "learned" else None
         self.layers = Layer(config, rngs=rngs, dtype=dtype)
         self.norm = Norm(config, rngs=rngs, dtype=dtype)
-        self.head = None if config.tied_head else Embedding(config, rngs=rngs, dtype=dtype)
-        self.config = config
-
-    def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, k_start_BT: jax.Array, k_end_BT: jax.Array, options: ForwardOptions
-    ) -> jax.Array:
-        """Final hidden states after the last norm, float32 [B, T, D]. Slot t attends to slots k_start <= s < k_end."""
-        config = self.config
-        if config.sliding_window is not None:  # slots of a row are in order of position when the window can cut (see packing)
-            slots = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
-            k_start_BT = jnp.maximum(k_start_BT, slots - config.sliding_window + 1)
-        rope = rope_tables(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
-        table_VD = constrain(self.embed.weight[...], options.mesh, "tensor", None)  # gathering from a table cut along D too is slow
-        x_BTD = constrain(rounded(table_VD[tokens_BT], jnp.dtype(options.compute_dtype)), options.mesh, ROWS)
-        graph, stacked = nnx.split(self.layers)
-
-        def layer(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-            x_BTD = constrain(x_BTD, options.mesh, ROWS)
-            return nnx.merge(graph, weights)(x_BTD, rope, k_start_BT, k_end_BT, options), None
-
-        policy = REMAT[options.remat]
-        x_BTD, _ = jax.lax.scan(layer if policy is None else jax.checkpoint(layer, policy=policy), x_BTD, stacked)
-        return self.norm(x_BTD, options)
+        self.head = None if config.tied_head else Table(config, config.vocab_size, "vocab", rngs=rngs, dtype=dtype)
 
 
 @functools.cache
-def _abstract(config: ModelConfig, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0), dtype=jnp.dtype(dtype))))
+def _abstract(config: ModelConfig, dtype: str, part: str | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0), dtype=jnp.dtype(dtype)))
+    return nnx.split(decoder if part is None else getattr(decoder, part))
 
 
 def abstract_params(config: ModelConfig, dtype: str) -> Params:
@@ -196,6 +236,14 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: str) -> Params:
     return nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(params=key), dtype=jnp.dtype(dtype)))[1])
 
 
+def _bind(config: ModelConfig, part: str, weights: Params) -> Any:
+    """The module `part` of the decoder with these weights."""
+    graph, state = _abstract(config, "float32", part)
+    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the next line writes into it
+    nnx.replace_by_pure_dict(state, weights)
+    return nnx.merge(graph, state)
+
+
 def forward(
     params: Params,
     config: ModelConfig,
@@ -208,19 +256,133 @@ def forward(
     """Final hidden states of packed rows.
 
     Args:
-        params: the weights, nested dict as abstract_params gives it.
-        tokens_BT, positions_BT: int32 token ids and rotary positions.
+        params: the weights, nested dict as abstract_params gives it, and perhaps "lora".
+        tokens_BT, positions_BT: int32 token ids and positions.
         k_start_BT, k_end_BT: int32 interval of slots that each slot attends to.
 
     Returns:
-        float32 [B, T, D]; logits are hidden states times head_weight.
+        float32 [B, T, D]; `logits` makes logits of them.
     """
-    graph, state = _abstract(config, "float32")
-    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the next line writes into it
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)(tokens_BT, positions_BT, k_start_BT, k_end_BT, options)
+    return forward_moe(params, config, tokens_BT, positions_BT, k_start_BT, k_end_BT, options)[0]
+
+
+def forward_moe(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    k_start_BT: jax.Array,
+    k_end_BT: jax.Array,
+    options: ForwardOptions,
+    real_BT: jax.Array | None = None,
+) -> tuple[jax.Array, RouterLoad | None]:
+    """`forward`, and how the experts were used by the tokens that `real_BT` (bool, None: all) names, where there are experts."""
+    attend = functools.partial(_attend_to_row, positions_BT, k_start_BT, k_end_BT, options)
+    x_BTD, _, load = run_layers(params, config, tokens_BT, positions_BT, attend, options, real_BT=real_BT)
+    return x_BTD, None if load is None else jax.tree.map(lambda x_L: x_L.sum(0), load)
+
+
+def _attend_to_row(
+    positions_BT: jax.Array,
+    k_start_BT: jax.Array,
+    k_end_BT: jax.Array,
+    options: ForwardOptions,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    *,
+    window: jax.Array | None,
+    cache: None,
+    **how: Any,
+) -> tuple[jax.Array, None]:
+    del cache
+    windowed = None if window is None else Window(window, positions_BT)
+    out_BTNH = attention(
+        q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, implementation=options.attention, window=windowed, mesh=options.mesh, **how
+    )
+    return out_BTNH, None
+
+
+class _LayerInputs(NamedTuple):
+    """What the scan hands to one layer (here with a leading L)."""
+
+    weights: Params
+    lora: Params
+    window: jax.Array | None
+    """int32: the layer's window, NO_WINDOW where it has none; None when no layer has one."""
+    cache: Any
+
+
+def run_layers(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    attend: Attend,
+    options: ForwardOptions,
+    *,
+    cache: Any = None,
+    real_BT: jax.Array | None = None,
+) -> tuple[jax.Array, Any, RouterLoad | None]:
+    """Embedding, all layers and the last norm: hidden states, and what each layer kept and counted (with a leading L)."""
+    sizes = [config.sliding_window if windowed else NO_WINDOW for windowed in config.window_layers]
+    ropes = _ropes(config, positions_BT)
+
+    def layer(x_BTD: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, tuple]:
+        x_BTD = constrain(x_BTD, options.mesh, ROWS)
+        rope = ropes[0]
+        if ropes[1] is not None:
+            rope = jax.tree.map(lambda far, near: jnp.where(inputs.window == NO_WINDOW, far, near), *ropes)
+        module = _bind(config, "layers", _plain(inputs.weights, options.dtype))
+        attend_here = functools.partial(attend, window=inputs.window, cache=inputs.cache)
+        x_BTD, kept, load = module(x_BTD, rope, attend_here, inputs.lora, real_BT, options)
+        return x_BTD, (kept, load)
+
+    policy = REMAT[options.remat]
+    x_BTD = _embed(params, config, tokens_BT, positions_BT, options)
+    windows_L = jnp.asarray(sizes, jnp.int32) if sizes else None
+    stacked = _LayerInputs(params["layers"], params.get("lora", {}).get("layers", {}), windows_L, cache)
+    x_BTD, (kept, load) = jax.lax.scan(layer if policy is None else jax.checkpoint(layer, policy=policy), x_BTD, stacked)
+    return _bind(config, "norm", params["norm"])(x_BTD, options), kept, load
+
+
+def _plain(weights: Params, dtype: jnp.dtype) -> Params:
+    """The weights as arrays: those that are held in another form (models/quant.py) know how to become one."""
+
+    def coded(leaf: Any) -> bool:
+        return hasattr(leaf, "dequantized")
+
+    return jax.tree.map(lambda leaf: leaf.dequantized(dtype) if coded(leaf) else leaf, weights, is_leaf=coded)
+
+
+def _ropes(config: ModelConfig, positions_BT: jax.Array) -> tuple[Rope, Rope]:
+    """Rotary tables of the layers without a window and of those with one; None where there are none of their own."""
+    if config.positions == "learned":
+        return None, None
+    full = rope_tables(positions_BT, config.rotary_dim, config.rope_theta, config.rope_scaling)
+    local = config.local_rope_theta
+    return full, None if local is None else rope_tables(positions_BT, config.rotary_dim, local, None)
+
+
+def _embed(params: Params, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, options: ForwardOptions) -> jax.Array:
+    """Token vectors, with positions where those are learned: float32 [B, T, D]."""
+    mesh, dtype = options.mesh, options.dtype
+    table_VD = constrain(params["embed"]["weight"], mesh, "tensor", None)  # gathering from a table cut along D too is slow
+    x_BTD = rounded(table_VD[tokens_BT], dtype)
+    if config.embed_scale != 1.0:
+        x_BTD = x_BTD * rounded(jnp.asarray(config.embed_scale, jnp.float32), dtype)
+    if config.positions == "learned":
+        x_BTD = x_BTD + rounded(constrain(params["positions"]["weight"], mesh, None, None)[positions_BT], dtype)
+    return constrain(x_BTD, mesh, ROWS)
 
 
 def head_weight(params: Params) -> jax.Array:
     """The LM head [V, D]: its own weight, or the token embedding where they are tied."""
     return params["head"]["weight"] if "head" in params else params["embed"]["weight"]
+
+
+def logits(params: Params, config: ModelConfig, hidden: jax.Array, options: ForwardOptions) -> jax.Array:
+    """Logits of hidden states [..., D]: float32 [..., V]."""
+    head_VD = head_weight(params).astype(options.dtype)
+    scores = jnp.einsum("...D,VD->...V", hidden.astype(options.dtype), head_VD, preferred_element_type=jnp.float32)
+    return soft_cap(scores, config.logit_softcap)

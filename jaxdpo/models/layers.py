@@ -1,11 +1,12 @@
-"""Parts of the decoder: projections, norms, rotary positions. Containers are nnx modules with stacked weights.
+"""Parts of the decoder: projections, norms, activations, rotary positions. Containers are nnx modules with stacked weights.
 
 A module made with num_layers=L holds weights with a leading `layer` dimension; inside the decoder's scan each call sees
-one layer's slice. Dimension names: B rows, T slots, D model, F mlp, N query heads, K key-value heads, H head dim.
+one layer's slice. Dimension names: B rows, T slots, D model, F mlp, N query heads, K key-value heads, H head dim, R rank.
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxdpo.models.config import RopeScaling
 from jaxdpo.products import sum_of_outer_products
+
+Adapter = Mapping[str, jax.Array]
+"""One weight's low-rank update: "a" [*inputs, R] and "b" [R, *outputs]."""
 
 
 def param(
@@ -61,10 +65,29 @@ def _product_bwd(equation: str, compute_dtype: jnp.dtype, saved: tuple, d_y: jax
 product.defvjp(_product_fwd, _product_bwd)
 
 
-def project(equation: str, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, compute_dtype: jnp.dtype) -> jax.Array:
-    """A linear map in compute_dtype: float32 in, float32 out."""
+def project(
+    equation: str,
+    x: jax.Array,
+    weight: nnx.Param,
+    bias: nnx.Param | None,
+    compute_dtype: jnp.dtype,
+    adapter: Adapter | None = None,
+    adapter_scale: float = 1.0,
+) -> jax.Array:
+    """A linear map in compute_dtype, with a low-rank update (LoRA, 2106.09685 eq. 3) where there is one: float32 in and out."""
     y = checkpoint_name(product(equation, compute_dtype, x, weight[...]), "product")
+    if adapter is not None:
+        y = y + adapter_scale * _low_rank(equation, x, adapter, compute_dtype)
     return y if bias is None else y + widened(rounded(bias[...], compute_dtype), y.ndim)
+
+
+def _low_rank(equation: str, x: jax.Array, adapter: Adapter, compute_dtype: jnp.dtype) -> jax.Array:
+    """(x A) B, which costs less than adding A B to the weight and keeps the weight free of gradients."""
+    inputs, y_dims = equation.split("->")
+    x_dims, weight_dims = inputs.split(",")
+    summed = "".join(dim for dim in weight_dims if dim in x_dims)
+    x_BTR = product(f"{x_dims},{summed}R->BTR", compute_dtype, x, adapter["a"])
+    return product(f"BTR,R{weight_dims.removeprefix(summed)}->{y_dims}", compute_dtype, x_BTR, adapter["b"])
 
 
 def rounded(weight: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
@@ -77,33 +100,76 @@ def widened(weight: jax.Array, ndim: int) -> jax.Array:
     return weight.reshape((1,) * (ndim - weight.ndim) + weight.shape)
 
 
-def rms_norm(x: jax.Array, scale: nnx.Param, eps: float, compute_dtype: jnp.dtype) -> jax.Array:
-    """x / rms(x) * scale over the last dimension, in float32 (1910.07467)."""
-    normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return normed * widened(rounded(scale[...], compute_dtype), x.ndim)
+def rms_norm(x: jax.Array, scale: nnx.Param, eps: float, compute_dtype: jnp.dtype, *, offset: float = 0.0) -> jax.Array:
+    """x / rms(x) * (offset + scale), in float32 (1910.07467); over as many last dimensions as the scale has."""
+    weight = rounded(scale[...], compute_dtype)
+    dims = tuple(range(-weight.ndim, 0))
+    normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=dims, keepdims=True) + eps)
+    return normed * widened(weight + offset if offset else weight, x.ndim)
 
 
-def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary embedding (2104.09864), float32 [B, T, 1, H / 2]."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def layer_norm(x: jax.Array, scale: nnx.Param, bias: nnx.Param, eps: float, compute_dtype: jnp.dtype) -> jax.Array:
+    """(x - mean) / deviation * scale + bias over the last dimension, in float32 (1607.06450)."""
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    return normed * widened(rounded(scale[...], compute_dtype), x.ndim) + widened(rounded(bias[...], compute_dtype), x.ndim)
+
+
+def gated(activation: str, limit: float | None, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """act(gate) * up (2002.05202); clamped_swish is gpt-oss's form: both clamped to the limit, and up + 1."""
+    if activation != "clamped_swish":
+        return ACTIVATIONS[activation](gate) * up
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+def rope_tables(positions_BT: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary embedding (2104.09864), float32 [B, T, 1, rotary_dim / 2]."""
+    frequencies = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
     if scaling is not None:
-        frequencies = scale_frequencies(frequencies, scaling)
+        frequencies = scale_frequencies(frequencies, scaling, theta)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    return (cos, sin) if factor == 1.0 else (factor * cos, factor * sin)
 
 
-def scale_frequencies(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """Stretch rotary frequencies for longer contexts: `linear` (2306.15595), or `llama3` (2407.21783), which leaves fast
-    rotations alone, divides slow ones by the factor and blends between."""
+def scale_frequencies(frequencies: jax.Array, scaling: RopeScaling, theta: float) -> jax.Array:
+    """Stretch rotary frequencies for longer contexts: `linear` (2306.15595), `longrope` (2402.13753) with a factor for each, or
+    `llama3` (2407.21783) and `yarn` (2309.00071), which leave fast rotations alone, divide slow ones by the factor and blend between."""
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    turns = scaling.original_max_positions * frequencies / (2 * jnp.pi)  # full turns within the original context
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = jnp.clip(blend, 0.0, 1.0)
-    return frequencies * (blend + (1 - blend) / scaling.factor)
+    if scaling.kind == "longrope":
+        return frequencies / jnp.asarray(scaling.short_factor, jnp.float32)
+    if scaling.kind == "yarn":
+        keep = 1 - _yarn_ramp(frequencies.size, scaling, theta)
+    else:
+        turns = scaling.original_max_positions * frequencies / (2 * jnp.pi)  # full turns within the original context
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = jnp.clip(keep, 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def _yarn_ramp(num_frequencies: int, scaling: RopeScaling, theta: float) -> jax.Array:
+    """0 for frequencies that turn beta_fast times or more within the original context, 1 from beta_slow turns down, linear between."""
+
+    def place(turns: float) -> float:
+        return num_frequencies * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = place(scaling.beta_fast), place(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * num_frequencies - 1)
+    ramp = (jnp.arange(num_frequencies, dtype=jnp.float32) - low) / max(high - low, 0.001)
+    return jnp.clip(ramp, 0.0, 1.0)
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding, halves convention of Hugging Face; float32."""
-    first, second = jnp.split(x_BTNH, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Rotary position embedding of the first dimensions of each head, halves convention of Hugging Face; float32."""
+    half = cos.shape[-1]
+    first, second, rest = x_BTNH[..., :half], x_BTNH[..., half : 2 * half], x_BTNH[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

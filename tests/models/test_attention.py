@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.models.attention import BLOCK, IMPLEMENTATIONS, attention, blocks, dense
+from jaxdpo.models.attention import BLOCK, IMPLEMENTATIONS, Window, attention
 from tests.tiny import mesh, pack, pairs
 
 Arrays = tuple[jax.Array, ...]
+
+dense, blocks = (functools.partial(attention, implementation=name, scale=8**-0.5) for name in ("dense", "blocks"))
 
 
 def inputs(T: int, *, B: int = 2, N: int = 4, K: int = 2, H: int = 8, seed: int = 0, size: float = 1.0, dtype: str = "float32") -> Arrays:
@@ -69,7 +71,11 @@ def by_hand(qkv: Arrays, bounds: Arrays) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("attend", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_every_implementation_is_tested() -> None:
+    assert set(IMPLEMENTATIONS) == {"dense", "blocks"}
+
+
+@pytest.mark.parametrize("attend", [dense, blocks], ids=["dense", "blocks"])
 def test_attention_is_the_softmax_over_the_interval(attend: Callable) -> None:
     qkv, bounds = inputs(70), any_intervals(70)
     np.testing.assert_allclose(value_and_grads(attend, qkv, bounds)[0], by_hand(qkv, bounds), atol=2e-6)
@@ -135,5 +141,47 @@ def test_no_array_of_all_slots_by_all_slots() -> None:
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_devices_that_share_rows_and_heads_give_the_same(sizes: tuple[int, int, int]) -> None:
     qkv, bounds = inputs(200, B=8), any_intervals(200, B=8)
-    spread = jax.jit(functools.partial(attention, implementation="blocks", mesh=mesh(*sizes)))
+    spread = jax.jit(functools.partial(blocks, mesh=mesh(*sizes)))
     np.testing.assert_allclose(spread(*qkv, *bounds), jax.jit(blocks)(*qkv, *bounds), atol=1e-6)
+
+
+def everything(T: int, seed: int = 5) -> tuple[Arrays, dict]:
+    """Intervals of packed rows with a window that cuts prompts and answers, a soft cap and sinks; arrays last."""
+    batch = pack(pairs(T // 40), num_rows=2, size=T)
+    window = Window(jnp.asarray(7, jnp.int32), jnp.asarray(batch.positions_MBT[0]))
+    sinks = jnp.asarray(np.random.default_rng(seed).standard_normal(4), jnp.float32)
+    return packed_intervals(T), {"window": window, "sinks_N": sinks, "cap": 3.0}
+
+
+def test_window_cap_and_sinks_by_hand() -> None:
+    (q, k, v), (bounds, how) = inputs(200, size=2.0), everything(200)
+    scores = np.einsum("btnh,bsnh->btsn", *(np.asarray(x, np.float64) for x in (q, k.repeat(2, axis=2)))) * 8**-0.5
+    scores = 3.0 * np.tanh(scores / 3.0)
+    slots, positions, sinks = np.arange(200), np.asarray(how["window"].positions_BT), np.asarray(how["sinks_N"], np.float64)
+    sees = (slots >= np.asarray(bounds[0])[..., None]) & (slots < np.asarray(bounds[1])[..., None])
+    near = positions[:, :, None] - positions[:, None, :] < 7
+    assert (sees & ~near).any()
+    weights = np.exp(scores) * (sees & near)[..., None]
+    weights /= weights.sum(2, keepdims=True) + np.exp(sinks)
+    expected = np.einsum("btsn,bsnh->btnh", weights, np.asarray(v.repeat(2, axis=2), np.float64))
+    for attend in (dense, blocks):
+        np.testing.assert_allclose(attend(q, k, v, *bounds, **how), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_window_cap_and_sinks_have_the_same_gradients_in_blocks(sizes: tuple[int, int, int]) -> None:
+    qkv, (bounds, how) = inputs(200, B=4, size=2.0), everything(200)
+    bounds = tuple(jnp.concatenate([x, x]) for x in bounds)
+    positions = jnp.concatenate([how["window"].positions_BT] * 2)
+    pull = jnp.asarray(np.random.default_rng(3).standard_normal(qkv[0].shape), jnp.float32)
+
+    def gradients(attend: Callable) -> Arrays:
+        def loss(qkv: Arrays, sinks: jax.Array) -> jax.Array:
+            return jnp.vdot(attend(*qkv, *bounds, window=Window(how["window"].size, positions), sinks_N=sinks, cap=3.0), pull)
+
+        d_qkv, d_sinks = jax.jit(jax.grad(loss, argnums=(0, 1)))(qkv, how["sinks_N"])
+        return *d_qkv, d_sinks
+
+    theirs, ours = gradients(dense), gradients(functools.partial(blocks, mesh=mesh(*sizes)))
+    for name, a, b in zip(("q", "k", "v", "sinks"), ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=4e-6 * max(1.0, float(jnp.abs(b).max())), err_msg=name)

@@ -1,0 +1,131 @@
+"""Mixture of experts: a router sends each token to a few of many MLPs.
+
+Tokens are sorted by expert, so that each expert's product is one run of rows (`jax.lax.ragged_dot`). The experts are spread over the
+mesh's tensor axis: each device computes its own experts for all its tokens, and the results are added up.
+
+Dimension names: B rows, T slots, R = B T tokens, E experts, C choices of a token, D model, F mlp.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxdpo.models.config import ModelConfig
+from jaxdpo.models.layers import gated, param, project
+from jaxdpo.sharding import ROWS
+
+
+class RouterLoad(NamedTuple):
+    """How a router spread its tokens, as float32 sums over tokens (and, outside a layer, over layers)."""
+
+    chosen_E: jax.Array
+    """Tokens that were sent to each expert."""
+    probs_E: jax.Array
+    """The router's probability of each expert."""
+    tokens: jax.Array
+    """Tokens counted."""
+
+
+class Experts(NamedTuple):
+    """The experts' weights of one layer; biases or None."""
+
+    gate_EDF: jax.Array
+    up_EDF: jax.Array
+    down_EFD: jax.Array
+    gate_bias_EF: jax.Array | None
+    up_bias_EF: jax.Array | None
+    down_bias_ED: jax.Array | None
+
+
+class MoE(nnx.Module):
+    """A router and its experts (2401.04088). Holds all layers' weights, stacked."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        L, D, F, E = config.num_layers, config.hidden_size, config.mlp_size, config.num_experts
+        normal = functools.partial(param, rngs, std=config.initializer_range, dtype=dtype)
+        constant = functools.partial(param, rngs, std=None, dtype=dtype)
+        self.router = normal((L, D, E), ("layer", "embed", "router"))
+        self.router_bias = constant((L, E), ("layer", "router")) if config.router_bias else None
+        self.gate = normal((L, E, D, F), ("layer", "expert", "embed", "expert_mlp"))
+        self.up = normal((L, E, D, F), ("layer", "expert", "embed", "expert_mlp"))
+        self.down = normal((L, E, F, D), ("layer", "expert", "expert_mlp", "embed"))
+        self.gate_bias = constant((L, E, F), ("layer", "expert", "expert_mlp")) if config.expert_bias else None
+        self.up_bias = constant((L, E, F), ("layer", "expert", "expert_mlp")) if config.expert_bias else None
+        self.down_bias = constant((L, E, D), ("layer", "expert", "norm")) if config.expert_bias else None
+        self.config = config
+
+    def __call__(
+        self, x_BTD: jax.Array, real_BT: jax.Array | None, compute_dtype: jnp.dtype, mesh: Mesh | None
+    ) -> tuple[jax.Array, RouterLoad]:
+        """float32 [B, T, D] in and out; `real_BT` (bool, None: all) says which tokens count for the load."""
+        config = self.config
+        logits_BTE = project("BTD,DE->BTE", x_BTD, self.router, self.router_bias, compute_dtype)
+        probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+        weights_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, config.experts_per_token)
+        if config.norm_topk:
+            weights_BTC = weights_BTC / weights_BTC.sum(-1, keepdims=True)
+        biases = (None if bias is None else bias[...] for bias in (self.gate_bias, self.up_bias, self.down_bias))
+        experts = Experts(self.gate[...], self.up[...], self.down[...], *biases)
+        apply = functools.partial(_apply, config.activation, config.activation_limit, compute_dtype)
+        if mesh is None or mesh.size == 1:
+            y_BTD = apply(x_BTD, weights_BTC, chosen_BTC, experts, axis=None)
+        else:
+            spread, rows = jax.tree.map(lambda _: PartitionSpec("tensor"), experts), PartitionSpec(ROWS)
+            y_BTD = jax.shard_map(
+                functools.partial(apply, axis="tensor"), mesh=mesh, in_specs=(rows, rows, rows, spread), out_specs=rows, check_vma=False
+            )(x_BTD, weights_BTC, chosen_BTC, experts)
+        return y_BTD, _load(probs_BTE, chosen_BTC, real_BT)
+
+
+def _load(probs_BTE: jax.Array, chosen_BTC: jax.Array, real_BT: jax.Array | None) -> RouterLoad:
+    E = probs_BTE.shape[-1]
+    real_BT = jnp.ones(probs_BTE.shape[:2], bool) if real_BT is None else real_BT
+    counts_BTE = jnp.sum(jax.nn.one_hot(chosen_BTC, E, dtype=jnp.float32), axis=2)
+    sums = [jnp.einsum("BTE,BT->E", x_BTE, real_BT.astype(jnp.float32)) for x_BTE in (counts_BTE, probs_BTE)]
+    return RouterLoad(*sums, jnp.sum(real_BT).astype(jnp.float32))
+
+
+def balance_loss(load: RouterLoad) -> jax.Array:
+    """E * sum_e (share of tokens sent to e) * (mean probability of e), the choices counted each (2101.03961 eq. 4); float32 scalar.
+
+    Tokens evenly spread give the number of choices; the further above, the more uneven.
+    """
+    tokens = jnp.maximum(load.tokens, 1.0)
+    return load.probs_E.size * jnp.sum((load.chosen_E / tokens) * (load.probs_E / tokens))
+
+
+def _apply(
+    activation: str,
+    limit: float | None,
+    compute_dtype: jnp.dtype,
+    x_BTD: jax.Array,
+    weights_BTC: jax.Array,
+    chosen_BTC: jax.Array,
+    experts: Experts,
+    axis: str | None,
+) -> jax.Array:
+    """Each token through its experts, weighted and added up: float32 [B, T, D]. Along `axis` each device holds other experts."""
+    C, E = chosen_BTC.shape[-1], experts.gate_EDF.shape[0]
+    x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    first = 0 if axis is None else jax.lax.axis_index(axis) * E
+    expert_RC = chosen_BTC.reshape(-1) - first
+    own_RC = (expert_RC >= 0) & (expert_RC < E)
+    expert_RC = jnp.where(own_RC, expert_RC, E)  # other devices' experts come last, and belong to no group
+    order_RC = jnp.argsort(expert_RC, stable=True)
+    sorted_RC = jnp.minimum(expert_RC[order_RC], E - 1)
+    sizes_E = jnp.sum(expert_RC[:, None] == jnp.arange(E, dtype=jnp.int32)[None, :], axis=0, dtype=jnp.int32)
+
+    def product(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        y = jax.lax.ragged_dot(x.astype(compute_dtype), weight.astype(compute_dtype), sizes_E, preferred_element_type=jnp.float32)
+        return y if bias is None else y + bias.astype(compute_dtype).astype(jnp.float32)[sorted_RC]
+
+    rows = x_RD[order_RC // C]
+    gate, up = product(rows, experts.gate_EDF, experts.gate_bias_EF), product(rows, experts.up_EDF, experts.up_bias_EF)
+    out = product(gated(activation, limit, gate, up), experts.down_EFD, experts.down_bias_ED)
+    out_RCD = jnp.where(own_RC[:, None], out[jnp.argsort(order_RC)], 0.0).reshape(-1, C, x_RD.shape[-1])
+    y_BTD = jnp.einsum("RCD,RC->RD", out_RCD, weights_BTC.reshape(-1, C)).reshape(x_BTD.shape)
+    return y_BTD if axis is None else jax.lax.psum(y_BTD, axis)
