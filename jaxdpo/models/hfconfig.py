@@ -3,58 +3,22 @@
 What is not implemented is refused by name, because a feature that is silently skipped gives a model that runs and is wrong.
 """
 
-import json
-import math
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdpo.models.config import ModelConfig, RopeScaling
+from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.families import FAMILIES, Family
 from jaxdpo.models.hf_folder import read_json
+from jaxdpo.models.hfreader import REQUIRED, Reader, shown
+from jaxdpo.models.hfrope import read_rope, rope_to_hf
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_REQUIRED = object()
-
-
-class _Reader:
-    """Reads typed values of config.json and collects every problem, so that all are told at once."""
-
-    def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any]):
-        self.raw = {**defaults, **raw}
-        self.problems: list[str] = []
-
-    def refuse(self, key: str, why: str) -> None:
-        self.problems.append(f"{key}={json.dumps(self.raw.get(key), default=str)}: {why}")
-
-    def _value(self, key: str, default: Any, accept: Callable[[Any], bool], wanted: str, fallback: Any) -> Any:
-        value = self.raw.get(key)
-        if value is None and default is not _REQUIRED:
-            return default
-        if value is None:
-            self.problems.append(f"{key}: is missing. It must be {wanted}")
-        elif accept(value):
-            return value
-        else:
-            self.refuse(key, f"must be {wanted}")
-        return fallback
-
-    def size(self, key: str, default: Any = None) -> int:
-        return self._value(key, _REQUIRED if default is None else default, _is_size, "a whole number of at least 1", 1)
-
-    def number(self, key: str, default: float) -> float:
-        return float(self._value(key, default, _is_positive, "a number above 0", 1.0))
-
-    def flag(self, key: str | bool) -> bool:
-        return key if isinstance(key, bool) else self._value(key, False, lambda v: isinstance(v, bool), "true or false", False)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**40
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+_MAX_LAYERS = 2**14
+_FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
+_MAY_BE_ZERO = ("router_aux_coef",)
 
 
 def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
@@ -67,141 +31,139 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """
     name = raw.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
-    if family is None or not isinstance(name, str):
-        raise ValueError(f"model_type={json.dumps(name, default=str)}: is not implemented. Implemented are: {', '.join(FAMILIES)}")
-    reader = _Reader(raw, family.defaults)
-    _refuse_unsupported(reader)
-    heads = reader.size("num_attention_heads")
-    hidden_size, num_layers = reader.size("hidden_size"), reader.size("num_hidden_layers")
-    max_positions = reader.size("max_position_embeddings")
-    theta, scaling = _rope(reader, max_positions)
-    window = _window(reader, family, num_layers)
-    config = ModelConfig(
-        family=name,
-        vocab_size=reader.size("vocab_size"),
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=heads,
-        num_kv_heads=reader.size("num_key_value_heads", heads),
-        head_dim=_head_dim(reader, family, hidden_size, heads),
-        mlp_size=reader.size("intermediate_size"),
-        max_positions=max_positions,
-        norm_eps=reader.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        sliding_window=window,
-        window_layers=() if window is None else (True,) * num_layers,
-        tied_head=reader.flag("tie_word_embeddings"),
-        qkv_bias=reader.flag(family.qkv_bias),
-        o_bias=reader.flag(family.o_bias),
-        mlp_bias=reader.flag(family.mlp_bias),
-        qk_norm=family.qk_norm,
-        initializer_range=reader.number("initializer_range", 0.02),
-    )
-    if config.num_heads % config.num_kv_heads:
-        reader.refuse("num_key_value_heads", f"must divide num_attention_heads={heads}")
-    if config.head_dim % 2:
-        reader.problems.append(f"head_dim={config.head_dim}: must be even, since rope turns pairs of numbers")
+    if family is None:
+        raise ValueError(f"model_type={shown(name)}: is not implemented. Implemented are: {', '.join(FAMILIES)}")
+    reader = Reader(raw, family.defaults)
+    _refuse_unsupported(reader, family)
+    values = {"family": name, **family.fixed, "activation": _activation(reader, family), **_plain_values(reader, family)}
+    values |= read_rope(reader, family, values["head_dim"], values["max_positions"])
+    window, layers = _windows(reader, family, min(values["num_layers"], _MAX_LAYERS))
+    values |= {"sliding_window": window, "window_layers": layers}
+    if family.scalar_key:
+        values["attention_scale"] = reader.size(family.scalar_key) ** -0.5
+    if family.scaled_embedding:
+        values["embed_scale"] = values["hidden_size"] ** 0.5
+    config = ModelConfig(**values)
+    _refuse_contradictions(reader, family, config)
     if reader.problems:
-        raise ValueError("\n".join(reader.problems))
+        raise ValueError("\n".join(dict.fromkeys(reader.problems)))
     return config
 
 
-def _refuse_unsupported(reader: _Reader) -> None:
-    """Keys that change the computation in ways that no supported family has."""
+def _plain_values(reader: Reader, family: Family) -> dict[str, Any]:
+    """The ModelConfig fields that are one key of config.json each, and those that follow from them when there is none."""
+    keys = family.all_keys()
+    heads, hidden_size = (reader.size(keys[field]) for field in ("num_heads", "hidden_size"))
+    usual = {"num_kv_heads": heads, "head_dim": max(hidden_size // heads, 1)}
+    if family.mlp_ratio:
+        usual["mlp_size"] = family.mlp_ratio * hidden_size
+    return usual | {field: _plain_value(reader, field, key, usual) for field, key in keys.items()}
+
+
+def _plain_value(reader: Reader, field: str, key: str, usual: Mapping[str, Any]) -> Any:
+    default = usual.get(field, _FIELDS[field].default)
+    default = REQUIRED if default is dataclasses.MISSING else default
+    read = {int: reader.size, float: reader.number, bool: reader.flag, float | None: reader.optional}[_FIELDS[field].type]
+    return (reader.weight if field in _MAY_BE_ZERO else read)(key, default)
+
+
+def _activation(reader: Reader, family: Family) -> str:
+    key, names = family.activation_key, list(family.activations)
+    value = reader.raw.get(key) or names[0]
+    if value not in names:
+        reader.refuse(key, f"only {' or '.join(map(shown, names))} is implemented for this model_type")
+    return family.activations.get(value if isinstance(value, str) else "", family.activations[names[0]])
+
+
+def _refuse_unsupported(reader: Reader, family: Family) -> None:
+    """Keys that ask for a computation that is not implemented."""
     raw = reader.raw
-    if raw.get("hidden_act", "silu") != "silu":
-        reader.refuse("hidden_act", 'only "silu" is implemented')
-    if raw.get("quantization_config"):
-        reader.refuse("quantization_config", "quantised weights are not implemented. Use the unquantised model")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if raw.get(key) is not None:
+    for key, value in family.only.items():
+        if raw.get(key) not in (None, value):
+            reader.refuse(key, f"only {shown(value)} is implemented")
+    for key in _SOFTCAPS:
+        if raw.get(key) is not None and key not in family.all_keys().values():
             reader.refuse(key, "soft-capped logits are not implemented for this model_type")
+    quantization = raw.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization and method not in family.quantizations:
+        reader.refuse("quantization_config", "quantised weights of this kind are not implemented. Use the unquantised model")
     architectures = raw.get("architectures")
-    if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
+    if architectures and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         reader.refuse("architectures", "is not a causal language model (...ForCausalLM)")
 
 
-def _head_dim(reader: _Reader, family: Family, hidden_size: int, heads: int) -> int:
-    if reader.raw.get("head_dim") is None and family.head_dim is None and hidden_size % heads:
-        reader.refuse("hidden_size", f"is not a multiple of num_attention_heads={heads}, and head_dim is not given")
-    return reader.size("head_dim", family.head_dim or max(hidden_size // heads, 1))
+def _refuse_contradictions(reader: Reader, family: Family, config: ModelConfig) -> None:
+    """Sizes that do not fit each other."""
+    keys = family.all_keys()
+    if config.num_heads % config.num_kv_heads:
+        reader.refuse(keys["num_kv_heads"], f"must divide {keys['num_heads']}={config.num_heads}")
+    if config.hidden_size % config.num_heads and reader.raw.get("head_dim") is None:
+        reader.refuse(keys["hidden_size"], f"is not a multiple of {keys['num_heads']}={config.num_heads}, and head_dim is not given")
+    if config.positions == "rope" and config.head_dim % 2:
+        reader.problems.append(f"head_dim={config.head_dim}: must be even, since rope turns pairs of numbers")
+    if config.num_layers > _MAX_LAYERS:
+        reader.refuse(keys["num_layers"], f"must be at most {_MAX_LAYERS}")
+    if "num_experts" in keys and not 1 <= config.experts_per_token <= config.num_experts:
+        reader.refuse(keys["experts_per_token"], f"must be at least 1 and at most {keys['num_experts']}={config.num_experts}")
 
 
-def _rope(reader: _Reader, max_positions: int) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from either form, or both if they agree."""
-    rope = _merged_rope(reader)
-    inner = _Reader(rope, {})
-    theta = inner.number("rope_theta", 10000.0)
-    factor, partial = inner.number("factor", 1.0), rope.get("partial_rotary_factor")
-    low, high = inner.number("low_freq_factor", 1.0), inner.number("high_freq_factor", 4.0)
-    kind = rope.get("rope_type", "default")
-    scaling = None
-    if kind == "linear":
-        scaling = RopeScaling(kind="linear", factor=factor)
-    elif kind == "llama3":
-        missing = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key not in rope]
-        inner.problems += [f"{key}: is missing; rope type llama3 needs it" for key in missing]
-        if low >= high:
-            inner.refuse("high_freq_factor", f"must exceed low_freq_factor={low}")
-        original = inner.size("original_max_position_embeddings", max_positions)
-        scaling = RopeScaling(kind="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_positions=original)
-    elif kind != "default":
-        inner.problems.append(f"rope_type={json.dumps(kind, default=str)}: is not implemented. Implemented are: default, linear, llama3")
-    if partial not in (None, 1):
-        inner.refuse("partial_rotary_factor", "rotary embedding of a part of each head is not implemented")
-    reader.problems += [f"rope: {problem}" for problem in inner.problems]
-    return theta, scaling
+# ---- sliding windows ----------------------------------------------------------------------------------------------------------
 
 
-def _merged_rope(reader: _Reader) -> dict[str, Any]:
-    """One flat dict from rope_parameters, rope_scaling and the keys beside them; a key that two of them give differently is refused."""
-    raw, merged = reader.raw, {}
-    beside = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None}
-    for key in ("rope_parameters", "rope_scaling"):
-        part = raw.get(key)
-        if part is not None and not isinstance(part, dict):
-            reader.refuse(key, "must be an object or null")
-        elif part and any(isinstance(value, dict) for value in part.values()):
-            reader.refuse(key, "rope that differs between layers is not implemented")
-        elif part:
-            part = {"rope_type": part.get("type", "default"), **part}
-            part.pop("type", None)
-            clash = [name for name in part if merged.get(name, part[name]) != part[name]]
-            reader.problems += [f"{key}.{name}={part[name]}: rope_parameters.{name}={merged[name]} says otherwise" for name in clash]
-            merged |= part
-    clash = [name for name in beside if merged.get(name, beside[name]) != beside[name]]
-    reader.problems += [f"{name}={beside[name]}: the rope parameters say {merged[name]}" for name in clash]
-    return {**beside, **merged}
+def _windows(reader: Reader, family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """(the window, which layers have it); a window that no layer has is None."""
+    on = family.window == "always" or (family.window == "flag" and reader.flag("use_sliding_window"))
+    window = reader.size("sliding_window") if on and reader.raw.get("sliding_window") is not None else None
+    usual = _usual_windows(reader, family, window is not None, num_layers)
+    kinds = reader.raw.get("layer_types")
+    layers = usual if kinds is None else [kind == _SLIDING for kind in kinds] if isinstance(kinds, list) else []
+    if kinds is not None and (len(layers) != num_layers or any(kind not in (_FULL, _SLIDING) for kind in kinds)):
+        reader.refuse("layer_types", f'must name {num_layers} layers "{_FULL}" or "{_SLIDING}"; other kinds are not implemented')
+    elif any(layers) and window is None:
+        reader.refuse("sliding_window", f"{sum(layers)} layers have a window (layer_types), but none is switched on")
+    elif layers != usual and not family.mixed_windows:
+        reader.refuse("layer_types", f"this model_type has one kind of layer, and sliding_window={window}. Leave layer_types out")
+    return (window, tuple(layers)) if any(layers) else (None, ())
 
 
-def _window(reader: _Reader, family: Family, num_layers: int) -> int | None:
-    """The window that every layer has; a model that mixes layers with and without one is refused."""
-    raw = reader.raw
-    flagged = family.window == "always" or (family.window == "flag" and reader.flag("use_sliding_window"))
-    window = reader.size("sliding_window") if flagged and raw.get("sliding_window") is not None else None
-    full_layers = raw.get("max_window_layers", 0) if family.window == "flag" else 0
-    if not isinstance(full_layers, int):
+def _usual_windows(reader: Reader, family: Family, window: bool, num_layers: int) -> list[bool]:
+    """Which layers have the window when config.json does not list them."""
+    if family.window_period is not None:
+        period = reader.size(family.period_key, family.window_period) if family.period_key else family.window_period
+        return _periodic(period, num_layers)
+    first = reader.raw.get("max_window_layers", 0) if family.mixed_windows else 0
+    if not isinstance(first, int):
         reader.refuse("max_window_layers", "must be a whole number")
-        return None
-    types = raw.get("layer_types")
-    if types is None:
-        types = [_SLIDING if window is not None and layer >= full_layers else _FULL for layer in range(min(num_layers, 2**16))]
-    if not isinstance(types, list) or not types or any(kind not in (_FULL, _SLIDING) for kind in types):
-        reader.refuse("layer_types", f'must be a list of "{_FULL}" or "{_SLIDING}"; other kinds of layer are not implemented')
-    elif len(set(types)) > 1:
-        count = types.count(_SLIDING)
-        reader.problems.append(
-            f"sliding_window={window}: {count} of {len(types)} layers (layer_types, max_window_layers={full_layers}) have the window "
-            "and the others not; such a mixture is not implemented"
-        )
-    elif types[0] == _SLIDING and window is None:
-        reader.refuse(
-            "layer_types", "asks for a sliding window in every layer, but none is switched on (sliding_window, use_sliding_window)"
-        )
-    elif types[0] == _FULL and window is not None and family.window == "always":
-        reader.refuse("layer_types", f"says that no layer has a window, but sliding_window={window}. Set one of them to null")
-    return window if types and types[0] == _SLIDING else None
+        first = 0
+    return [window and layer >= first for layer in range(num_layers)]
+
+
+def _periodic(period: int, num_layers: int) -> list[bool]:
+    """All layers but the last of each period."""
+    return [bool((layer + 1) % period) for layer in range(num_layers)]
+
+
+def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
+    if family.window == "never":
+        return {}
+    values: dict[str, Any] = {"sliding_window": config.sliding_window}
+    layers = config.window_layers or (False,) * config.num_layers
+    if family.window == "flag":
+        values |= {"use_sliding_window": config.sliding_window is not None}
+    if family.mixed_windows:
+        values |= {"layer_types": [_SLIDING if layer else _FULL for layer in layers]}
+    if family.mixed_windows and family.window == "flag":  # for readers that do not know layer_types
+        values |= {"max_window_layers": layers.index(True) if True in layers else config.num_layers}
+    period = layers.index(False) + 1 if False in layers else config.num_layers + 1
+    if family.period_key and layers == tuple(_periodic(period, config.num_layers)):
+        values |= {family.period_key: period}
+    if family.window == "always" and family.mixed_windows and config.sliding_window is None:
+        del values["sliding_window"]  # transformers wants a number although no layer uses it
+    return values
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------------
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -231,62 +193,25 @@ def load_model_config(folder: Path) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, raw: Mapping[str, Any] | None = None, *, dtype: str = "float32") -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 both read, for weights stored as `dtype`.
+    """A config.json that transformers 4 and 5 both read, for unquantised weights stored as `dtype`.
 
     Args:
         config: the model.
         raw: the config.json that the model came from; keys that say nothing about its computation are kept from it.
         dtype: "float32", "bfloat16" or "float16"; written under the old and the new name.
     """
-    family = FAMILIES[config.family]
-    theta, scaling = config.rope_theta, _scaling_to_hf(config.rope_scaling)
+    family, raw = FAMILIES[config.family], raw or {}
     values = {
         "architectures": [family.architecture],
         "model_type": config.family,
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
-        "tie_word_embeddings": config.tied_head,
-        "initializer_range": config.initializer_range,
+        **{key: getattr(config, field) for field, key in family.all_keys().items()},
+        family.activation_key: next(iter(family.activations)),
+        **_windows_to_hf(config, family),
+        **rope_to_hf(config, family, raw.get("max_position_embeddings")),
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-    flags = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias, "mlp_bias": config.mlp_bias}
-    values |= {key: flags[field] for field in flags if isinstance(key := getattr(family, field), str)}
-    kept = {key: value for key, value in (raw or {}).items() if key != "_name_or_path"}  # a path on the machine that wrote it
-    return {**kept, **values, **_window_to_hf(config, family)}
-
-
-def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_positions,
-    }
-
-
-def _window_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
-    if family.window == "never":
-        return {}
-    values: dict[str, Any] = {"sliding_window": config.sliding_window}
-    if family.window == "flag":
-        values |= {"use_sliding_window": config.sliding_window is not None}
-        values |= {"max_window_layers": 0 if config.sliding_window else config.num_layers}
-        values |= {"layer_types": [_SLIDING if config.sliding_window else _FULL] * config.num_layers}
-    return values
+    if family.scalar_key and config.attention_scale:
+        values[family.scalar_key] = round(config.attention_scale**-2)
+    dropped = ("_name_or_path", "quantization_config")  # a path on the machine that wrote it; what the weights are no more
+    return {**{key: value for key, value in raw.items() if key not in dropped}, **values}

@@ -23,8 +23,11 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 """Types that weights may have, under their names in the header."""
+BYTES: dict[str, np.dtype] = {"U8": np.dtype("u1")}
+"""The type of packed weights."""
+_READABLE = DTYPES | BYTES
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 2**24
 _MAX_DIMS = 8
 _MAX_NAME = 500
 
@@ -43,14 +46,14 @@ class TensorInfo:
         """The tensor as a read-only view of the mapped file.
 
         Raises:
-            ValueError: the type is not one of DTYPES (8-bit and integer weights are quantised models').
+            ValueError: the type is not one of DTYPES and BYTES (other integer weights are quantised models').
         """
-        if self.dtype not in DTYPES:
-            raise ValueError(f"has dtype {self.dtype}, which is not implemented ({', '.join(DTYPES)} are)")
+        if self.dtype not in _READABLE:
+            raise ValueError(f"has dtype {self.dtype}, which is not implemented ({', '.join(_READABLE)} are)")
         if not self.num_bytes:
-            return np.zeros(self.shape, DTYPES[self.dtype])
+            return np.zeros(self.shape, _READABLE[self.dtype])
         raw = np.memmap(self.path, np.uint8, "r", offset=self.start, shape=(self.num_bytes,))
-        return raw.view(DTYPES[self.dtype]).reshape(self.shape)
+        return raw.view(_READABLE[self.dtype]).reshape(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -67,13 +70,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if len(start) < 8:
             raise ValueError(f"{path}: is truncated: {file_bytes} bytes are less than a safetensors file needs")
         (header_bytes,) = struct.unpack("<Q", start)
-        if header_bytes > min(file_bytes - 8, _MAX_HEADER_BYTES):
+        if header_bytes > file_bytes - 8:
             raise ValueError(
                 f"{path}: is truncated or no safetensors file: it announces a header of {header_bytes} bytes, but has {file_bytes} in all"
             )
-        text = file.read(header_bytes)
+        if header_bytes > _MAX_HEADER_BYTES:
+            raise ValueError(f"{path}: announces a header of {header_bytes} bytes; more than {_MAX_HEADER_BYTES} are not read")
+        content = file.read(header_bytes)
     try:
-        header = json.loads(text, object_pairs_hook=_unique_keys)
+        header = json.loads(content, object_pairs_hook=_unique_keys)
         return _checked(path, header, 8 + header_bytes, file_bytes)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its safetensors header is malformed: {error}") from None
@@ -113,7 +118,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{name} has data_offsets that are no [begin, end]")
     num_bytes = offsets[1] - offsets[0]
-    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != num_bytes:
+    if dtype in _READABLE and math.prod(shape) * _READABLE[dtype].itemsize != num_bytes:
         raise ValueError(f"{name} of shape {shape} and type {dtype} does not take the {num_bytes} bytes of its data_offsets")
     return TensorInfo(path, dtype, tuple(shape), data_start + offsets[0], num_bytes)
 
