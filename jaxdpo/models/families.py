@@ -35,6 +35,10 @@ class Family:
     """ModelConfig fields that the model_type fixes."""
     keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     """What differs from KEYS, or comes on top; None: config.json does not tell, the value follows from others."""
+    mlp_ratio: int | None = None
+    """The MLP is so many times wider than the model when config.json does not tell."""
+    other_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Key -> a second name that it may have. Both are written."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Values that transformers takes for keys that config.json leaves out."""
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -59,8 +63,6 @@ class Family:
     """Old names of rope kinds."""
     rope_default: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Rope parameters of a config.json that has none."""
-    mlp_ratio: int | None = None
-    """The MLP is so many times wider than the model when config.json does not tell."""
     partial_rope: bool = False
     """Whether partial_rotary_factor counts."""
     local_rope: bool = False
@@ -212,6 +214,7 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 8,
             "router_aux_loss_coef": 0.001,
         },
+        other_names={"num_experts": "num_local_experts"},  # what transformers 5 saves
         only={"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
     "gpt_oss": Family(

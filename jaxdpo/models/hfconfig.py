@@ -33,7 +33,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ValueError(f"model_type={shown(name)}: is not implemented. Implemented are: {', '.join(FAMILIES)}")
-    reader = Reader(raw, family.defaults)
+    reader = _reader(raw, family)
     _refuse_unsupported(reader, family)
     values = {"family": name, **family.fixed, "activation": _activation(reader, family), **_plain_values(reader, family)}
     values |= read_rope(reader, family, values["head_dim"], values["max_positions"])
@@ -48,6 +48,16 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if reader.problems:
         raise ValueError("\n".join(dict.fromkeys(reader.problems)))
     return config
+
+
+def _reader(raw: Mapping[str, Any], family: Family) -> Reader:
+    """A reader that finds keys also under their second names."""
+    named = {key: raw[other] for key, other in family.other_names.items() if raw.get(other) is not None}
+    reader = Reader({**named, **raw}, family.defaults)
+    for key in named:
+        if reader.raw[key] != named[key]:
+            reader.refuse(key, f"{family.other_names[key]}={shown(named[key])} says otherwise")
+    return reader
 
 
 def _plain_values(reader: Reader, family: Family) -> dict[str, Any]:
@@ -211,6 +221,7 @@ def to_hf(config: ModelConfig, raw: Mapping[str, Any] | None = None, *, dtype: s
         "torch_dtype": dtype,
         "dtype": dtype,
     }
+    values |= {other: values[key] for key, other in family.other_names.items()}
     if family.scalar_key and config.attention_scale:
         values[family.scalar_key] = round(config.attention_scale**-2)
     dropped = ("_name_or_path", "quantization_config")  # a path on the machine that wrote it; what the weights are no more

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.families import FAMILIES
@@ -237,3 +238,21 @@ def test_a_config_is_hashable_and_frozen() -> None:
     assert isinstance(config, ModelConfig) and hash(config) == hash(from_hf(hub_config()))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.vocab_size = 3  # type: ignore[misc]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", TINY)
+def test_transformers_reads_what_is_written_and_is_read_back(name: str) -> None:
+    config = tiny(name)
+    for raw in (raw_config(name), None):
+        theirs = AutoConfig.for_model(**to_hf(config, raw)).to_dict()
+        assert from_hf(json.loads(json.dumps(theirs))) == config
+
+
+def test_a_key_with_two_names() -> None:
+    """transformers 5 saves Qwen3-MoE's num_experts under another name."""
+    config = tiny("qwen3_moe")
+    assert tiny("qwen3_moe", num_experts=..., num_local_experts=4) == config == tiny("qwen3_moe", num_local_experts=4)
+    assert to_hf(config)["num_experts"] == to_hf(config)["num_local_experts"] == 4
+    with pytest.raises(ValueError, match="num_experts=4: num_local_experts=8 says otherwise"):
+        tiny("qwen3_moe", num_local_experts=8)
