@@ -5,7 +5,9 @@ from typing import Any
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hfconfig import from_hf
 
+_IDS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES: dict[str, Any] = {
+    **_IDS,
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -42,7 +44,16 @@ TINY: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
         "tie_word_embeddings": True,
     },
-    "gpt2": {"model_type": "gpt2", "vocab_size": 96, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "initializer_range": 0.1},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 96,
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 128,
+        "initializer_range": 0.1,
+        **_IDS,
+    },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "model_type": "qwen3_moe",

@@ -207,10 +207,11 @@ def to_hf(config: ModelConfig, raw: Mapping[str, Any] | None = None, *, dtype: s
 
     Args:
         config: the model.
-        raw: the config.json that the model came from; keys that say nothing about its computation are kept from it.
+        raw: the config.json that the model came from; keys that say nothing about its computation are kept from it. Without it the
+            model has no special tokens, instead of those that transformers takes for granted.
         dtype: "float32", "bfloat16" or "float16"; written under the old and the new name.
     """
-    family, raw = FAMILIES[config.family], raw or {}
+    family, raw = FAMILIES[config.family], raw or dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     values = {
         "architectures": [family.architecture],
         "model_type": config.family,
