@@ -21,18 +21,17 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from versus.machine import commit, hardware, tell
 from versus.report import markdown, verdicts
 from versus.workers import BENCHMARKS, FOREIGN_LIMIT, RIVALS, SPARING, Rival, Setup, Worker, start, wait_until_quiet
 
 HH_FILE = "hh-rlhf/harmless-base-test.jsonl.gz"
 OURS = ("jaxdpo", "jax", "jaxlib", "numpy")
 THEIRS = ("trl", "torch", "transformers", "accelerate", "datasets")
-ISA = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 """Largest relative difference of log-probs between the sides."""
 SPARE = 2
@@ -197,34 +196,12 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "command": "python benchmarks/vs_trl.py --trl-python <python> "
         f"--rounds {args.rounds} --steps-per-round {args.steps_per_round} --cores {args.cores}",
-        "commit": git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "jaxdpo") else ""),
+        "commit": commit(),
         "rounds": args.rounds,
         "steps_per_round": args.steps_per_round,
         "pairs_per_step": args.pairs_per_step,
         "max_length": args.max_length,
         "data": Path(args.data).name,
-    }
-
-
-def git(*command: str) -> str:
-    """What git says; empty without git."""
-    return subprocess.run(["git", *command], cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def hardware(cores: int) -> dict[str, Any]:
-    """CPU, cores used, memory."""
-    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
-    cpu = {key.strip(): value.strip() for key, value in lines}
-    flags = cpu.get("flags", cpu.get("Features", "")).split()
-    return {
-        "cpu": cpu.get("model name", platform.machine()),
-        "family_model": f"{cpu.get('cpu family', '?')}/{cpu.get('model', '?')}",
-        "isa": [flag for flag in ISA if flag in flags],
-        "cores_used": cores,
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_before": os.getloadavg()[0],
-        "system": f"{platform.system()} {platform.machine()}",
     }
 
 
@@ -234,11 +211,6 @@ def versions(trl_python: str) -> dict[str, str]:
     code += f"print(json.dumps({{'python (TRL)': sys.version.split()[0]}} | {{name: version(name) for name in {THEIRS}}}))"
     theirs = subprocess.run([trl_python, "-c", code], capture_output=True, text=True, check=True)
     return {"python": platform.python_version(), **{name: version(name) for name in OURS}, **json.loads(theirs.stdout.splitlines()[-1])}
-
-
-def tell(text: str) -> None:
-    """Progress, on stderr."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -111,11 +111,17 @@ def make_model(folder: Path, texts: list[str], seed: int) -> int:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    make_weights(folder, seed)
+    return bpe.get_vocab_size()
+
+
+def make_weights(folder: Path, seed: int) -> None:
+    """config.json and random weights of MODEL."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
     config = load_model_config(folder)
     params = jax.jit(lambda key: init_params(config, key, "float32"))(jax.random.key(seed))
     save_params(folder, config, params, np.float32)
-    return bpe.get_vocab_size()
 
 
 def make_rows(records: list[Preference], folder: Path, max_length: int) -> tuple[list[dict[str, str]], list[EncodedPair], dict[str, int]]:

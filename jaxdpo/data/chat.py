@@ -9,9 +9,9 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
@@ -20,7 +20,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxdpo.config import DataSection
-from jaxdpo.data.records import Dropped, Message, Preference, Text, Turns, printable, shared_length
+from jaxdpo.data.records import Dropped, Message, Preference, Text, Turns, printable, shared_length, strings
 from jaxdpo.data.table import EncodedPair
 
 PLAIN_TURNS = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
@@ -32,6 +32,8 @@ FIXED_DATE = """{%- macro strftime_now(format) -%}
 {{- {"%Y-%m-%d": "2024-07-26"}.get(format, "26 Jul 2024") -}}
 {%- endmacro -%}"""
 """Put before a template that writes today's date, so that a run resumed tomorrow sees the same tokens."""
+
+SPELLS_SPECIAL = Dropped("text spells a special token of the chat template")
 
 Ids = list[int]
 Tokenizer = PreTrainedTokenizerBase
@@ -63,6 +65,15 @@ class Rendered:
     rejected: str
     templated: bool
     """Written by a chat template: special tokens are spelled in the text, and so is the end marker."""
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt that is to be answered."""
+
+    ids: np.ndarray
+    """int32, at least one."""
+    truncated: bool
+    """Whether its beginning was cut off."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +118,10 @@ class Encoder:
             return Rendered(record.prompt, record.prompt + answers[0], record.prompt + answers[1], templated=False)
         prompt, chosen, rejected = record.prompt, _turns(record.chosen), _turns(record.rejected)
         if self.template is not None:
-            if self.spells_special(record):
-                return Dropped("text spells a special token of the chat template")
-            return self._render_template(prompt, chosen, rejected)
-        if any(turn.role not in PLAIN_TURNS for turn in prompt):
-            return Dropped("plain text has no form for a role other than system, user, assistant")
-        text = "".join(PLAIN_TURNS[turn.role] + turn.content for turn in prompt) + PLAIN_ANSWER
+            return SPELLS_SPECIAL if self.spells_special(record) else self._render_template(prompt, chosen, rejected)
+        text = _plain_prompt(prompt)
+        if isinstance(text, Dropped):
+            return text
         answers = [_without_end(answer[0].content, self.tokenizer.eos_token) for answer in (chosen, rejected)]
         return Rendered(text, f"{text} {answers[0]}", f"{text} {answers[1]}", templated=False)
 
@@ -122,13 +131,16 @@ class Encoder:
             texts = [self._template(prompt + answer) for answer in (chosen, rejected)]
             contents = (chosen[0].content, rejected[0].content)
             if not all(text.startswith(start + content) for text, content in zip(texts, contents, strict=True)):
-                # The template writes something before the answer (Qwen3: an empty think block): that is no part of the answer.
-                before, found, _ = self._template((*prompt, Message("assistant", SENTINEL))).partition(SENTINEL)
-                if found and all(text.startswith(before) for text in texts) and before.startswith(start):
-                    start = before
+                before = self._before_answer(prompt, start)
+                start = before if all(text.startswith(before) for text in texts) else start
         except (TemplateError, TypeError) as error:
-            return Dropped(f"the chat template refuses it: {printable(str(error)).strip()[:80]}")
+            return _refused(error)
         return Rendered(start, texts[0], texts[1], templated=True)
+
+    def _before_answer(self, prompt: Turns, start: str) -> str:
+        """`start` and what the template writes between it and an answer (Qwen3: an empty think block): no part of the answer."""
+        before, found, _ = self._template((*prompt, Message("assistant", SENTINEL))).partition(SENTINEL)
+        return before if found and before.startswith(start) else start
 
     def _template(self, messages: Turns, add_generation_prompt: bool = False) -> str:
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
@@ -139,9 +151,42 @@ class Encoder:
 
     def spells_special(self, record: Preference) -> bool:
         """Whether the text from outside contains a special token's spelling, e.g. `<|im_end|>`."""
-        return self._special_pattern is not None and any(map(self._special_pattern.search, record.texts))
+        return self._spell_special(record.texts)
+
+    def _spell_special(self, texts: Iterable[str]) -> bool:
+        return self._special_pattern is not None and any(map(self._special_pattern.search, texts))
 
     # --- ids ---
+
+    def encode_prompt(self, prompt: Text) -> EncodedPrompt | Dropped:
+        """What training would put before an answer to this prompt; or why there is no such thing."""
+        templated = self.template is not None and not isinstance(prompt, str)
+        text = prompt if isinstance(prompt, str) else self._templated_prompt(prompt) if templated else _plain_prompt(prompt)
+        if isinstance(text, Dropped):
+            return text
+        ids = ([] if templated else self._bos) + self.token_ids([text], templated)[0]
+        kept = np.array(self._cut_prompt(ids), np.int32)
+        return EncodedPrompt(kept, truncated=len(kept) < len(ids)) if ids else Dropped("has no token")
+
+    def _templated_prompt(self, prompt: Turns) -> str | Dropped:
+        if self._spell_special(strings(prompt)):
+            return SPELLS_SPECIAL
+        try:
+            return self._before_answer(prompt, self._template(prompt, add_generation_prompt=True))
+        except (TemplateError, TypeError) as error:
+            return _refused(error)
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: end of text, and the first special token that the template writes after an answer."""
+        if self.template is None:
+            return tuple(self._eos)
+        try:
+            after = self._template((Message("user", "a"), Message("assistant", SENTINEL))).partition(SENTINEL)[2]
+        except (TemplateError, TypeError):  # a template that wants another conversation
+            after = ""
+        ends = [token for token in itertools.chain(*self.token_ids([after], True)) if token in self._special_ids]
+        return tuple(dict.fromkeys([*self._eos, *ends[:1]]))
 
     def token_ids(self, texts: list[str], templated: bool) -> list[Ids]:
         """Token ids; special tokens are read in what a template wrote, and split like any other text elsewhere."""
@@ -275,14 +320,14 @@ def describe_pair(pair: EncodedPair, tokenizer: Tokenizer) -> str:
     return "\n".join(lines)
 
 
-def decode_answer(tokenizer: Tokenizer, prompt_ids: np.ndarray, answer_ids: np.ndarray) -> str:
+def decode_answer(tokenizer: Tokenizer, prompt_ids: np.ndarray, answer_ids: np.ndarray, skip_special: bool = False) -> str:
     """The answer's text as it stands after its prompt (decoded alone, some tokenizers would drop its first space)."""
-    before, whole = _decode(tokenizer, prompt_ids), _decode(tokenizer, np.concatenate([prompt_ids, answer_ids]))
-    return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, answer_ids)
+    before, whole = (_decode(tokenizer, ids, skip_special) for ids in (prompt_ids, np.concatenate([prompt_ids, answer_ids])))
+    return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, answer_ids, skip_special)
 
 
-def _decode(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def _decode(tokenizer: Tokenizer, ids: np.ndarray, skip_special: bool = False) -> str:
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
 
 
 def _cut(truncated: bool) -> str:
@@ -291,6 +336,16 @@ def _cut(truncated: bool) -> str:
 
 def _indented(text: str) -> str:
     return "\n".join("    " + line for line in printable(text).split("\n"))
+
+
+def _plain_prompt(prompt: Turns) -> str | Dropped:
+    if any(turn.role not in PLAIN_TURNS for turn in prompt):
+        return Dropped("plain text has no form for a role other than system, user, assistant")
+    return "".join(PLAIN_TURNS[turn.role] + turn.content for turn in prompt) + PLAIN_ANSWER
+
+
+def _refused(error: Exception) -> Dropped:
+    return Dropped(f"the chat template refuses it: {printable(str(error)).strip()[:80]}")
 
 
 def _without_end(answer: str, eos_token: Any) -> str:

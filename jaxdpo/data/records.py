@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MAX_EXAMPLES = 5
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,6 +25,36 @@ class Message:
 Turns = tuple[Message, ...]
 Text = str | Turns
 """Plain text that is used verbatim, or turns that a chat template lays out."""
+
+
+def strings(text: Text) -> list[str]:
+    """A plain text, or what is said in each turn."""
+    return [text] if isinstance(text, str) else [turn.content for turn in text]
+
+
+def read_text(value: Any, column: str) -> Text:
+    """A string or a list of {role, content}, as JSON gives them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"column {column!r} is {type(value).__name__}, must be a string or a list of messages")
+    return tuple(_message(item, f"message {number} of column {column!r}") for number, item in enumerate(value, start=1))
+
+
+def _message(item: Any, place: str) -> Message:
+    if not isinstance(item, dict) or not isinstance(item.get("role"), str) or not isinstance(item.get("content"), str):
+        shown = {key: type(value).__name__ for key, value in item.items()} if isinstance(item, dict) else type(item).__name__
+        raise ValueError(f"{place} must be {{'role': string, 'content': string}}, is {printable(str(shown))}")
+    return Message(item["role"], item["content"])
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be encoded: JSON can spell half of a UTF-16 pair ("\\ud83d"), which no tokenizer takes."""
+    return _LONE_SURROGATE.search(text) is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +72,7 @@ class Preference:
     @property
     def texts(self) -> list[str]:
         """All text that came from outside."""
-        parts = (self.prompt, self.chosen, self.rejected)
-        return [text for part in parts for text in ([part] if isinstance(part, str) else [turn.content for turn in part])]
+        return [text for part in (self.prompt, self.chosen, self.rejected) for text in strings(part)]
 
     @functools.cached_property
     def prompt_key(self) -> int:

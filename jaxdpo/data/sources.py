@@ -17,15 +17,25 @@ import datasets
 import datasets.exceptions
 
 from jaxdpo.data.files import file_kind, read_rows
-from jaxdpo.data.records import DataReport, Dropped, Message, Parser, Preference, Text, Turns, printable, shared_length
+from jaxdpo.data.records import (
+    DataReport,
+    Dropped,
+    Message,
+    Parser,
+    Preference,
+    Text,
+    Turns,
+    is_unicode,
+    printable,
+    read_text,
+    shared_length,
+)
 
 logger = logging.getLogger(__name__)
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ANSWER = "\n\nAssistant:"
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-"""JSON can spell half of a UTF-16 pair ("\\ud83d"), which no tokenizer takes."""
 COLUMNS = ("prompt", "chosen", "rejected", "weight", "id")
 ROWS_TO_DETECT = 16
 
@@ -75,10 +85,10 @@ def parse_preference(row: Mapping[str, Any]) -> Preference | Dropped:
     _require_columns(row, "chosen", "rejected")
     if row["chosen"] is None or row["rejected"] is None:
         return Dropped("an answer is null")
-    chosen, rejected = (_text(row[column], column) for column in ("chosen", "rejected"))
+    chosen, rejected = (read_text(row[column], column) for column in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("columns 'chosen' and 'rejected' differ in type: both must be strings or both lists of messages")
-    prompt = None if row.get("prompt") is None else _text(row["prompt"], "prompt")
+    prompt = None if row.get("prompt") is None else read_text(row["prompt"], "prompt")
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _from_strings(row, prompt, chosen, rejected)
     return _from_messages(row, prompt, tuple(chosen), tuple(rejected))  # type: ignore[arg-type]
@@ -123,7 +133,7 @@ def _checked(row: Mapping[str, Any], prompt: Text, chosen: Text, rejected: Text)
         return Dropped("weight 0")
     own_id = row.get("id")
     record = Preference(prompt, chosen, rejected, id=str(own_id) if isinstance(own_id, str | int) else "", weight=weight)
-    return Dropped("text is not valid Unicode") if any(map(LONE_SURROGATE.search, record.texts)) else record
+    return record if all(map(is_unicode, record.texts)) else Dropped("text is not valid Unicode")
 
 
 def _answer(text: str) -> Turns:
@@ -140,21 +150,6 @@ def _string(value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"column {column!r} is {type(value).__name__}, must be a string")
     return value
-
-
-def _text(value: Any, column: str) -> Text:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError(f"column {column!r} is {type(value).__name__}, must be a string or a list of messages")
-    return tuple(_message(item, f"message {number} of column {column!r}") for number, item in enumerate(value, start=1))
-
-
-def _message(item: Any, place: str) -> Message:
-    if not isinstance(item, dict) or not isinstance(item.get("role"), str) or not isinstance(item.get("content"), str):
-        shown = {key: type(value).__name__ for key, value in item.items()} if isinstance(item, dict) else type(item).__name__
-        raise ValueError(f"{place} must be {{'role': string, 'content': string}}, is {printable(str(shown))}")
-    return Message(item["role"], item["content"])
 
 
 def _weight(value: Any) -> float:
