@@ -16,12 +16,28 @@ ROOT = Path(__file__).parent.parent
 Modules = dict[str, ast.Module]
 
 FLOORS = [
-    ["config", "options", "sharding", "products"],
+    ["config", "checks", "options", "sharding", "products"],
     ["pairs", "loss_functions", "losses", "logprobs", "optim"],
     ["models"],
     ["data"],
-    ["flops", "step", "checkpoint", "metrics", "sampling", "judges", "report", "evaluation", "reference"],
-    ["session", "runner", "dryrun", "train", "export", "demo", "prefer", "compare", "generate", "plan", "pipeline"],
+    ["flops", "answers", "step", "checkpoint", "metrics", "sampling", "judges", "report", "evaluation", "reference"],
+    [
+        "runweights",
+        "settle",
+        "session",
+        "runner",
+        "dryrun",
+        "train",
+        "export",
+        "demo",
+        "prefer",
+        "compare",
+        "generate",
+        "loaded",
+        "conversation",
+        "plan",
+        "pipeline",
+    ],
 ]
 """A module imports from lower floors and from its own (a folder is one room; no cycles). A new module needs a place here."""
 
