@@ -98,8 +98,9 @@ def _refuse_unsupported(reader: Reader, family: Family) -> None:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if quantization and method not in family.quantizations:
         reader.refuse("quantization_config", "quantised weights of this kind are not implemented. Use the unquantised model")
-    architectures = raw.get("architectures")
-    if architectures and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+    architectures = raw.get("architectures") or []
+    names = architectures if isinstance(architectures, list) else [architectures]
+    if names and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         reader.refuse("architectures", "is not a causal language model (...ForCausalLM)")
 
 

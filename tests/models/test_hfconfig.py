@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from jaxdpo.models.config import ModelConfig
@@ -256,3 +258,22 @@ def test_a_key_with_two_names() -> None:
     assert to_hf(config)["num_experts"] == to_hf(config)["num_local_experts"] == 4
     with pytest.raises(ValueError, match="num_experts=4: num_local_experts=8 says otherwise"):
         tiny("qwen3_moe", num_local_experts=8)
+
+
+_WORDS = ["yarn", "default", "sliding_attention"]
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(_WORDS),
+    lambda part: st.lists(part, max_size=4) | st.dictionaries(st.sampled_from(["rope_type", "factor", "full_attention"]), part, max_size=3),
+    max_leaves=6,
+)
+_KEYS = sorted({key for name in TINY for raw in (raw_config(name), to_hf(tiny(name))) for key in raw} | {"quantization_config"})
+
+
+@given(name=st.sampled_from(sorted(TINY)), changes=st.dictionaries(st.sampled_from(_KEYS), _JSON, min_size=1, max_size=3))
+@settings(max_examples=200)
+def test_whatever_config_json_says_is_read_or_refused(name: str, changes: dict) -> None:
+    try:
+        config = from_hf(raw_config(name) | changes)
+    except ValueError:
+        return
+    assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
