@@ -50,6 +50,44 @@ class ModelSection:
     auto: full."""
     attention: Literal["auto", "blocks", "dense"] = "auto"
     """Attention implementation. blocks skips what no token may see; dense is the O(T^2) reference. auto: blocks."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Hold the projections of LoRA's base in 8 bits or in 4 (QLoRA): a quarter or an eighth of float32's memory."""
+
+
+@_section
+class LoraSection:
+    """Low-rank adapters: the model's own weights stay as they are. docs/lora.md has the details."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    rank: int = 0
+    """Rank of the adapters, which are float32. 0: no adapters, all weights are trained."""
+    alpha: float | None = None
+    """Adapters are scaled by alpha / rank. Default 16."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    targets: str | list[str] | None = None
+    """Projections that get an adapter: of q, k, v, o, gate, up, down, or by their names in transformers (q_proj, c_attn, ...).
+    Default all-linear: all of attention and of dense MLPs."""
+    path: str | None = None
+    """Start from this PEFT adapter, which then is the reference too; the options above are taken from it."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether adapters are trained."""
+        return self.rank > 0 or self.path is not None
+
+    def __post_init__(self) -> None:
+        given = {"alpha": self.alpha, "rslora": self.rslora or None, "targets": self.targets}
+        require(
+            (self.rank >= 0, f"lora.rank={self.rank}: must be 0 (no adapters) or at least 1"),
+            (self.alpha is None or self.alpha > 0, f"lora.alpha={self.alpha}: must be above 0"),
+            (self.targets is None or len(self.targets) > 0, f"lora.targets={self.targets}: name at least one, or leave it out for all"),
+            *(
+                (value is None or self.enabled, f"lora.{name}={value}: does nothing without adapters. Set lora.rank")
+                for name, value in given.items()
+            ),
+        )
 
 
 @_section
@@ -144,6 +182,9 @@ class LossSection:
     """TR-DPO: move the reference towards the policy every so many steps. 0: never."""
     tr_alpha: float | None = None
     """TR-DPO: share of the policy in the moved reference. Default 0.6."""
+    router_aux_coef: float | None = None
+    """Mixtures of experts: weight of the loss that spreads tokens evenly over the experts.
+    Default: router_aux_loss_coef of config.json if that also says output_router_logits (as TRL), else 0."""
 
     @property
     def names(self) -> list[str]:
@@ -172,6 +213,10 @@ class LossSection:
             (
                 self.discopop_tau is None or self.discopop_tau > 0,
                 f"loss.discopop_tau={self.discopop_tau}: must be above 0",
+            ),
+            (
+                self.router_aux_coef is None or self.router_aux_coef >= 0,
+                f"loss.router_aux_coef={self.router_aux_coef}: must be 0 (off) or positive",
             ),
         )
 
@@ -328,9 +373,12 @@ class Config:
     """Folder of this run: config, metrics, checkpoints. Running the same command again resumes from it."""
     seed: int = 0
     """Seed of shuffling, random weights and samples."""
-    reference: Literal["frozen", "none"] = "frozen"
-    """frozen: a copy of the starting policy. none: for losses that need no reference (simpo, orpo, cpo, sft)."""
+    reference: Literal["auto", "frozen", "adapter_off", "cached", "none"] = "auto"
+    """What the policy is compared with: the model that it starts as. frozen: a copy of its weights. adapter_off: with LoRA, the same
+    base without the adapter. cached: its log-probs, computed once and kept in the run folder. none: for losses that need no reference
+    (simpo, orpo, cpo, sft). auto: adapter_off with LoRA, else frozen."""
     model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
     data: DataSection = DataSection()
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
@@ -339,24 +387,3 @@ class Config:
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
-
-
-def cross_check(config: Config) -> list[str]:
-    """Problems that involve more than one section, as messages; empty when there are none."""
-    checks = [
-        (config.model.path is not None, "model.path=null: name a Hugging Face folder or hub id, e.g. model.path=./my-model"),
-        (bool(config.data.train), "data.train=[]: name at least one training set, e.g. data.train=[pairs.jsonl]"),
-        (
-            config.loss.tr_every == 0 or config.reference == "frozen",
-            f"loss.tr_every={config.loss.tr_every}: moves a reference, but reference={config.reference}. Use reference=frozen",
-        ),
-        (
-            config.optim.warmup_steps == 0 or config.train.steps is None or config.optim.warmup_steps < config.train.steps,
-            f"optim.warmup_steps={config.optim.warmup_steps}: must be fewer than train.steps={config.train.steps}",
-        ),
-        (
-            config.eval.every == 0 or bool(config.data.eval) or config.data.eval_fraction > 0,
-            f"eval.every={config.eval.every}: there are no validation pairs. Set data.eval or data.eval_fraction, or eval.every=0",
-        ),
-    ]
-    return [message for ok, message in checks if not ok]

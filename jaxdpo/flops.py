@@ -24,19 +24,25 @@ PEAK_FLOPS = {
 """Dense bfloat16 FLOPs a second of one device, by the start of its kind's name, from the makers' data sheets."""
 
 
-def step_flops(model: ModelConfig, lengths: np.ndarray, has_reference: bool) -> float:
-    """FLOPs of one DPO step: 6 for each weight and token of the policy (2 forward, 4 backward), 2 of a live reference.
+def step_flops(model: ModelConfig, lengths: np.ndarray, *, full: bool, live_reference: bool) -> float:
+    """FLOPs of one DPO step; for each weight and token 2 forward, 2 back to activations, 2 for the gradient and 2 of a live reference.
 
     Args:
         lengths: int [pairs, 3], tokens of prompt, chosen and rejected.
+        full: whether all weights are trained; an adapter over them needs no gradients of theirs, and its own products do not count.
+        live_reference: whether the reference runs in the step.
     """
     prompt, chosen, rejected = lengths.astype(np.float64).T
-    layer = 2 * model.hidden_size * (model.num_heads + model.num_kv_heads) * model.head_dim + 3 * model.hidden_size * model.mlp_size
-    body = model.num_layers * layer * (prompt + chosen + rejected).sum()
+    projections = 2 * model.hidden_size * (model.num_heads + model.num_kv_heads) * model.head_dim
+    mlp = (3 if model.gated else 2) * model.hidden_size * model.mlp_size
+    if model.num_experts:
+        mlp = mlp * model.experts_per_token + model.hidden_size * model.num_experts
+    body = model.num_layers * (projections + mlp) * (prompt + chosen + rejected).sum()
     head = model.vocab_size * model.hidden_size * (chosen + rejected).sum()
     seen = (prompt**2 + chosen**2 + rejected**2) / 2 + prompt * (chosen + rejected)  # keys that all tokens of a pair attend to
     scores = 2 * model.num_layers * model.num_heads * model.head_dim * seen.sum()
-    return float((8 if has_reference else 6) * (body + head + scores))
+    weights = 4 + 2 * full + 2 * live_reference
+    return float(weights * (body + head) + (6 + 2 * live_reference) * scores)
 
 
 def peak_flops(devices: np.ndarray) -> float | None:

@@ -5,6 +5,7 @@ The loop owns every side effect, in a fixed order: next batch, step, metrics of 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -25,8 +26,9 @@ from jaxdpo.data.prepare import summary
 from jaxdpo.metrics import JsonLines, Logger
 from jaxdpo.models.decoder import Params
 from jaxdpo.models.hf_folder import copy_model_files
+from jaxdpo.reference import CachedLogps, Interrupted
 from jaxdpo.session import Session, checkpoint_tree
-from jaxdpo.step import TrainState, move_reference, needs_reference
+from jaxdpo.step import Fixed, TrainState, move_reference, needs_reference
 
 MAX_BAD_STEPS = 3
 CLOSED_FORM_TOLERANCE = 1e-3
@@ -74,7 +76,8 @@ class Run:
     skipped: JsonLines
     """nonfinite.jsonl: the ids of the pairs of each update that was skipped."""
     state: TrainState
-    reference: Params | None
+    fixed: Fixed
+    cached: CachedLogps | None
     step: int = 0
     """Updates done."""
     tokens: int = 0
@@ -92,12 +95,18 @@ class Run:
 
     def advance(self, step: int, batch: Batch, apply: jax.Array, waited: float) -> None:
         """Dispatch one update, then report the one before it, which the devices have finished by then."""
-        self.state, metrics = self.session.train_step(self.state, self.reference, self.session.put_batch(batch), apply)
+        fixed = self.fixed_for(step, batch)
+        self.state, metrics = self.session.train_step(self.state, fixed, self.session.put_batch(batch), apply)
         previous, self.pending = self.pending, (step, metrics, batch.tokens_MBT.size, waited)
         self.step = step
-        if self.reference is not None and self.config.loss.tr_every and step % self.config.loss.tr_every == 0:
-            self.reference = move_reference(self.reference, self.state.params, self.config.loss)
+        if self.fixed.reference is not None and _due(step, self.config.loss.tr_every):
+            self.fixed = self.fixed._replace(reference=move_reference(self.fixed.reference, self.state.params, self.config.loss))
         self._report(previous)
+
+    def fixed_for(self, step: int, batch: Batch) -> Fixed:
+        """What the step on this batch takes beside the state."""
+        logps = None if self.cached is None else self.cached.train[self.session.loader.pairs_of(step)]
+        return self.session.with_logps(self.fixed, logps, batch)
 
     def flush(self) -> None:
         """Report the newest step; the log is then up to date."""
@@ -146,8 +155,8 @@ class Run:
         """Measure on the validation pairs and log it; returns the validation loss."""
         self.flush()
         started = time.perf_counter()
-        means = self.session.evaluate(self.state.params, self.reference)
-        for sample in self.session.samples(self.state.params, self.reference):
+        means = self.session.evaluate(self.state.params, self.fixed, self.cached)
+        for sample in self.session.samples(self.state.params, self.fixed):
             self.samples.write({"step": self.step, **sample})
         self.logger.evaluation(self.step, means | {"seconds": time.perf_counter() - started})
         self.reported_at = time.perf_counter()
@@ -157,7 +166,7 @@ class Run:
         """Save the step in the background, after all its metrics are on disk."""
         self.flush()
         self.logger.flush()
-        moving = self.reference if self.config.loss.tr_every else None
+        moving = self.fixed.reference if self.config.loss.tr_every else None
         meta = {
             "config": options.to_dict(self.config),
             "identity": self.session.identity,
@@ -189,11 +198,16 @@ def train(config: Config) -> bool:
             check_same_run(session, checkpoints.read_meta(newest))
         write_inputs(session, run_dir)
         with Logger(run_dir, config.log, session.total_steps, newest, has_reference=needs_reference(config.loss)) as logger:
-            for note in checkpoints.notes:
+            for note in [*checkpoints.notes, *session.warnings]:
                 logger.warn(note)
             for line in describe(session):
                 logger.info(line)
-            with contextlib.closing(begin(session, logger, checkpoints)) as run:
+            try:
+                opened = begin(session, logger, checkpoints, stop)
+            except Interrupted:
+                logger.info("stopped before the first step; what was computed of the reference is kept")
+                return False
+            with contextlib.closing(opened) as run:
                 finished = loop(run, stop)
             checkpoints.wait()
             logger.info(
@@ -202,22 +216,41 @@ def train(config: Config) -> bool:
     return finished
 
 
-def begin(session: Session, logger: Logger, checkpoints: Checkpoints) -> Run:
-    """Weights onto the devices: the starting policy and its reference, or the newest checkpoint."""
-    run_dir, newest = Path(session.config.run_dir).expanduser(), checkpoints.latest_step()
+def begin(session: Session, logger: Logger, checkpoints: Checkpoints, stop: Stop) -> Run:
+    """Weights onto the devices: the starting policy and its reference, or the newest checkpoint.
+
+    A cached reference is computed, or read and verified, before a checkpoint is restored, so that no policy but the first is near it.
+
+    Raises:
+        Interrupted: a signal came while it was computed.
+    """
+    weights, newest = session.weights, checkpoints.latest_step()
+    base = weights.base()
+    params = weights.initial() if newest is None else None
+    cached = None
+    if weights.reference_kind == "cached":
+        view = functools.partial(_start_view, session, params, base)
+        cached = session.cache_reference(view, logger.info, lambda: stop.requested)
+    run_dir = Path(session.config.run_dir).expanduser()
     samples, skipped = (JsonLines(run_dir / f"{name}.jsonl", newest) for name in ("samples", "nonfinite"))
-    moves = bool(session.config.loss.tr_every)
-    restored = checkpoints.restore(session.abstract_state(with_reference=moves))
-    if restored is None:
-        state, reference = session.start()
-        run = Run(session, logger, checkpoints, samples, skipped, state, reference)
+    if params is not None:
+        run = Run(session, logger, checkpoints, samples, skipped, *session.start(params, base), cached)
         check_closed_form(run)
         return run
+    moves = bool(session.config.loss.tr_every)
+    restored = checkpoints.restore(session.abstract_state(with_reference=moves))
+    assert restored is not None, "the newest step was there a moment ago"
     step, tree, meta = restored
-    reference = tree.pop("reference") if moves else session.starting_reference()
+    fixed = Fixed(base, tree.pop("reference") if moves else session.reference_again(base))
     logger.info(f"resuming after step {step}")
-    evaluated = meta["eval_loss"] is not None
-    return Run(session, logger, checkpoints, samples, skipped, TrainState(**tree), reference, step, meta["counters"]["tokens"], evaluated)
+    counters = {"step": step, "tokens": meta["counters"]["tokens"], "evaluated": meta["eval_loss"] is not None}
+    return Run(session, logger, checkpoints, samples, skipped, TrainState(**tree), fixed, cached, **counters)
+
+
+def _start_view(session: Session, params: Params | None, base: Params | None) -> Params:
+    """The reference whose log-probs are to be cached; loaded where no policy is at its start."""
+    weights = session.weights
+    return weights.start_view(weights.initial() if params is None else params, base)
 
 
 def loop(run: Run, stop: Stop) -> bool:
@@ -255,10 +288,11 @@ def check_closed_form(run: Run) -> None:
         Fault: they differ, so the run would train on something else than it should.
     """
     section, session = run.config.loss, run.session
-    if run.reference is None:
+    if not needs_reference(section):
         return
-    batch = session.put_batch(session.loader.batch(1))
-    run.state, metrics = session.train_step(run.state, run.reference, batch, session.put_scalar(False, np.bool_))
+    batch = session.loader.batch(1)
+    apply = session.put_scalar(False, np.bool_)
+    run.state, metrics = session.train_step(run.state, run.fixed_for(1, batch), session.put_batch(batch), apply)
     values = {key: value.item() for key, value in jax.device_get(metrics).items()}
     forms, weights = losses.closed_forms(section), section.weights or [1.0] * len(section.names)
     expected = (
@@ -266,7 +300,8 @@ def check_closed_form(run: Run) -> None:
     )
     known = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}
     if expected is not None and not section.wpo:
-        known = {"loss": expected} | known
+        balance = (section.router_aux_coef or 0.0) * values.get("router/balance", 0.0)
+        known = {"loss": expected + balance} | known
     near = {key: abs(values[key] - value) <= CLOSED_FORM_TOLERANCE * max(1.0, abs(value)) for key, value in known.items()}
     off = [f"{key} is {values[key]:.6g}, not {known[key]:.6g}" for key in known if not near[key]]  # a NaN is near nothing
     if off:
@@ -285,9 +320,9 @@ def check_same_run(session: Session, meta: dict[str, Any]) -> None:
     changed = changed_fields(meta["config"], options.to_dict(session.config))
     lines = [f"{path}: {old} in the checkpoint, {new} now" for path, old, new in changed]
     lines += [
-        f"{key}: not what the checkpoint was trained with (hash {meta['identity'][key][:12]}, now {now[:12]})"
+        f"{key}: not what the checkpoint was trained with (hash {before[:12]}, now {now[:12]})"
         for key, now in session.identity.items()
-        if meta["identity"][key] != now
+        if (before := meta["identity"].get(key, "none")) != now
     ]
     if lines:
         listed = "\n".join(f"  {line}" for line in lines)
@@ -312,7 +347,8 @@ def describe(session: Session) -> list[str]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
     loader, forward = session.loader, session.options.forward
     return [
-        f"model: {session.model.family}, {session.num_params():,} parameters, {forward.compute_dtype} products, remat {forward.remat}",
+        f"model: {session.model.family}, {session.weights.num_all():,} parameters, {forward.compute_dtype} products, remat {forward.remat}",
+        *session.notes,
         f"devices: {session.mesh.size} {session.mesh.devices.flat[0].device_kind} ({mesh})",
         *summary(session.data.report),
         f"steps: {session.total_steps} of {loader.pairs_per_step} pairs, {loader.steps_per_epoch} an epoch; "

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdpo import losses, optim, sharding
+from jaxdpo.answers import StepOptions, reference_logps
 from jaxdpo.config import Config
 from jaxdpo.data.chat import Tokenizer, load_tokenizer
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.prepare import Prepared, prepare
+from jaxdpo.data.table import PairTable
 from jaxdpo.flops import peak_flops, step_flops
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, abstract_params, init_params, logical_axes
+from jaxdpo.models.decoder import ForwardOptions, Params
 from jaxdpo.models.hf_folder import fetch_model
-from jaxdpo.models.hfconfig import load_model_config
+from jaxdpo.models.hfconfig import load_model_config, read_config_json
+from jaxdpo.models.peft import PeftAdapter, adapter_fingerprint
 from jaxdpo.models.weightfiles import weights_fingerprint
-from jaxdpo.models.weights import load_params
+from jaxdpo.reference import CachedLogps, cached_logps
+from jaxdpo.runweights import RunWeights, state_shardings
 from jaxdpo.sampling import generate
-from jaxdpo.step import StepOptions, TrainState, averages, compile_steps, init_state, needs_reference
+from jaxdpo.settle import settle, settle_lora
+from jaxdpo.step import Fixed, TrainState, averages, compile_steps, init_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +49,15 @@ class Session:
     loader: Loader
     total_steps: int
     options: StepOptions
+    weights: RunWeights
     shardings: Any
     """A TrainState of NamedShardings, leaf for leaf."""
     train_step: Callable
     eval_step: Callable
+    notes: tuple[str, ...]
+    """What the user should know before the run."""
+    warnings: tuple[str, ...]
+    """What may be a mistake."""
 
     @classmethod
     def open(cls, config: Config) -> "Session":
@@ -60,18 +70,18 @@ class Session:
         folder = model_folder(config)
         model = load_model_config(folder)
         tokenizer = load_tokenizer(str(folder))
-        config = settle_lengths(settle_dtype(config, mesh), model)
-        _check_lengths(config, model)
+        config, lora, found = settle_lora(settle(config, mesh, model, read_config_json(folder)), model)
         data = prepare(config.data, tokenizer, model.vocab_size)
         _check_weights(config, data)
-        pairs_per_step = config.train.pairs_per_step
-        loader = Loader.create(
-            data.train, config.data, pairs_per_step=pairs_per_step, num_rows=sharding.num_row_shards(mesh), seed=config.seed
-        )
+        num_rows, pairs_per_step = sharding.num_row_shards(mesh), config.train.pairs_per_step
+        loader = Loader.create(data.train, config.data, pairs_per_step=pairs_per_step, num_rows=num_rows, seed=config.seed)
         total_steps = config.train.steps or (config.train.epochs or 1) * loader.steps_per_epoch
-        options = StepOptions(model=model, loss=config.loss, optim=config.optim, forward=_forward(config, mesh), total_steps=total_steps)
-        shardings = state_shardings(model, mesh)
-        train_step, eval_step = compile_steps(options, mesh, shardings)
+        forward = _forward(config, mesh, 1.0 if lora is None else lora.scale)
+        options = StepOptions(model=model, loss=config.loss, optim=config.optim, forward=forward, total_steps=total_steps)
+        start = None if found is None else found.adapter
+        weights = RunWeights(config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=start)
+        shardings = state_shardings(model, mesh, lora)
+        train_step, eval_step = compile_steps(options, mesh, shardings, weights.fixed_shardings)
         return cls(
             config=config,
             mesh=mesh,
@@ -82,35 +92,81 @@ class Session:
             loader=loader,
             total_steps=total_steps,
             options=options,
+            weights=weights,
             shardings=shardings,
             train_step=train_step,
             eval_step=eval_step,
+            notes=tuple(_notes(config, weights)),
+            warnings=tuple(_warnings(config, found)),
         )
 
-    def start(self) -> tuple[TrainState, Params | None]:
-        """The state before the first step and the reference, on the devices.
+    def start(self, params: Params, base: Params | None) -> tuple[TrainState, Fixed]:
+        """The state before the first step, and what stays as it is beside it.
 
-        Raises:
-            ValueError: the weights cannot be used.
+        Args:
+            params, base: as `weights` loads them; they become part of the result.
         """
-        params = self._initial_params()
-        opt = jax.jit(lambda: optim.init(self._abstract_params(), self.config.optim), out_shardings=self.shardings.opt)()
+        opt = jax.jit(lambda: optim.init(self.weights.trained, self.config.optim), out_shardings=self.shardings.opt)()
         state = TrainState(params, opt, self.put_scalar(0, np.int32), self.put_scalar(0, np.int32))
-        return state, self._copy_as_reference(params) if needs_reference(self.config.loss) else None
+        return state, Fixed(base, self.weights.reference(params, base, shared=True))
 
-    def starting_reference(self) -> Params | None:
-        """The reference alone, as `start` gives it: for a resume, which has its policy from a checkpoint."""
-        if not needs_reference(self.config.loss):
-            return None
-        params = self._initial_params()
-        return params if self.config.model.param_dtype == self.reference_dtype else self._copy_as_reference(params)
+    def reference_again(self, base: Params | None) -> Params | None:
+        """Fixed.reference as `start` gives it: for a resume, which has its policy from a checkpoint."""
+        kind = self.weights.reference_kind
+        params = self.weights.initial() if kind == "frozen" and base is None else {}
+        return self.weights.reference(params, base, shared=False)
 
     def abstract_state(self, with_reference: bool) -> dict[str, Any]:
         """Shapes, types and shardings of what a checkpoint holds."""
-        shapes = jax.eval_shape(lambda params: init_state(params, self.config.optim), self._abstract_params())
+        shapes = jax.eval_shape(lambda params: init_state(params, self.config.optim), self.weights.trained)
         tree = checkpoint_tree(shapes, shapes.params if with_reference else None)
         shardings = checkpoint_tree(self.shardings, self.shardings.params if with_reference else None)
         return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings)
+
+    def abstract_fixed(self, batch: Batch) -> Fixed:
+        """Shapes, types and shardings of what a step on `batch` takes beside the state."""
+        shapes = self.weights.fixed_shapes
+        if self.weights.reference_kind == "cached":
+            shapes = shapes._replace(ref_logps=jax.ShapeDtypeStruct(batch.lengths_MBP2.shape, np.float32))
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, self.weights.fixed_shardings
+        )
+
+    def cache_reference(self, view: Callable[[], Params], tell: Callable[[str], None], stopping: Callable[[], bool]) -> CachedLogps:
+        """The reference's log-probs of all pairs that the run meets, from the run folder or computed.
+
+        Args:
+            view: loads the reference; called when something is to be computed.
+            tell, stopping: see cached_logps.
+
+        Raises:
+            Interrupted: `stopping` said so.
+        """
+        view = functools.cache(view)
+        run = jax.jit(lambda params, batch: reference_logps(params, batch, self.options), out_shardings=sharding.replicated(self.mesh))
+        fill = functools.partial(cached_logps, Path(self.config.run_dir).expanduser(), tell=tell, stopping=stopping)
+
+        def logps_of(table: PairTable, places: np.ndarray) -> np.ndarray:
+            batch = self.loader.packer([table[i] for i in places])
+            found = jax.device_get(run(view(), self.put_batch(batch)))
+            logps = np.empty((len(places), 2), np.float32)
+            logps[batch.index_MBP[batch.index_MBP >= 0]] = found[batch.index_MBP >= 0]
+            return logps
+
+        def whole(name: str, table: PairTable, batches: Sequence[np.ndarray]) -> np.ndarray:
+            identity = self.reference_identity | {"pairs": table.fingerprint()}
+            return fill(name, identity, len(table), batches, functools.partial(logps_of, table))
+
+        steps = range(1, min(self.total_steps, self.loader.steps_per_epoch) + 1)
+        groups = self._eval_groups() if self.config.eval.every else []
+        train = whole("train", self.data.train, [self.loader.pairs_of(step) for step in steps])
+        return CachedLogps(train, whole("eval", self.data.eval, groups))
+
+    def with_logps(self, fixed: Fixed, logps: np.ndarray | None, batch: Batch) -> Fixed:
+        """`fixed` for a batch: with the reference's log-probs of its pairs, if there are some."""
+        if logps is None:
+            return fixed
+        return fixed._replace(ref_logps=sharding.put(CachedLogps.laid_out(logps, batch.index_MBP), sharding.rows(self.mesh, 1)))
 
     def put_batch(self, batch: Batch) -> Batch:
         """A packed batch on the devices, rows spread over those that see different rows."""
@@ -121,22 +177,31 @@ class Session:
         """A number on every device."""
         return sharding.put(np.asarray(value, dtype), sharding.replicated(self.mesh))
 
-    def evaluate(self, params: Params, reference: Params | None) -> dict[str, float]:
-        """Means over all validation pairs: loss, rewards, accuracies, exact KL per token, lengths."""
-        table, size = self.data.eval, self.config.train.pairs_per_step
-        groups = [range(first, min(first + size, len(table))) for first in range(0, len(table), size)]
-        batches = (self.put_batch(self.loader.packer([table[i] for i in group])) for group in groups)
-        sums = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), (self.eval_step(params, reference, batch) for batch in batches))
+    def evaluate(self, params: Params, fixed: Fixed, cached: CachedLogps | None) -> dict[str, float]:
+        """Means over all validation pairs: loss, rewards, accuracies, lengths and, where the reference runs, exact KL per token."""
+        table = self.data.eval
+        sums = None
+        for group in self._eval_groups():
+            batch = self.loader.packer([table[i] for i in group])
+            beside = self.with_logps(fixed, None if cached is None else cached.eval[group], batch)
+            more = self.eval_step(params, beside, self.put_batch(batch))
+            sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
         means: dict[str, float] = {key: value.item() for key, value in jax.device_get(jax.jit(averages)(sums)).items()}
         return means | {"pairs": len(table)}
 
-    def samples(self, params: Params, reference: Params | None) -> list[dict[str, str]]:
-        """Greedy answers to the first eval.samples validation prompts: {"id", "prompt", "policy"} and, where there is one, "reference"."""
+    def _eval_groups(self) -> list[np.ndarray]:
+        """Places of the validation pairs that are measured at once."""
+        count, size = len(self.data.eval), self.config.train.pairs_per_step
+        return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
+
+    def samples(self, params: Params, fixed: Fixed) -> list[dict[str, str]]:
+        """Greedy answers to the first eval.samples validation prompts: {"id", "prompt", "policy"} and, where one runs, "reference"."""
         section, table = self.config.eval, self.data.eval
         pairs = [table[i] for i in range(min(section.samples, len(table)))]
         if not pairs:
             return []
-        models = {"policy": params} | ({} if reference is None else {"reference": reference})
+        reference = fixed.reference_view()
+        models = {"policy": fixed.policy_view(params)} | ({} if reference is None else {"reference": reference})
         texts = {name: self._answers(weights, [pair.prompt_ids for pair in pairs]) for name, weights in models.items()}
         prompts = self.tokenizer.batch_decode([pair.prompt_ids for pair in pairs])
         return [
@@ -164,7 +229,8 @@ class Session:
         if peak is None:
             return None
         lengths = self.data.train.lengths[self.loader.pairs_of(step)]
-        return step_flops(self.model, lengths, needs_reference(self.config.loss)) / (seconds * peak)
+        runs = self.weights.reference_kind in ("frozen", "adapter_off")
+        return step_flops(self.model, lengths, live_reference=runs, full=self.weights.lora is None) / (seconds * peak)
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
@@ -174,43 +240,18 @@ class Session:
         )
         tokenizer = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
-        return {"weights": weights, "tokenizer": tokenizer, "chat_template": template, "pairs": self.data.train.fingerprint()}
+        found = {"weights": weights, "tokenizer": tokenizer, "chat_template": template, "pairs": self.data.train.fingerprint()}
+        path = self.config.lora.path
+        return found if path is None else found | {"adapter": adapter_fingerprint(Path(path).expanduser())}
 
     @property
-    def reference_dtype(self) -> str:
-        """Type of the reference's weights: what products take anyway, but for a reference that moves by small amounts (TR-DPO)."""
-        return self.config.model.param_dtype if self.config.loss.tr_every else self.options.forward.compute_dtype
-
-    def num_params(self) -> int:
-        """Number of weights of the policy."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self._abstract_params()))
-
-    def _initial_params(self) -> Params:
-        dtype = self.config.model.param_dtype
-        if self.config.model.init == "random":
-            draw = jax.jit(lambda key: init_params(self.model, key, dtype), out_shardings=self.shardings.params)
-            return draw(jax.random.key(self.config.seed))
-        return load_params(self.folder, self.model, self.shardings.params, jnp.dtype(dtype))
-
-    def _copy_as_reference(self, params: Params) -> Params:
-        dtype = self.reference_dtype
-        copy = jax.jit(lambda tree: jax.tree.map(lambda w: jnp.array(w, dtype, copy=True), tree), out_shardings=self.shardings.params)
-        return copy(params)
-
-    def _abstract_params(self) -> Params:
-        return abstract_params(self.model, self.config.model.param_dtype)
-
-
-def state_shardings(model: ModelConfig, mesh: Mesh) -> Any:
-    """Where each part of the state lives; moments with their weights.
-
-    Raises:
-        ValueError: the mesh does not divide the weights.
-    """
-    params = sharding.param_shardings(mesh, logical_axes(model), abstract_params(model, "float32"))
-    everywhere = sharding.replicated(mesh)
-    leaves: Any = (params, {"count": everywhere, "mu": params, "nu": params}, everywhere, everywhere)
-    return TrainState(*leaves)
+    def reference_identity(self) -> dict[str, str]:
+        """What the reference's log-probs depend on, the pairs aside."""
+        section, data = self.config.model, self.config.data
+        computed = f"{section.compute_dtype}, base {section.quantize}, loss.ld_alpha {self.config.loss.ld_alpha}"
+        cut = f"max_length {data.max_length}, max_prompt_length {data.max_prompt_length}"
+        known = {key: value for key, value in self.identity.items() if key != "pairs"}
+        return known | {"computed": computed, "truncation": cut}
 
 
 def checkpoint_tree(state: TrainState, moving_reference: Params | None) -> dict[str, Any]:
@@ -230,31 +271,34 @@ def model_folder(config: Config) -> Path:
     return fetch_model(config.model.path or "", config.model.revision)
 
 
-def settle_dtype(config: Config, mesh: Mesh) -> Config:
-    """The config with the platform's type in place of an automatic one, so that a resume elsewhere cannot change it unseen."""
-    if config.model.compute_dtype != "auto":
-        return config
-    dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
-
-
-def settle_lengths(config: Config, model: ModelConfig) -> Config:
-    """The config with numbers in place of automatic lengths."""
-    data = config.data
-    max_length = data.max_length or min(1024, model.max_positions)
-    max_prompt_length = data.max_prompt_length or max_length // 2
-    return dataclasses.replace(config, data=dataclasses.replace(data, max_length=max_length, max_prompt_length=max_prompt_length))
-
-
-def _forward(config: Config, mesh: Mesh) -> ForwardOptions:
+def _forward(config: Config, mesh: Mesh, lora_scale: float) -> ForwardOptions:
     """The forward options, with each `auto` settled for this platform."""
     section = config.model
     return ForwardOptions(
         compute_dtype=section.compute_dtype,
         attention="blocks" if section.attention == "auto" else section.attention,
         remat="full" if section.remat == "auto" else section.remat,
+        lora_scale=lora_scale,
         mesh=mesh,
     )
+
+
+def _notes(config: Config, weights: RunWeights) -> Iterator[str]:
+    if weights.lora is not None:
+        names, scale = ", ".join(weights.lora.names), weights.lora.scale
+        held = config.model.compute_dtype if config.model.quantize == "none" else config.model.quantize
+        frozen = f"{weights.num_all():,} frozen in {held}"
+        yield f"lora: {weights.num_trained():,} weights trained (rank {weights.lora.rank}, scale {scale:.4g}, on {names}), {frozen}"
+    if weights.start is not None:
+        yield f"the policy starts from the adapter in {config.lora.path}, and the reference is that adapter, frozen"
+    if weights.reference_kind == "cached":
+        yield "reference=cached: the exact KL (eval/kl/token_exact) and the reference's samples need the reference itself and are left out"
+
+
+def _warnings(config: Config, found: PeftAdapter | None) -> Iterator[str]:
+    base = "" if found is None else Path(found.base).name
+    if base and base.lower() != Path(config.model.path or "").name.lower():
+        yield f"lora.path={config.lora.path}: this adapter says that it was trained on {base}, not on model.path={config.model.path}"
 
 
 def _check_weights(config: Config, data: Prepared) -> None:
@@ -264,17 +308,4 @@ def _check_weights(config: Config, data: Prepared) -> None:
         raise ValueError(
             f"loss.name={config.loss.name}: mixes the pairs of a step, so it cannot weigh them, and the rows of {weighted[0]} differ in "
             "their column 'weight'. Remove that column, or use another loss"
-        )
-
-
-def _check_lengths(config: Config, model: ModelConfig) -> None:
-    longest = config.data.max_length
-    if longest > model.max_positions:
-        raise ValueError(
-            f"data.max_length={longest}: the model knows {model.max_positions} positions. Use data.max_length={model.max_positions} or less"
-        )
-    if model.sliding_window is not None and model.sliding_window < longest and config.data.layout == "shared":
-        raise ValueError(
-            f"data.layout=shared: the model's sliding window of {model.sliding_window} tokens is shorter than data.max_length={longest} "
-            "and would cut a shared prompt. Use data.layout=separate, or a smaller data.max_length"
         )

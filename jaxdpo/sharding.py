@@ -23,7 +23,12 @@ RULES: dict[str, str | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "expert": "tensor",
+    "expert_mlp": None,
+    "router": None,
+    "position": None,
     "norm": None,
+    "rank": None,
 }
 
 

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from jaxdpo import losses, options
-from jaxdpo.config import Config, cross_check
+from jaxdpo.checks import cross_check
+from jaxdpo.config import Config
 from jaxdpo.demo import demo
 from jaxdpo.dryrun import dry_run
 from jaxdpo.runner import Fault, train

@@ -19,7 +19,7 @@ from jaxdpo.config import Config, MeshSection
 from jaxdpo.metrics import TIME_KEYS
 from jaxdpo.runner import Run, train
 from jaxdpo.session import Session
-from jaxdpo.step import StepOptions, compile_steps
+from jaxdpo.step import Fixed, StepOptions, compile_steps
 from tests.tiny import config, rows, write_model, write_rows
 
 TOTAL, STOPPED = 8, 7  # 2 pairs a step: the run is stopped in its second epoch
@@ -44,11 +44,11 @@ def use_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 PROGRAMS: dict[str, tuple[Callable, Callable]] = {}
 
 
-def compiled_once(options: StepOptions, mesh: jax.sharding.Mesh, shardings: Any) -> tuple[Callable, Callable]:
+def compiled_once(options: StepOptions, mesh: jax.sharding.Mesh, shardings: Any, fixed: Fixed) -> tuple[Callable, Callable]:
     """compile_steps that remembers."""
-    key = repr(options)
+    key = repr((options, jax.tree.structure((shardings, fixed))))
     if key not in PROGRAMS:
-        PROGRAMS[key] = compile_steps(options, mesh, shardings)
+        PROGRAMS[key] = compile_steps(options, mesh, shardings, fixed)
     return PROGRAMS[key]
 
 
@@ -122,11 +122,21 @@ def interrupt(some: Config, step: int) -> None:
     assert step != STOPPED or Session.open(some).loader.epoch(step) > 1
 
 
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tr": {"loss__tr_every": 2, "loss__tr_alpha": 0.5, "eval__every": 0},
+    "lora": {"lora__rank": 4, "optim__learning_rate": 1e-2},
+    "cached": {"reference": "cached"},
+    "lora-cached": {"lora__rank": 4, "optim__learning_rate": 1e-2, "reference": "cached"},
+    "lora-nf4": {"lora__rank": 4, "optim__learning_rate": 1e-2, "model__quantize": "nf4", "eval__samples": 1, "eval__sample_tokens": 2},
+}
+"""Kinds of runs, as changes to `settings`."""
+
+
 @functools.cache
 def whole(shared: Path, kind: str = "plain") -> Path:
     """The uninterrupted run."""
-    changes = {"plain": {}, "tr": {"loss__tr_every": 2, "loss__tr_alpha": 0.5, "eval__every": 0}}[kind]
-    assert train(settings(shared, shared / kind, **changes)) is True
+    assert train(settings(shared, shared / kind, **RUNS[kind])) is True
     return shared / kind
 
 

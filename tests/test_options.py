@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from jaxdpo import config as config_module
 from jaxdpo import options
-from jaxdpo.config import Config, DataSection, LossSection, ModelSection, OptimSection, TrainSection, cross_check
+from jaxdpo.checks import cross_check
+from jaxdpo.config import Config, DataSection, LossSection, ModelSection, OptimSection, TrainSection
 from jaxdpo.losses import check
 
 NEEDED = ["model.path=m", "data.train=[a]"]
@@ -84,7 +85,7 @@ def test_all_problems_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> No
         "loss.beta=-1.0: must be above 0",
         "mesh.data=0: must be -1 (what is left) or at least 1",
         "optim.learning_rat: there is no such option. Did you mean optim.learning_rate?",
-        "reference=nothing: input should be 'frozen' or 'none'",
+        "reference=nothing: input should be 'auto', 'frozen', 'adapter_off', 'cached' or 'none'",
         "train.steps=many: input should be a valid integer, unable to parse string as an integer",
         "zzz: there is no such option.",
     ]
@@ -271,6 +272,13 @@ def test_required_options_of_other_commands(capsys: pytest.CaptureFixture[str]) 
         "loss.tr_alpha=0.5",
         "loss.alpha_divergence=2",
         "loss.discopop_tau=0",
+        "loss.router_aux_coef=-1",
+        "lora.rank=-1",
+        "lora.alpha=2",
+        "lora.rslora=true",
+        "lora.targets=q",
+        "model.quantize=nf4",
+        "reference=adapter_off",
         "loss.weights=[1,2]",
         "optim.learning_rate=-1",
         "optim.weight_decay=-1",
@@ -300,3 +308,35 @@ def test_options_that_contradict_each_other(capsys: pytest.CaptureFixture[str]) 
     assert complaints(capsys, *NEEDED, "data.max_length=10", "data.max_prompt_length=10")[0].startswith("data.max_length=10: must exceed")
     assert complaints(capsys, *NEEDED, "data.max_length=3000")[0].startswith("data.max_row_tokens=4096: must be at least twice")
     assert load(*NEEDED, "data.eval_fraction=0", "eval.every=0").eval.every == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["lora.alpha=0"], "lora.alpha=0.0: must be above 0"),
+        (["lora.targets=[]"], "lora.targets=[]: name at least one"),
+        (["model.param_dtype=bfloat16"], "model.param_dtype=bfloat16: adapters are float32"),
+        (["model.quantize=int8", "model.remat=none"], "model.quantize=int8: with model.remat=none"),
+        (["loss.tr_every=2"], "loss.tr_every=2: a reference cannot move towards adapters"),
+        (["loss.tr_every=2", "reference=cached"], "loss.tr_every=2: a reference cannot move towards adapters"),
+    ],
+)
+def test_what_does_not_go_with_adapters(capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
+    (found,) = complaints(capsys, *NEEDED, "lora.rank=4", *words)
+    assert found.startswith(told)
+
+
+def test_a_cached_reference_cannot_move(capsys: pytest.CaptureFixture[str]) -> None:
+    assert complaints(capsys, *NEEDED, "loss.tr_every=2", "reference=cached") == [
+        "loss.tr_every=2: moves a reference, but reference=cached. Use reference=frozen"
+    ]
+    assert load(*NEEDED, "loss.tr_every=2").reference == "auto"
+
+
+def test_adapters_are_asked_for_by_rank_or_by_path() -> None:
+    config = load(*NEEDED, "lora.rank=8", "lora.targets=[q_proj,v]", "lora.rslora=true", "model.quantize=nf4", "reference=cached")
+    assert config.lora.enabled and config.lora.targets == ["q_proj", "v"]
+    assert (
+        load(*NEEDED, "lora.path=x").lora.enabled and load(*NEEDED, "lora.rank=2", "lora.targets=all-linear").lora.targets == "all-linear"
+    )
+    assert not load(*NEEDED).lora.enabled

@@ -1,23 +1,31 @@
 """A run that was interrupted ends with the same bits as one that was not, or is refused."""
 
+import hashlib
+import io
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import jaxdpo.reference
 from jaxdpo import sharding
-from jaxdpo.checkpoint import Checkpoints
+from jaxdpo.checkpoint import Checkpoints, restore_params
 from jaxdpo.config import Config
 from jaxdpo.data.loader import Loader
 from jaxdpo.runner import train
+from jaxdpo.runweights import RunWeights
 from jaxdpo.session import Session
 from tests.runs import (
     MAKE_MESH,
+    RUNS,
     STOPPED,
     folder_with_inputs,
     interrupt,
@@ -123,17 +131,98 @@ def test_the_comparison_sees_what_a_resume_loses(shared: Path, tmp_path: Path, m
     assert not same_bits(tmp_path, whole(shared))
 
 
+def stopped_as(shared: Path, run_dir: Path, kind: str) -> Config:
+    """A run of this kind, stopped in its second epoch."""
+    some = settings(shared, run_dir, **RUNS[kind])
+    interrupt(some, STOPPED)
+    return some
+
+
 def test_a_moved_reference_is_saved_and_restored(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = whole(shared, "tr")
-    changes: dict[str, Any] = {"loss__tr_every": 2, "loss__tr_alpha": 0.5, "eval__every": 0}
-    some = settings(shared, tmp_path / "kept", **changes)
-    interrupt(some, STOPPED)
+    some = stopped_as(shared, tmp_path / "kept", "tr")
     shutil.copytree(tmp_path / "kept", tmp_path / "lost")
     assert train(some) is True and same_bits(tmp_path / "kept", theirs)
-    other = settings(shared, tmp_path / "lost", **changes)
-    forget = restoring(lambda tree: tree.update(reference=Session.open(other).starting_reference()))  # what is there without it
+    other = settings(shared, tmp_path / "lost", **RUNS["tr"])
+    forget = restoring(lambda tree: tree.update(reference=Session.open(other).reference_again(None)))  # what is there without it
     forget(monkeypatch)
     assert train(other) is True and not same_bits(tmp_path / "lost", theirs)
+
+
+@pytest.mark.parametrize("kind", ["lora", "cached", "lora-cached", "lora-nf4"])
+def test_adapters_and_cached_references_resume_exactly(shared: Path, tmp_path: Path, kind: str) -> None:
+    some = stopped_as(shared, tmp_path, kind)
+    assert train(some) is True
+    assert same_bits(tmp_path, whole(shared, kind))
+
+
+@pytest.mark.parametrize("lost", ["first moments", "second moments", "position in the data"])
+def test_the_comparison_sees_what_an_adapter_loses(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    some = stopped_as(shared, tmp_path, "lora")
+    LOSSES_ON_RESUME[lost](monkeypatch)
+    assert train(some) is True
+    assert not same_bits(tmp_path, whole(shared, "lora"))
+
+
+def test_a_checkpoint_of_an_adapter_holds_no_base(shared: Path) -> None:
+    run_dir = whole(shared, "lora")
+    _, adapter, meta = restore_params(run_dir)
+    assert set(adapter) == {"layers"} and set(adapter["layers"]) == {"attn", "mlp"} and set(adapter["layers"]["attn"]["q"]) == {"a", "b"}
+    files = sum(path.stat().st_size for path in (run_dir / "checkpoints" / "8" / "state").rglob("*") if path.is_file())
+    assert files < sum(path.stat().st_size for path in (whole(shared) / "checkpoints" / "8" / "state").rglob("*") if path.is_file()) / 2
+    assert meta["identity"]["weights"].startswith("sha256:") and meta["config"]["lora"]["rank"] == 4
+
+
+def changed_cache(run_dir: Path) -> None:
+    """Log-probs that are off, in a part that says it is whole."""
+    for path in run_dir.glob("reference_cache/train-*/*.npy"):
+        buffer = io.BytesIO()
+        np.save(buffer, np.load(path) + np.float32(0.5) * np.eye(1, 2, dtype=np.float32))
+        path.unlink()
+        path.with_name(f"00000-{hashlib.sha256(buffer.getvalue()).hexdigest()[:32]}.npy").write_bytes(buffer.getvalue())
+
+
+def test_a_cached_reference_is_read_and_made_again_of_the_starting_policy(shared: Path, tmp_path: Path) -> None:
+    theirs = whole(shared, "cached")
+    stopped_as(shared, tmp_path / "a", "cached")
+    for name in ("b", "c"):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunWeights, "initial", lambda self: pytest.fail("loaded although the cache is whole"))
+        assert train(settings(shared, tmp_path / "a", **RUNS["cached"])) is True
+    shutil.rmtree(tmp_path / "b" / "reference_cache")  # as if it had been on a scratch disk
+    assert train(settings(shared, tmp_path / "b", **RUNS["cached"])) is True
+    assert same_bits(tmp_path / "a", theirs) and same_bits(tmp_path / "b", theirs)
+    changed_cache(tmp_path / "c")
+    assert train(settings(shared, tmp_path / "c", **RUNS["cached"])) is True
+    assert not same_bits(tmp_path / "c", theirs)  # what is read is what is used
+
+
+def test_a_signal_while_the_reference_is_computed_keeps_what_there_is(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = settings(shared, tmp_path, **RUNS["cached"])
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxdpo.reference.BATCHES_PER_PART", 2)
+        patch.setattr("jaxdpo.reference._write", signalled(jaxdpo.reference._write))
+        assert train(some) is False
+        assert len(list(tmp_path.glob("reference_cache/train-*/*.npy"))) == 1 and not list((tmp_path / "checkpoints").iterdir())
+        assert "what was computed of the reference is kept" in capsys.readouterr().out
+        patch.undo()
+        patch.setattr("jaxdpo.reference.BATCHES_PER_PART", 2)
+        assert train(some) is True
+    assert "1 parts read and verified" in capsys.readouterr().out
+    assert same_bits(tmp_path, whole(shared, "cached"))
+
+
+def signalled(write: Callable[..., None]) -> Callable[..., None]:
+    """`write`, with a SIGTERM after it."""
+
+    def write_and_signal(*args: Any) -> None:
+        write(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    return write_and_signal
 
 
 def test_a_reference_is_the_same_after_a_resume_whatever_the_types(shared: Path, tmp_path: Path) -> None:
@@ -141,8 +230,8 @@ def test_a_reference_is_the_same_after_a_resume_whatever_the_types(shared: Path,
     for param_dtype, compute_dtype in (("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float32")):
         some = settings(shared, tmp_path, model__param_dtype=param_dtype, model__compute_dtype=compute_dtype)
         session = Session.open(some)
-        _, reference = session.start()
-        for a, b in zip(jax.tree.leaves(reference), jax.tree.leaves(session.starting_reference()), strict=True):
+        _, fixed = session.start(session.weights.initial(), None)
+        for a, b in zip(jax.tree.leaves(fixed.reference), jax.tree.leaves(session.reference_again(None)), strict=True):
             assert a.dtype == b.dtype == compute_dtype and (a == b).all()
 
 
@@ -174,7 +263,7 @@ def test_another_type_of_products_is_refused_although_both_say_auto(halfway: Con
     def as_on_a_gpu(some: Config, mesh: object) -> Config:
         return replaced(some, model={"compute_dtype": "bfloat16"})
 
-    monkeypatch.setattr("jaxdpo.session.settle_dtype", as_on_a_gpu)
+    monkeypatch.setattr("jaxdpo.settle.settle_dtype", as_on_a_gpu)
     with pytest.raises(ValueError, match=r"model.compute_dtype: float32 in the checkpoint, bfloat16 now"):
         train(halfway)
 

@@ -132,9 +132,9 @@ def test_a_reference_that_differs_stops_the_run_before_it_starts(
 ) -> None:
     start = Session.start
 
-    def start_apart(self: Session) -> Any:
-        state, reference = start(self)
-        return state, jax.tree.map(lambda w: w + jnp.float32(size) * jnp.sign(w), reference)
+    def start_apart(self: Session, *weights: Any) -> Any:
+        state, fixed = start(self, *weights)
+        return state, jax.tree.map(lambda w: w + jnp.float32(size) * jnp.sign(w), fixed)
 
     monkeypatch.setattr(Session, "start", start_apart)
     with pytest.raises(Fault, match=r"policy and reference should agree before the first step, but loss is .*, not 0.693147"):

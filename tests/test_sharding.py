@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 from jaxdpo import sharding
 from jaxdpo.config import MeshSection
 from jaxdpo.models.decoder import abstract_params, logical_axes
-from jaxdpo.session import state_shardings
+from jaxdpo.runweights import state_shardings
 from jaxdpo.step import init_state
 from tests.tiny import Setup, mesh, model
 

@@ -104,7 +104,7 @@ def ours(loss: str, batch: Batch, **forward_options: Any) -> tuple[dict[str, flo
         model=model(), loss=LOSSES[loss], optim=OptimSection(), forward=ForwardOptions(**forward_options), total_steps=1, chunk=chunk
     )
     reference = params(1) if step.needs_reference(LOSSES[loss]) else None
-    sums, grads = jax.jit(lambda policy, reference, batch: step.loss_and_grads(policy, reference, batch, options))(
+    sums, grads = jax.jit(lambda policy, reference, batch: step.loss_and_grads(policy, step.Fixed(reference=reference), batch, options))(
         params(0), reference, batch
     )
     return host(step.averages(sums)), jax.device_get(grads)
@@ -339,7 +339,7 @@ def test_neither_all_logits_nor_a_mask_exist(change: dict[str, Any], fine: bool)
     run = Stepper(Setup(config=model(vocab_size=V), size=T, **{"chunk": CHUNK, **change}))
     batch = run.put(pack(pairs(8, low=30, high=31), size=T))
     assert batch.tokens_MBT.shape == (2, 1, T)
-    arguments = (run.state, run.reference, batch, np.asarray(True))
+    arguments = (run.state, run.fixed, batch, np.asarray(True))
     traced = shapes_of(str(run.train_step.trace(*arguments).jaxpr))
     assert (1, CHUNK, V) in traced or not fine
     assert (not too_large(traced)) is fine, too_large(traced)

@@ -18,7 +18,7 @@ from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, abstract_params
 from jaxdpo.models.hfconfig import from_hf
 from jaxdpo.models.weights import save_params
-from jaxdpo.session import state_shardings
+from jaxdpo.runweights import state_shardings
 
 HF: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -115,13 +115,19 @@ class Stepper:
         self._shardings = state_shardings(setup.config, self.mesh)
         reference = params(1, setup.config) if reference is None else reference
         self.reference = sharding.put(reference, self._shardings.params) if step.needs_reference(setup.loss) else None
-        self.train_step, self.eval_step = step.compile_steps(setup.options(), self.mesh, self._shardings)
+        where = step.Fixed(reference=None if self.reference is None else self._shardings.params)
+        self.train_step, self.eval_step = step.compile_steps(setup.options(), self.mesh, self._shardings, where)
         self.reset()
 
     def reset(self, policy: Params | None = None) -> None:
         """Begin again, with the first weights or with others."""
         state = step.init_state(self._policy if policy is None else policy, self.setup.optim)
         self.state = sharding.put(jax.tree.map(np.asarray, state), self._shardings)
+
+    @property
+    def fixed(self) -> step.Fixed:
+        """The reference as the steps take it."""
+        return step.Fixed(reference=self.reference)
 
     def put(self, batch: Batch) -> Batch:
         """The batch on the devices."""
@@ -133,12 +139,12 @@ class Stepper:
 
     def train(self, batch: Batch, apply: bool = True) -> dict[str, float]:
         """One step; its metrics."""
-        self.state, metrics = self.train_step(self.state, self.reference, batch, np.asarray(apply))
+        self.state, metrics = self.train_step(self.state, self.fixed, batch, np.asarray(apply))
         return host(metrics)
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """The evaluation's means."""
-        return host(step.averages(self.eval_step(self.state.params, self.reference, batch)))
+        return host(step.averages(self.eval_step(self.state.params, self.fixed, batch)))
 
 
 def host(metrics: dict[str, jax.Array]) -> dict[str, float]:

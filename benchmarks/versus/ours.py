@@ -23,7 +23,7 @@ from jaxdpo.checkpoint import Checkpoints
 from jaxdpo.config import Config
 from jaxdpo.data.packing import Batch
 from jaxdpo.metrics import Logger
-from jaxdpo.runner import Run, begin, keep_compiled_programs
+from jaxdpo.runner import Run, Stop, begin, keep_compiled_programs
 from jaxdpo.session import Session
 
 from .protocol import Channel
@@ -66,7 +66,7 @@ class Phase:
             if (shape := batch.tokens_MBT.shape) not in seen:
                 seen.add(shape)
                 apply = session.put_scalar(False, np.bool_)
-                run.state, metrics = session.train_step(run.state, run.reference, session.put_batch(batch), apply)
+                run.state, metrics = session.train_step(run.state, run.fixed_for(step, batch), session.put_batch(batch), apply)
                 jax.device_get(metrics)
         self._batches = session.loader.stream(self.next_step, self.num_steps)
 
@@ -131,7 +131,7 @@ def main() -> None:
     session = Session.open(config)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(Path(config.run_dir), 1, 0))
-        run = begin(session, stack.enter_context(open_logger(session)), checkpoints)
+        run = begin(session, stack.enter_context(open_logger(session)), checkpoints, Stop())
         current = Phase(run, len(plan["phases"]["random"]))
         _, logps = current.round(1)
         phases = {"random": current}
