@@ -226,5 +226,5 @@ def to_hf(config: ModelConfig, raw: Mapping[str, Any] | None = None, *, dtype: s
     values |= {other: values[key] for key, other in family.other_names.items()}
     if family.scalar_key and config.attention_scale:
         values[family.scalar_key] = round(config.attention_scale**-2)
-    dropped = ("_name_or_path", "quantization_config")  # a path on the machine that wrote it; what the weights are no more
+    dropped = ("_name_or_path", "auto_map", "quantization_config")  # a path elsewhere, code that is not there, what the weights are no more
     return {**{key: value for key, value in raw.items() if key not in dropped}, **values}

@@ -93,10 +93,11 @@ def test_tiny_configs_survive_writing_and_reading(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_to_hf_keeps_harmless_keys_and_corrects_the_others(name: str) -> None:
     config = tiny(name)
-    stale = {"eos_token_id": [7, 9], "rope_theta": 1.0, "vocab_size": 1, "_name_or_path": "/home/me", "quantization_config": {"bits": 4}}
+    stale = {"eos_token_id": [7, 9], "rope_theta": 1.0, "vocab_size": 1, "_name_or_path": "/home/me"}
+    stale |= {"auto_map": {"AutoConfig": "code.Config"}, "quantization_config": {"bits": 4}}
     raw = to_hf(config, stale, dtype="bfloat16")
     assert raw["eos_token_id"] == [7, 9] and raw["torch_dtype"] == raw["dtype"] == "bfloat16"
-    assert raw["vocab_size"] == config.vocab_size and not raw.keys() & {"_name_or_path", "quantization_config"}
+    assert raw["vocab_size"] == config.vocab_size and not raw.keys() & {"_name_or_path", "auto_map", "quantization_config"}
     assert from_hf(json.loads(json.dumps(raw))) == config
 
 
