@@ -4,16 +4,18 @@ Both directions are total: every tensor of the files has a place in the model, a
 goes piece by piece straight to the devices, writing tensor by tensor.
 """
 
+import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxdpo.models import mxfp4
 from jaxdpo.models.config import ModelConfig
@@ -33,7 +35,13 @@ _MANY_TENSORS = 20_000
 # ---- reading ------------------------------------------------------------------------------------------------------------------
 
 
-def load_params(folder: Path, config: ModelConfig, shardings: Mapping[str, Any] | None, dtype: Any) -> dict[str, Any]:
+def load_params(
+    folder: Path,
+    config: ModelConfig,
+    shardings: Mapping[str, Any] | None,
+    dtype: Any,
+    finish: Callable[[str, jax.Array], Any] = lambda _, array: array,
+) -> dict[str, Any]:
     """Parameters of a Hugging Face folder, each read straight into its place on the devices.
 
     Only the slices that this process's devices hold are read, one stacked parameter at a time, so the host holds at most one device's
@@ -44,6 +52,7 @@ def load_params(folder: Path, config: ModelConfig, shardings: Mapping[str, Any] 
         config: the model, see `load_model_config`.
         shardings: nested dict of jax.sharding.Sharding, one for each parameter. None: everything on the default device.
         dtype: type of the parameters; the files may have any of float64, float32, float16, bfloat16, and MXFP4 where the family has it.
+        finish: (path, parameter) -> what takes its place, before the next one is read.
 
     Returns:
         Nested dict of jax.Array, with the paths of `weight_table`.
@@ -51,17 +60,57 @@ def load_params(folder: Path, config: ModelConfig, shardings: Mapping[str, Any] 
     Raises:
         ValueError: lists every missing, surplus, misshapen or unreadable tensor, or says why the files cannot be read.
     """
+    table, found = _located(folder, config)
+    params: dict[str, Any] = {}
+    for row in table:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if shardings is None else _at(shardings, row.path)
+        _put(params, row.path, finish(row.path, _load_array(row, found, sharding, np.dtype(dtype))))
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class FileWeight:
+    """A parameter in files; nothing of it is read before it is asked for."""
+
+    row: WeightRow
+    found: Mapping[str, TensorInfo]
+
+    @property
+    def shape(self) -> Sizes:
+        """Shape of the parameter."""
+        return self.row.full_shape
+
+    def __getitem__(self, index: Sizes) -> np.ndarray:
+        """weight[layer] or weight[layer, expert] in the type of its files; weight[()] is all of it."""
+        first = self.found.get(self.row.name((*index, 0, 0)))
+        dtype = np.dtype(np.float32) if first is None else DTYPES[first.dtype]  # None: MXFP4, which has other names
+        rest = self.shape[len(index) :]
+        parts = [slice(i, i + 1, 1) for i in index] + [slice(0, size, 1) for size in rest]
+        return _read_piece(self.row, self.found, tuple(parts), dtype).reshape(rest)
+
+
+def open_weights(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """The parameters of a Hugging Face folder as they lie there: nested dict of FileWeight.
+
+    Raises:
+        ValueError: as `load_params`.
+    """
+    table, found = _located(folder, config)
+    params: dict[str, Any] = {}
+    for row in table:
+        _put(params, row.path, FileWeight(row, found))
+    return params
+
+
+def _located(folder: Path, config: ModelConfig) -> tuple[list[WeightRow], dict[str, TensorInfo]]:
+    """The form of the table that a folder's files have, and their tensors."""
     found = _with_prefix(read_headers(folder), config)
     table, problems = _fitting_table(config, found)
     if problems:
         more = [f"  and {len(problems) - _MAX_LINES} more"] * (len(problems) > _MAX_LINES)
         lines = [f"  {line}" for line in problems[:_MAX_LINES]] + more
         raise ValueError("\n".join([f"model.path={folder}: its weights do not fit its config.json:", *lines]))
-    params: dict[str, Any] = {}
-    for row in table:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if shardings is None else _at(shardings, row.path)
-        _put(params, row.path, _load_array(row, found, sharding, np.dtype(dtype)))
-    return params
+    return table, found
 
 
 def _with_prefix(found: dict[str, TensorInfo], config: ModelConfig) -> dict[str, TensorInfo]:
@@ -181,7 +230,7 @@ def _ranges(numbers: list[int]) -> str:
 def save_params(folder: Path, config: ModelConfig, params: Mapping[str, Any], dtype: Any, max_shard_bytes: int | None = None) -> list[Path]:
     """Write parameters as safetensors under HF names: model.safetensors, or shards and an index.
 
-    A tensor at a time goes from the devices to the file, so the host holds one of them and one parameter's part of it. A tied head is
+    A tensor at a time goes from the devices to the file, so the host holds one of them and one layer of one parameter. A tied head is
     not written again.
 
     Args:
@@ -192,7 +241,7 @@ def save_params(folder: Path, config: ModelConfig, params: Mapping[str, Any], dt
         max_shard_bytes: no file gets larger, unless one tensor alone is. Default 5e9.
 
     Returns:
-        The files that were written.
+        The files that were written; none by processes other than 0.
 
     Raises:
         ValueError: `params` lacks a parameter, has one too many, or one of another shape.
@@ -201,8 +250,7 @@ def save_params(folder: Path, config: ModelConfig, params: Mapping[str, Any], dt
     _check_params(table, params)
     holders = _holders(table)
     shapes = {name: parts[0][0].hf_shape for name, parts in holders.items()}
-    tensors = (_tensor(parts, params, np.dtype(dtype)) for parts in holders.values())
-    return write_shards(folder, shapes, np.dtype(dtype), tensors, max_shard_bytes)
+    return write_shards(folder, shapes, np.dtype(dtype), _tensors(holders.values(), params, np.dtype(dtype)), max_shard_bytes)
 
 
 def _check_params(table: list[WeightRow], params: Mapping[str, Any]) -> None:
@@ -228,28 +276,32 @@ def _holders(table: list[WeightRow]) -> dict[str, list[tuple[WeightRow, Sizes]]]
     return holders
 
 
-def _tensor(parts: list[tuple[WeightRow, Sizes]], params: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
-    """A tensor of the files, put together from the parameters in it."""
-    tensor = np.empty(parts[0][0].hf_shape, dtype)
-    for row, index in parts:
-        matrix = row.matrix(tensor)
-        _copy(matrix, _fetch(_at(params, row.path), index).reshape(matrix.shape))
-    return tensor
+def _tensors(holders: Iterable[list[tuple[WeightRow, Sizes]]], params: Mapping[str, Any], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The tensors of the files, each put together from the parameters in it; a layer of a parameter is fetched once for all its experts."""
+    fetched, held = None, np.empty(0)
+    for parts in holders:
+        tensor = np.empty(parts[0][0].hf_shape, dtype)
+        for row, index in parts:
+            if fetched != (row.path, index[:1]):
+                held = np.empty(0)  # the one before is let go first
+                fetched, held = (row.path, index[:1]), fetch(_at(params, row.path), index[:1])
+            matrix = row.matrix(tensor)
+            _copy(matrix, held[index[1:]].reshape(matrix.shape))
+        yield tensor
 
 
 @jax.jit
-def _take(stacked: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
-    for number in index:
-        stacked = jax.lax.dynamic_index_in_dim(stacked, number, keepdims=False)
-    return stacked
+def _take_layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
-def _fetch(array: Any, index: Sizes) -> np.ndarray:
-    """One layer (and expert) of a stacked parameter on the host; of a jax array only that is fetched."""
-    if index and isinstance(array, jax.Array):
-        array = _take(array, tuple(np.int32(number) for number in index))
-        return np.asarray(array)
-    return np.asarray(array[index] if index else array)
+def fetch(array: Any, index: Sizes) -> np.ndarray:
+    """A parameter, or one layer of it, on the host; nothing else of it is moved or read."""
+    if not isinstance(array, jax.Array):
+        return np.asarray(array[index])
+    if index:
+        array = _take_layer(array, np.int32(index[0]))
+    return np.asarray(array) if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
 
 
 # ---- nested dicts -------------------------------------------------------------------------------------------------------------
