@@ -143,6 +143,15 @@ def test_dry_run_shows_everything_up_to_the_first_step(shared: Path, tmp_path: P
         assert text in out, text
 
 
+def test_dry_run_tells_what_is_trained_and_what_is_not(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["train.steps=3", "lora.rank=2", "lora.targets=[q,o]", "model.quantize=int8", "reference=cached"]
+    assert main([*words(shared, tmp_path / "run"), *more, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    everything = sum(leaf.size for leaf in jax.tree.leaves(params()))
+    assert f"lora: 512 weights trained (rank 2, scale 8, on q, o), {everything:,} frozen in int8" in out
+    assert "reference=cached: the exact KL" in out and "time: " in out and not (tmp_path / "run").exists()
+
+
 # --- as a process ---
 
 

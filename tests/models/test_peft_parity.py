@@ -52,7 +52,7 @@ def ours(weights: Params, config: ModelConfig, scale: float) -> np.ndarray:
 def test_our_adapter_computes_the_same_in_peft(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     config, base = tiny(name), base_model(tmp_path / "base", name)
     lora = lora_of(LoraSection(**{"rank": 3, "alpha": 2.0, **options}), config)
-    adapter, plain = random_adapter(config, lora), theirs(base)
+    adapter, plain = random_adapter(config, lora, 0.1), theirs(base)
     (tmp_path / "adapter").mkdir()
     write_peft(tmp_path / "adapter", config, adapter, lora, base=str(tmp_path / "base"))
     got = theirs(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))
