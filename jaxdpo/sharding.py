@@ -29,6 +29,7 @@ RULES: dict[str, str | None] = {
     "position": None,
     "norm": None,
     "rank": None,
+    "run": None,
 }
 
 

@@ -20,9 +20,12 @@ from jaxdpo import sharding
 from jaxdpo.checkpoint import Checkpoints, restore_params
 from jaxdpo.config import Config
 from jaxdpo.data.loader import Loader
+from jaxdpo.models.lora import Lora
+from jaxdpo.models.peft import write_peft
 from jaxdpo.runner import train
 from jaxdpo.runweights import RunWeights
 from jaxdpo.session import Session
+from tests.models.test_lora import random_adapter
 from tests.runs import (
     MAKE_MESH,
     RUNS,
@@ -37,7 +40,7 @@ from tests.runs import (
     use_one_device,
     whole,
 )
-from tests.tiny import rows, write_model, write_rows
+from tests.tiny import model, rows, write_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -272,17 +275,17 @@ def test_another_type_of_products_is_refused_although_both_say_auto(halfway: Con
     ("what", "key"), [("rows", "pairs"), ("weights", "weights"), ("tokenizer", "tokenizer"), ("template", "chat_template")]
 )
 def test_other_data_or_models_are_refused(halfway: Config, shared: Path, what: str, key: str) -> None:
-    model = Path(str(halfway.model.path))
+    folder = Path(str(halfway.model.path))
     path = {
         "rows": shared / "rows.jsonl",
-        "weights": model / "model.safetensors",
-        "tokenizer": model / "tokenizer.json",
-        "template": model / "tokenizer_config.json",
+        "weights": folder / "model.safetensors",
+        "tokenizer": folder / "tokenizer.json",
+        "template": folder / "tokenizer_config.json",
     }[what]
     before = path.read_bytes()
     changes = {
         "rows": lambda: write_rows(path, [*rows(12), {"prompt": "w1", "chosen": " w2", "rejected": " w3"}]),
-        "weights": lambda: write_model(model, seed=5),
+        "weights": lambda: write_model(folder, seed=5),
         "tokenizer": lambda: path.write_bytes(before.replace(b'"w63": 63', b'"w63": 63, "w64": 63')),
         "template": lambda: path.write_text(json.dumps(json.loads(before) | {"chat_template": "{{ messages }}"})),
     }
@@ -293,6 +296,17 @@ def test_other_data_or_models_are_refused(halfway: Config, shared: Path, what: s
     finally:
         path.write_bytes(before)
     Session.open(halfway)
+
+
+def test_another_adapter_to_start_from_is_refused(shared: Path, tmp_path: Path) -> None:
+    lora = Lora(rank=2, alpha=2.0, rslora=False, targets=("attn/q",))
+    (tmp_path / "adapter").mkdir()
+    write_peft(tmp_path / "adapter", model(), random_adapter(model(), lora), lora, base="model")
+    some = settings(shared, tmp_path / "run", lora__path=str(tmp_path / "adapter"), eval__every=0)
+    interrupt(some, 2)
+    write_peft(tmp_path / "adapter", model(), random_adapter(model(), lora, 0.2), lora, base="model")
+    with pytest.raises(ValueError, match="\n  adapter: not what the checkpoint was trained with"):
+        train(some)
 
 
 def test_what_only_changes_where_things_are_computed_may_change(shared: Path, tmp_path: Path) -> None:

@@ -92,8 +92,13 @@ def quantised_tree(params: Tree, kind: str) -> Tree:
 
 
 def quantised_axes(axes: Tree) -> Tree:
-    """The tree of logical axes that fits `quantised_tree`: codes and scales lie as their weight does."""
-    return _map_projections(axes, lambda names: Quantised(names, names))
+    """The tree of logical axes that fits `quantised_tree`: codes and scales lie as their weight does, but a row's runs are whole."""
+
+    def held(names: Any) -> Quantised:
+        runs: Any = (*names[:-1], "run")
+        return Quantised(names, runs)
+
+    return _map_projections(axes, held)
 
 
 def _map_projections(tree: Tree, change: Any) -> Tree:

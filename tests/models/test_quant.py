@@ -123,7 +123,8 @@ def test_codes_and_scales_lie_as_their_weight() -> None:
     places = sharding.param_shardings(some, axes, shapes)
     full = sharding.param_shardings(some, logical_axes(WIDE), abstract_params(WIDE, "float32"))
     gate = places["layers"]["mlp"]["gate"]
-    assert gate.codes == gate.scales == full["layers"]["mlp"]["gate"]
+    assert gate.codes == full["layers"]["mlp"]["gate"]
+    assert tuple(gate.codes.spec) == (None, "fsdp", "tensor") and tuple(gate.scales.spec) == (None, "fsdp", None)
     weight = jax.device_put(np.asarray(params(0, WIDE)["layers"]["mlp"]["gate"]), full["layers"]["mlp"]["gate"])
     spread = jax.jit(quantise, static_argnums=1, out_shardings=gate)(weight, "nf4")
     alone = quantise(jnp.asarray(np.asarray(weight)), "nf4")
