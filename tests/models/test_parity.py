@@ -1,162 +1,130 @@
-"""Logits equal to transformers' (torch, float32), from a folder and back into one, for every family."""
+"""Logits of every family equal transformers' (torch, float32): plain rows, packed rows, and how experts are used."""
 
+import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.export import Card, export_model
+from jaxdpo.answers import real_slots
+from jaxdpo.data.packing import Batch
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, forward, head_weight
-from jaxdpo.models.hfconfig import from_hf, load_model_config, read_config_json
+from jaxdpo.models.decoder import ForwardOptions, Params, forward, forward_moe, logits
+from jaxdpo.models.families import FAMILIES
+from jaxdpo.models.moe import balance_loss
 from jaxdpo.models.weights import load_params
-from jaxdpo.sampling import generate
+from tests.families import TINY
+from tests.theirs import CASES, Both, logits_of, make, padded, raw_of, read
+from tests.tiny import pack, pairs
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 20}),
-    "llama3 scaled, tied": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
-    "smollm2": ("llama", {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}),
-    "mistral": ("mistral", {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-    "mistral, window": ("mistral", {"sliding_window": 7}),
-    "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-    "qwen2 tied, window": ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
-    "qwen3": ("qwen3", {"head_dim": 20, "tie_word_embeddings": True}),
-    "qwen3 with biases": ("qwen3", {"head_dim": 10, "attention_bias": True}),
-}
+TOLERANCE = 1e-4
+VOCAB, SLOTS = 96, 384
+PAIRS = pairs(6, low=3, high=24, vocab=VOCAB)
+ANSWERED = [np.concatenate([pair.prompt_ids, answer]) for pair in PAIRS for answer in (pair.chosen_ids, pair.rejected_ids)]
+LONG = np.random.default_rng(1).integers(1, VOCAB, 100).astype(np.int32)
+Slots = tuple[np.ndarray, ...]
+"""Tokens, positions and intervals [B, T], as `forward` takes them."""
 
 
-def tiny_model(name: str) -> Any:
-    """A random torch model in float32, with every weight far from its neutral value."""
-    model_type, changes = FAMILIES[name]
-    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **changes})
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for key, weight in model.named_parameters():
-            if "norm" in key:
-                weight.uniform_(0.5, 1.5)
-            else:
-                weight.normal_(0, 0.5 if key.endswith("bias") else 0.15)
-    return model
+@pytest.fixture(scope="module", params=CASES)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
+    return make(tmp_path_factory.mktemp("model"), request.param)
 
 
-def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens).long()).logits.numpy()
+@functools.partial(jax.jit, static_argnames=("config", "attention"))
+def compute(params: Params, slots: Slots, config: ModelConfig, attention: str) -> jax.Array:
+    options = ForwardOptions(attention=attention)
+    return logits(params, config, forward(params, config, *slots, options), options)
 
 
-def our_logits(folder: Path, params: Params, tokens: np.ndarray, attention: str = "dense") -> np.ndarray:
-    """Logits of plain causal rows: a slot sees all slots up to itself."""
-    return np.asarray(_logits(params, jnp.asarray(tokens), config=load_model_config(folder), options=ForwardOptions(attention=attention)))
+def our_logits(model: Both, slots: Slots, attention: str = "dense") -> np.ndarray:
+    """Logits [T, V] of the first row."""
+    return np.asarray(compute(model.params, tuple(map(jnp.asarray, slots)), model.config, attention))[0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "options"))
-def _logits(params: Params, tokens_BT: jax.Array, config: ModelConfig, options: ForwardOptions) -> jax.Array:
-    slots_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    hidden_BTD = forward(params, config, tokens_BT, slots_BT, jnp.zeros_like(slots_BT), slots_BT + 1, options)
-    return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_weight(params))
+def plain(row: np.ndarray) -> Slots:
+    """One causal row, with padding behind that sees itself."""
+    slots = np.arange(SLOTS, dtype=np.int32)[None]
+    inside = slots < len(row)
+    tokens = np.zeros_like(slots)
+    tokens[0, : len(row)] = row
+    return tokens, np.where(inside, slots, 0), np.where(inside, 0, slots), slots + 1
+
+
+def close(ours: np.ndarray, theirs: np.ndarray, what: str = "") -> None:
+    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0, err_msg=what)
+
+
+def packed(layout: str) -> tuple[Batch, Slots]:
+    """PAIRS in one row."""
+    batch = pack(PAIRS, layout=layout, size=SLOTS)
+    assert batch.tokens_MBT.shape == (1, 1, SLOTS)
+    return batch, tuple(x[0] for x in (batch.tokens_MBT, batch.positions_MBT, batch.k_start_MBT, batch.k_end_MBT))
+
+
+def answer_slots(batch: Batch) -> list[np.ndarray]:
+    """The slots that predict each answer, in the order of ANSWERED."""
+    sides = batch.sides_MBS[0, 0]
+    places = {int(index): place for place, index in enumerate(batch.index_MBP[0, 0])}
+    return [batch.slots_MBS[0, 0][sides == 2 * places[number // 2] + number % 2] for number in range(len(ANSWERED))]
 
 
 @pytest.mark.parametrize("attention", ["dense", "blocks"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_transformers(tmp_path: Path, name: str, attention: str) -> None:
-    model = tiny_model(name)
-    model.save_pretrained(tmp_path)
-    tokens = np.random.default_rng(1).integers(0, 99, (3, 150)).astype(np.int32)
-    params = load_params(tmp_path, load_model_config(tmp_path), None, "float32")
-    ours, theirs = our_logits(tmp_path, params, tokens, attention=attention), their_logits(model, tokens)
-    assert np.abs(theirs).max() > 1
-    np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
+def test_logits_are_those_of_transformers_in_plain_and_packed_rows(both: Both, attention: str) -> None:
+    *answered, long = both.logits([*ANSWERED, LONG])
+    assert np.abs(long).max() > 2
+    close(our_logits(both, plain(LONG), attention)[: len(LONG)], long)
+    if both.config.sliding_window is not None:
+        longest = max(len(pair.prompt_ids) for pair in PAIRS), max(len(pair.chosen_ids) for pair in PAIRS)
+        assert min(longest) > 2 * both.config.sliding_window, "the window cuts neither prompts nor answers"
+    for layout in ("shared", "separate"):
+        batch, slots = packed(layout)
+        ours = our_logits(both, slots, attention)
+        for number, (places, alone) in enumerate(zip(answer_slots(batch), answered, strict=True)):
+            begin = len(PAIRS[number // 2].prompt_ids) - 1
+            close(ours[places], alone[begin:-1], f"{layout} {number}")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_exported_folder_gives_transformers_the_same_logits(tmp_path: Path, name: str) -> None:
-    model = tiny_model(name)
-    model.save_pretrained(tmp_path / "in")
-    raw = read_config_json(tmp_path / "in")
-    params = load_params(tmp_path / "in", from_hf(raw), None, "float32")
-    tokens = np.random.default_rng(2).integers(0, 99, (2, 60)).astype(np.int32)
-    for label, raw_config in {"with": raw, "without": None}.items():
-        out = tmp_path / label
-        export_model(out, from_hf(raw), params, card=Card(base_model="tiny"), raw_config=raw_config, max_shard_bytes=100_000)
-        again, report = transformers.AutoModelForCausalLM.from_pretrained(
-            out, dtype="auto", output_loading_info=True, attn_implementation="eager"
-        )
-        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-        assert again.dtype == torch.float32 and again.config.tie_word_embeddings == model.config.tie_word_embeddings
-        np.testing.assert_allclose(their_logits(again, tokens), their_logits(model, tokens), atol=1e-6, rtol=0)
-        assert load_model_config(out) == from_hf(raw)
+def test_every_weight_matters(both: Both) -> None:
+    """A weight in another order gives other logits, by far more than what passes for equal above."""
+    leaves, tree = jax.tree.flatten(both.params)
+    exact = our_logits(both, plain(LONG))
+    for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(both.params)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("k_bias") and both.config.positions == "learned":
+            continue  # without rope it adds the same to all scores of a query
+        changed = jax.tree.unflatten(tree, [*leaves[:number], jnp.roll(leaf, 1, axis=-1), *leaves[number + 1 :]])
+        other = our_logits(dataclasses.replace(both, params=changed), plain(LONG))
+        assert np.abs(other - exact)[: len(LONG)].max() > 1000 * TOLERANCE, name
+
+
+@pytest.mark.parametrize("both", [case for case in CASES if "num_experts_per_tok" in raw_of(case)], indirect=True)
+def test_router_load_is_that_of_transformers(both: Both) -> None:
+    """Over all real tokens of a packed row, each sequence once; transformers sees them padded."""
+    batch, slots = packed("separate")
+    run = jax.jit(forward_moe, static_argnames=("config", "options"))
+    load = run(both.params, both.config, *slots, ForwardOptions(), real_slots(batch)[0])[1]
+    assert load is not None and load.tokens == both.config.num_layers * sum(map(len, ANSWERED))
+    ids, mask = padded(ANSWERED)
+    with torch.no_grad():
+        theirs = both.model(ids, attention_mask=mask, output_router_logits=True).aux_loss.item()
+    assert theirs > 1.01 * both.config.experts_per_token, "the load is even"
+    np.testing.assert_allclose(balance_loss(load), theirs, rtol=1e-5)
 
 
 def test_bfloat16_folder_is_read_exactly(tmp_path: Path) -> None:
-    tiny_model("qwen2").to(torch.bfloat16).save_pretrained(tmp_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    params = load_params(tmp_path, load_model_config(tmp_path), None, "float32")
-    tokens = np.random.default_rng(3).integers(0, 99, (2, 40)).astype(np.int32)
-    np.testing.assert_allclose(our_logits(tmp_path, params, tokens), their_logits(model, tokens), atol=2e-5, rtol=0)
-
-
-def test_stories260k_continues_as_transformers_does(real_data: Path) -> None:
-    folder = real_data / "models" / "stories260K"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    config = load_model_config(folder)
-    params = load_params(folder, config, None, "float32")
-    model.generation_config.eos_token_id = None  # go on for 64 tokens, whatever they are
-    prompts = [tokenizer(text)["input_ids"] for text in ("Once upon a time", "Lily and Ben went to the park. They saw", "The dog said")]
-    theirs = [model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=64)[0, len(ids) :].tolist() for ids in prompts]
-    ours = generate(
-        params, config, [np.asarray(ids, np.int32) for ids in prompts], max_new_tokens=64, options=ForwardOptions(attention="blocks")
-    )
-    assert [ids.tolist() for ids in ours] == theirs
-
-
-def test_exported_real_model_generates_with_tokenizer_and_template(real_data: Path, tmp_path: Path) -> None:
-    source, out = real_data / "models" / "stories260K", tmp_path / "out"
-    config, template = load_model_config(source), "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
-    params = load_params(source, config, None, "float32")
-    raw = read_config_json(source)
-    export_model(out, config, params, card=Card(base_model="stories"), raw_config=raw, tokenizer=source, chat_template=template)
-    texts = []
-    for folder in (source, out):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
-        texts.append(tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0)[0]))
-    assert texts[0] == texts[1] and model.generation_config.eos_token_id == 2
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<user>hi"
+    made = make(tmp_path, "gpt_oss")
+    made.model.to(torch.bfloat16).save_pretrained(tmp_path)
+    params = load_params(tmp_path, made.config, None, "float32")
+    close(our_logits(dataclasses.replace(made, params=params), plain(LONG))[: len(LONG)], logits_of(read(tmp_path), [LONG])[0])
+    assert any((one != other).any() for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(made.params), strict=True))
 
 
 def test_every_family_is_compared() -> None:
-    assert {model_type for model_type, _ in FAMILIES.values()} == {"llama", "mistral", "qwen2", "qwen3"}
+    assert {TINY[name]["model_type"] for name, _ in CASES.values()} == FAMILIES.keys()
