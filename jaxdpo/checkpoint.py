@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from jaxdpo import __version__
 
@@ -32,6 +33,8 @@ Tree = dict[str, Any]
 MANIFEST = "manifest.json"
 META = "meta.json"
 SAVING, DELETING, DAMAGED, UNKNOWN = ".saving", ".deleting", ".damaged", ".unknown"
+PIECE_BYTES = 2**26
+"""Parameters are saved in pieces no larger than this, each of one layer, so that a reader can take a layer at a time."""
 
 FREE_FIELDS = (
     "run_dir",
@@ -142,7 +145,7 @@ class Checkpoints:
         saving = self.folder / f"{step}{SAVING}"
         try:
             with jax.transfer_guard("allow"):  # orbax copies to the host implicitly, which a guarded loop forbids
-                self._orbax.save(saving / "state", args=ocp.args.StandardSave(state))
+                self._orbax.save(saving / "state", args=ocp.args.StandardSave(state, _pieces(state)))
         except Exception as error:
             raise self._explain(error, step, size) from error
         record = {"step": step, "eval_loss": eval_loss, "jaxdpo": __version__, **meta}
@@ -241,6 +244,18 @@ class Checkpoints:
         return step, state, self.read_meta(step)
 
 
+def _pieces(state: Any) -> Any:
+    """How orbax is to divide each array on disk."""
+
+    def divided(path: tuple, _: Any) -> ocp.SaveArgs:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if names[0] != "params":
+            return ocp.SaveArgs()
+        return ocp.SaveArgs(chunk_byte_size=PIECE_BYTES, shard_axes=(0,) if "layers" in names else ())
+
+    return jax.tree_util.tree_map_with_path(divided, state)
+
+
 def restore_params(run_dir: str | Path, step: int | None = None) -> tuple[int, Tree, Tree]:
     """Read the policy of a run into host memory, without its optimizer state and without touching the run.
 
@@ -254,6 +269,32 @@ def restore_params(run_dir: str | Path, step: int | None = None) -> tuple[int, T
     Raises:
         ValueError: when there is no such checkpoint, or the one asked for is damaged.
     """
+    step, folder, meta = _usable(run_dir, step)
+    return step, _read_params(folder), meta
+
+
+def open_params(run_dir: str | Path, step: int | None = None) -> tuple[int, Tree, Tree]:
+    """As restore_params, but nothing of an array is read before it is asked for: `np.asarray(array[3])` reads that layer alone.
+
+    Returns:
+        (step, params as nested dict of arrays on disk, with shape and dtype, meta).
+    """
+    step, folder, meta = _usable(run_dir, step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = _saved_form(reader, folder)["params"]
+    return step, jax.tree.map(lambda leaf: _on_disk(folder, leaf.name), saved), meta
+
+
+def _on_disk(folder: Path, name: str) -> ts.TensorStore:
+    """An array of a saved state, by its name there: params.layers.attn.q."""
+    files = {"driver": "file", "path": f"{folder / 'state'}/"}
+    arrays = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+    spec = {"driver": "zarr", "kvstore": arrays, "fill_missing_data_reads": False}  # else what is missing would read as zeros
+    return ts.open(spec, read=True).result()
+
+
+def _usable(run_dir: str | Path, step: int | None) -> tuple[int, Path, Tree]:
+    """Step, folder and meta of the checkpoint asked for, or of the newest that is undamaged."""
     folder = Path(run_dir).expanduser().resolve() / "checkpoints"
     steps = _complete_steps(folder)
     if step is not None and step not in steps:
@@ -262,7 +303,7 @@ def restore_params(run_dir: str | Path, step: int | None = None) -> tuple[int, T
     for candidate in [step] if step is not None else reversed(steps):
         damage = find_damage(folder / str(candidate))
         if damage is None:
-            return candidate, _read_params(folder / str(candidate)), json.loads((folder / str(candidate) / META).read_text())
+            return candidate, folder / str(candidate), json.loads((folder / str(candidate) / META).read_text())
         reasons.append(f"step {candidate} is damaged ({damage})")
     raise ValueError(f"run_dir={run_dir}: no usable checkpoint in {folder}: {'; '.join(reasons) or 'none was saved'}")
 

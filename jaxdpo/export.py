@@ -1,31 +1,34 @@
-"""`python -m jaxdpo.export run_dir=<run> out=<folder>`: a trained policy as a Hugging Face folder that transformers loads.
+"""`python -m jaxdpo.export run_dir=<run> out=<folder>`: a trained policy as a folder that transformers, PEFT and vLLM load.
 
-The folder is written beside its final place and renamed when it is complete, so `out` is whole or absent.
+Weights go from the checkpoint to the file a layer's tensor at a time. The folder is written beside its final place and renamed when it is
+complete, so `out` is whole or absent. Exit status: 0 done, 1 fault, 2 wrong options.
 """
 
+import contextlib
 import dataclasses
-import json
-import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import yaml
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from jaxdpo import __version__, options
-from jaxdpo.checkpoint import restore_params
+from jaxdpo import options
+from jaxdpo.checkpoint import open_params
 from jaxdpo.config import STRICT_KEYS, Config, require
-from jaxdpo.losses import LOSSES
+from jaxdpo.hub import HubModel
+from jaxdpo.modelcard import Card, model_card, run_card
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.hf_folder import copy_tokenizer, fetch_model, generation_config, set_chat_template, write_json
+from jaxdpo.models.hf_folder import copy_tokenizer, generation_config, set_chat_template, write_json
 from jaxdpo.models.hfconfig import from_hf, read_config_json, to_hf
-from jaxdpo.models.weights import save_params
-
-CARD_METRICS = ("loss", "rewards/", "logps/", "kl/", "lengths/")
-"""Beginnings of the metrics that the model card shows; also with eval/ before."""
+from jaxdpo.models.lora import Lora, merge
+from jaxdpo.models.peft import write_peft
+from jaxdpo.models.weights import fetch, open_weights, save_params
+from jaxdpo.runfolder import check_base, find_base, is_local, lora_of_run, model_files, read_run_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,16 +43,38 @@ class ExportConfig:
     """Folder to write. It must not exist, or be empty."""
     step: int | None = None
     """Which checkpoint. Default: the newest that is undamaged."""
+    form: Literal["auto", "full", "merged", "adapter"] = "auto"
+    """full: all weights, of a run that trained them all. merged: all weights, the run's adapter added to its base. adapter: the adapter
+    alone, as PEFT has it. auto: adapter where the run trained one, else full."""
+    base: str | None = None
+    """Where the base under the adapter is now, or its name on the hub. Default: the run's model.path."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in the files. auto: as the model was before training, if its config.json says so, else float32."""
-    max_shard_bytes: int = 5_000_000_000
-    """Larger weights are split over several files, none larger than this."""
+    """Type of the weights in the files. auto: as the model was before training, if its config.json says so, else float32; an adapter
+    alone is always float32."""
+    max_shard_bytes: int | None = None
+    """Larger weights are split over several files, none larger than this. Default 5e9."""
+    push_to: str | None = None
+    """Push the folder to the hub under this name, owner/name. The token is taken from HF_TOKEN in the environment."""
+    private: bool = True
+    """Whether what is pushed is for its owner alone. A repository that is public already is then refused."""
+
+    @property
+    def target(self) -> HubModel | None:
+        """Where to push."""
+        return None if self.push_to is None else HubModel(name=self.push_to, private=self.private)
 
     def __post_init__(self) -> None:
         require(
             (self.step is None or self.step >= 0, f"step={self.step}: must not be negative"),
-            (self.max_shard_bytes >= 1, f"max_shard_bytes={self.max_shard_bytes}: must be at least 1"),
+            (
+                self.max_shard_bytes is None or self.max_shard_bytes >= 1,
+                f"max_shard_bytes={self.max_shard_bytes}: must be at least 1",
+            ),
+            (self.private or self.push_to is not None, "private=false: does nothing by itself. Set push_to"),
         )
+
+
+# ---- folders ------------------------------------------------------------------------------------------------------------------
 
 
 class Tokenizer(Protocol):
@@ -57,16 +82,6 @@ class Tokenizer(Protocol):
 
     def save_pretrained(self, save_directory: str) -> Any:
         """Write the tokenizer's files into a folder."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Card:
-    """What the model card tells. `base_model` is a hub id (with a slash) or a plain name; `settings` and `metrics` become tables."""
-
-    base_model: str
-    datasets: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def export_model(
@@ -81,12 +96,12 @@ def export_model(
     dtype: str = "auto",
     max_shard_bytes: int | None = None,
 ) -> list[Path]:
-    """Write a Hugging Face folder.
+    """Write a Hugging Face folder. Where the parameters are spread over several hosts, all of them call this, and process 0 writes.
 
     Args:
         folder: must not exist, or be empty; appears only when complete.
         config: the model.
-        params: its parameters, nested dict of jax or numpy arrays, sharded or not.
+        params: its parameters, nested dict of arrays as `save_params` takes them: on devices, on the host, or in files.
         card: what README.md tells.
         raw_config: the config.json the model came from; keys that say nothing about its computation are kept.
         tokenizer: a folder whose tokenizer files (and generation_config.json) are copied, or a tokenizer object, or none.
@@ -100,31 +115,83 @@ def export_model(
     Raises:
         ValueError: `folder` is not empty, or `params` do not fit `config`.
     """
+    dtype = _source_dtype(raw_config or {}) if dtype == "auto" else dtype
+    with _written_by_one(folder) as draft:
+        if draft is None:
+            save_params(folder, config, params, dtype)  # gathers; writes nothing
+        else:
+            hf_config = to_hf(config, raw_config, dtype=dtype)
+            write_json(draft / "config.json", hf_config)
+            save_params(draft, config, params, dtype, max_shard_bytes)
+            _write_beside(draft, card, tokenizer, chat_template)
+            source = tokenizer if isinstance(tokenizer, Path) else draft
+            write_json(draft / "generation_config.json", generation_config(source, hf_config))
+    return _files(folder)
+
+
+def export_adapter(
+    folder: Path,
+    config: ModelConfig,
+    adapter: Mapping[str, Any],
+    lora: Lora,
+    *,
+    base: str,
+    revision: str | None = None,
+    card: Card,
+    tokenizer: Path | Tokenizer | None = None,
+    chat_template: str | None = None,
+) -> list[Path]:
+    """Write a folder that PEFT loads. Where the adapter is spread over several hosts, all of them call this, and process 0 writes.
+
+    Args:
+        folder: must not exist, or be empty; appears only when complete.
+        config: the model that the adapter is for.
+        adapter: arrays as `save_params` takes them.
+        lora: what the adapter is, its weights aside.
+        base: hub id or folder of the model, as adapter_config.json is to name it.
+        revision: of a hub id.
+        card, tokenizer, chat_template: see `export_model`.
+
+    Returns:
+        The files, as paths within `folder`.
+
+    Raises:
+        ValueError: `folder` is not empty.
+    """
+    with _written_by_one(folder) as draft:
+        on_host = jax.tree.map(lambda array: fetch(array, ()), dict(adapter))
+        if draft is not None:
+            write_peft(draft, config, on_host, lora, base=base, revision=revision)
+            _write_beside(draft, card, tokenizer, chat_template)
+    return _files(folder)
+
+
+@contextlib.contextmanager
+def _written_by_one(folder: Path) -> Iterator[Path | None]:
+    """A folder to fill, which becomes `folder` when it is complete and vanishes when it is not; None in processes other than 0."""
     if problem := _occupied(folder):
         raise ValueError(problem)
-    dtype = _source_dtype(raw_config or {}) if dtype == "auto" else dtype
-    draft = folder.parent / f".{folder.name}.{os.getpid()}.exporting"
-    draft.mkdir(parents=True)
-    try:
-        hf_config = to_hf(config, raw_config, dtype=dtype)
-        write_json(draft / "config.json", hf_config)
-        save_params(draft, config, params, dtype, max_shard_bytes)
-        if isinstance(tokenizer, Path):
-            copy_tokenizer(tokenizer, draft)
-        elif tokenizer is not None:
-            tokenizer.save_pretrained(str(draft))
-        if chat_template is not None:
-            set_chat_template(draft, chat_template)
-        source = tokenizer if isinstance(tokenizer, Path) else draft
-        write_json(draft / "generation_config.json", generation_config(source, hf_config))
-        (draft / "README.md").write_text(model_card(card), encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    _meet("all have seen that there is room")
+    if jax.process_index() == 0:
+        draft = folder.parent / f".{folder.name}.{os.getpid()}.exporting"
+        draft.mkdir(parents=True)
+        try:
+            yield draft
+            if folder.exists():
+                folder.rmdir()
+            draft.rename(folder)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+    else:
+        yield None
+    _meet("the folder is complete")
+
+
+def _meet(where: str) -> None:
+    """Wait until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
 
 
 def _occupied(folder: Path) -> str | None:
@@ -135,142 +202,151 @@ def _occupied(folder: Path) -> str | None:
     return None
 
 
+def _write_beside(draft: Path, card: Card, tokenizer: Path | Tokenizer | None, chat_template: str | None) -> None:
+    """What lies beside the weights: tokenizer, chat template, model card."""
+    if isinstance(tokenizer, Path):
+        copy_tokenizer(tokenizer, draft)
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(str(draft))
+    if chat_template is not None:
+        set_chat_template(draft, chat_template)
+    (draft / "README.md").write_text(model_card(card), encoding="utf-8")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def _source_dtype(raw_config: Mapping[str, Any]) -> str:
     name = str(raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32").removeprefix("torch.")
     return name if name in ("float32", "bfloat16", "float16") else "float32"
 
 
-def model_card(card: Card) -> str:
-    """README.md of an exported model, with the front matter that the hub reads."""
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dpo", "jaxdpo"]}
-    head |= {"base_model": card.base_model} if "/" in card.base_model else {}
-    rows = {"base model": card.base_model, "data": ", ".join(card.datasets), **card.settings, "jaxdpo": __version__}
-    lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", f"# {_cell(card.base_model)}, preference-optimised", ""]
-    lines += ["Trained with jaxdpo: preference optimization in JAX and Flax.", "", *_table("Setting", "Value", rows), ""]
-    if card.metrics:
-        lines += ["## Last metrics", "", *_table("Metric", "Value", {key: f"{value:.6g}" for key, value in card.metrics.items()}), ""]
-    return "\n".join(lines)
-
-
-def _table(left: str, right: str, rows: Mapping[str, Any]) -> list[str]:
-    cells = [(_cell(key), _cell(value)) for key, value in rows.items()]
-    return [f"| {left} | {right} |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells)]
-
-
-def _cell(value: Any) -> str:
-    text = " ".join(str(value).split()).replace("\\", "\\\\")
-    for sign in "|`<*_[":
-        text = text.replace(sign, "\\" + sign)
-    return text
-
-
-def read_run_config(run_dir: Path) -> Config:
-    """The config that a run was started with.
-
-    Raises:
-        ValueError: it is not this version's.
-    """
-    path = run_dir / "config.yaml"
-    config, problems = options.validate(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
-    if problems or config is None:
-        raise ValueError(f"{path}: is not a config of this version of jaxdpo:\n" + "\n".join(f"  {line}" for line in problems))
-    return config
-
-
-def model_files(run_dir: Path, config: Config) -> Path:
-    """The folder with config.json and tokenizer of a run: its own copy <run>/model, else where it was started from.
-
-    Raises:
-        ValueError: neither exists.
-    """
-    own, source = run_dir / "model", Path(config.model.path or "").expanduser()
-    if (own / "config.json").is_file() or config.model.path is None:
-        return own
-    return source if source.is_dir() else fetch_model(config.model.path, config.model.revision)
-
-
-def run_card(config: Config, run_dir: Path, step: int) -> Card:
-    """The model card of a run at a step. Of paths only the last part is told."""
-    loss = config.loss
-    settings = {
-        "loss": ", ".join(loss.names) if loss.weights is None else ", ".join(map("{} x {}".format, loss.weights, loss.names)),
-        "beta": LOSSES[loss.names[0]].reward_scale(loss) if loss.beta is None else loss.beta,
-        "steps": step,
-        "pairs per step": config.train.pairs_per_step,
-        "learning rate": config.optim.learning_rate,
-        "reference": config.reference,
-        "seed": config.seed,
-    }
-    return Card(
-        base_model=_public(config.model.path or "a model made by jaxdpo"),
-        datasets=tuple(map(_public, config.data.train)),
-        settings=settings,
-        metrics=last_metrics(run_dir, step),
-    )
-
-
-def _public(name: str) -> str:
-    """A hub id or dataset name as it is; of a path on this machine the last part."""
-    path = Path(name).expanduser()
-    return path.name if path.exists() or path.is_absolute() or name.startswith(".") else name
-
-
-def last_metrics(run_dir: Path, step: int) -> dict[str, float]:
-    """The newest value of each of CARD_METRICS in metrics.jsonl, not later than `step`; damaged lines are passed over."""
-    path, found = run_dir / "metrics.jsonl", {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
-            found |= {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
-    return {key: value for key, value in found.items() if key.removeprefix("eval/").startswith(CARD_METRICS)}
+# ---- runs ---------------------------------------------------------------------------------------------------------------------
 
 
 def export_run(config: ExportConfig) -> list[Path]:
     """Export a run's checkpoint; returns the files written.
 
     Raises:
-        ValueError: the run, its checkpoint or its model's files cannot be used, or `out` is not empty.
+        ValueError: the run, its checkpoint, its base or its model's files cannot be used, or `out` is not empty.
     """
     run_dir, out = Path(config.run_dir).expanduser(), Path(config.out).expanduser()
     run_config = read_run_config(run_dir)
+    if problems := _form_problems(config, run_config):
+        raise ValueError("\n".join(problems))
     source = model_files(run_dir, run_config)
     raw_config = read_config_json(source)
-    step, params, _ = restore_params(run_dir, config.step)
+    model = from_hf(raw_config)
+    step, params, meta = open_params(run_dir, config.step)
     own_template = source == run_dir / "model" or run_config.data.chat_template is None  # the run's copy has the template that it used
     template = None if own_template else Path(run_config.data.chat_template or "").expanduser().read_text(encoding="utf-8")
-    return export_model(
-        out,
-        from_hf(raw_config),
-        params,
-        card=run_card(run_config, run_dir, step),
-        raw_config=raw_config,
-        tokenizer=source,
-        chat_template=template,
-        dtype=config.dtype,
-        max_shard_bytes=config.max_shard_bytes,
-    )
+    base = config.base or run_config.model.path or "a model made by jaxdpo"
+    alone = run_config.lora.enabled and config.form != "merged"
+    beside: dict[str, Any] = {"tokenizer": source, "chat_template": template}
+    beside["card"] = run_card(run_config, run_dir, step, base=base, adapter=alone)
+    with _still_there(run_dir, step):
+        if alone:
+            lora = lora_of_run(run_config, model, params)
+            name, revision = _base_name(config, run_config, meta)
+            return export_adapter(out, model, params, lora, base=name, revision=revision, **beside)
+        if run_config.lora.enabled:
+            params = _merged(config, run_config, model, params, meta)
+        return export_model(out, model, params, raw_config=raw_config, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes, **beside)
+
+
+def _merged(config: ExportConfig, run_config: Config, model: ModelConfig, saved: Mapping[str, Any], meta: Mapping[str, Any]) -> dict:
+    """All weights of a run that trained an adapter: the base's files, with the adapter added as each layer is read."""
+    lora = lora_of_run(run_config, model, saved)
+    folder = find_base(run_config, config.base)
+    check_base(run_config, meta, folder)
+    return merge(open_weights(folder, model), jax.tree.map(np.asarray, saved), lora.scale)
+
+
+def _base_name(config: ExportConfig, run_config: Config, meta: Mapping[str, Any]) -> tuple[str, str | None]:
+    """How adapter_config.json names the base, and which revision of it; a base that is on this machine is verified."""
+    name = config.base or run_config.model.path or ""
+    folder = Path(name).expanduser()
+    if folder.is_dir() or run_config.model.init == "random":
+        check_base(run_config, meta, folder)
+    if is_local(name):
+        return str(folder.resolve()), None
+    return name, run_config.model.revision if config.base is None else None
+
+
+@contextlib.contextmanager
+def _still_there(run_dir: Path, step: int) -> Iterator[None]:
+    """A run in progress deletes its older checkpoints: say so if it did."""
+    try:
+        yield
+    except ValueError as error:
+        if (run_dir / "checkpoints" / str(step)).is_dir():
+            raise
+        raise ValueError(
+            f"step={step}: was deleted while it was read, by a run that goes on. Export again, or raise its checkpoint.keep"
+        ) from error
+
+
+def _form_problems(config: ExportConfig, run_config: Config) -> list[str]:
+    """Options that do not fit the kind of the run."""
+    lora, alone = run_config.lora.enabled, run_config.lora.enabled and config.form in ("auto", "adapter")
+    local = is_local(config.base or run_config.model.path or "")
+    checks = [
+        (not lora or config.form != "full", f"form={config.form}: the run trained an adapter. Use form=merged or form=adapter"),
+        (lora or config.form in ("auto", "full"), f"form={config.form}: the run trained all weights, there is no adapter. Use form=full"),
+        (lora or config.base is None, f"base={config.base}: the run trained all weights, so its base is not needed. Leave it out"),
+        (not alone or config.dtype == "auto", f"dtype={config.dtype}: an adapter alone is float32. Leave it out, or use form=merged"),
+        (
+            not alone or config.max_shard_bytes is None,
+            f"max_shard_bytes={config.max_shard_bytes}: an adapter alone is one file. Leave it out, or use form=merged",
+        ),
+        (
+            not (alone and local and config.push_to),
+            f"push_to={config.push_to}: the adapter would name a folder of this machine as its base. Give the base's name on the hub: "
+            "base=owner/name",
+        ),
+    ]
+    return [message for ok, message in checks if not ok]
 
 
 def _check(config: ExportConfig) -> list[str]:
-    run_dir, occupied = Path(config.run_dir).expanduser(), _occupied(Path(config.out).expanduser())
-    no_run = None if (run_dir / "config.yaml").is_file() else f"run_dir={run_dir}: has no config.yaml. Name the folder of a run"
-    return [problem for problem in (no_run, occupied) if problem]
+    run_dir = Path(config.run_dir).expanduser()
+    problems = [] if (occupied := _occupied(Path(config.out).expanduser())) is None else [occupied]
+    problems += [] if config.target is None else config.target.problems()
+    if not (run_dir / "config.yaml").is_file():
+        return [f"run_dir={run_dir}: has no config.yaml. Name the folder of a run", *problems]
+    try:
+        return problems + _form_problems(config, read_run_config(run_dir))
+    except ValueError as error:
+        return [*problems, str(error)]
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status."""
     config, _ = options.load(ExportConfig, argv, command="export", checks=[_check])
     try:
+        if config.target is not None:
+            config.target.check()
         files = export_run(config)
+        sizes = [path.stat().st_size for path in files]
+        for path, size in zip(files, sizes, strict=True):
+            print(f"{size:>15,}  {path}")
+        if config.target is not None:
+            _push(config.target, Path(config.out).expanduser(), files, sum(sizes))
     except (ValueError, OSError) as error:
         print(f"jaxdpo.export: {error}", file=sys.stderr)
         return 1
-    for path in files:
-        print(f"{path.stat().st_size:>15,}  {path}")
     return 0
+
+
+def _push(target: HubModel, folder: Path, files: Sequence[Path], num_bytes: int) -> None:
+    visibility = "private" if target.private else "public"
+    print(f"pushing these {len(files)} files, {num_bytes:,} bytes, to {target.name} ({visibility})", flush=True)
+    try:
+        print(target.push(folder, files))
+    except ValueError as error:
+        again = f"hf upload {target.name} {folder}{' --private' * target.private}"
+        raise ValueError(f"{error}\nThe folder is complete. To push it later: {again}") from None
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from jaxdpo.checkpoint import restore_params
 from jaxdpo.data.chat import EncodedPrompt, Encoder, decode_answer, load_tokenizer, read_template
 from jaxdpo.data.prompts import Prompt
 from jaxdpo.data.records import Dropped, Message
-from jaxdpo.export import model_files, read_run_config
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, abstract_params, logical_axes
 from jaxdpo.models.hf_folder import fetch_model, generation_config
 from jaxdpo.models.hfconfig import from_hf, read_config_json
 from jaxdpo.models.weights import load_params
+from jaxdpo.runfolder import model_files, read_run_config
 from jaxdpo.sampling import generate
 
 

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxdpo import checkpoint
-from jaxdpo.checkpoint import FREE_FIELDS, Checkpoints, changed_fields, find_damage, restore_params
+from jaxdpo.checkpoint import FREE_FIELDS, Checkpoints, changed_fields, find_damage, open_params, restore_params
 from jaxdpo.config import Config
 
 P = jax.sharding.PartitionSpec
@@ -229,6 +230,24 @@ def test_restore_params_reads_the_policy_alone(tmp_path: Path) -> None:
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
     assert_same_bits(make_state(2)["params"], params)
     assert restore_params(tmp_path, 1)[0] == 1
+
+
+def test_open_params_reads_a_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 4 * 16)
+    weights = jax.device_put(jnp.arange(8.0 * 16 * 4).reshape(8, 16, 4), jax.sharding.NamedSharding(mesh_of(4, 2), P(None, "x", "y")))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(
+            1, {"params": {"layers": {"w": weights}, "embed": make_state()["params"]["embed"]}, "step": jnp.int32(1)}, {"a": 2}
+        )
+    step, params, meta = open_params(tmp_path)
+    assert (step, meta["a"]) == (1, 2) and params["layers"]["w"].shape == (8, 16, 4)
+    assert params["layers"]["w"].chunk_layout.read_chunk.shape[0] == 1, "a layer must not cost the others"
+    assert np.prod(params["embed"].chunk_layout.read_chunk.shape) <= 16
+    np.testing.assert_array_equal(np.asarray(params["layers"]["w"][3]), weights[3])
+    assert_same_bits(jax.tree.map(np.asarray, params), restore_params(tmp_path)[1])
+    shutil.rmtree(tmp_path / "checkpoints/1")
+    with pytest.raises(ValueError, match="missing"):  # and not zeros, which is what a missing piece may mean on disk
+        np.asarray(params["layers"]["w"][5])
 
 
 def test_restore_params_passes_over_damage_without_touching_the_run(tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ FLOORS = [
         "runner",
         "dryrun",
         "train",
+        "runfolder",
+        "modelcard",
+        "hub",
         "export",
         "demo",
         "prefer",
@@ -43,6 +46,7 @@ FLOORS = [
 
 ROOMS = {
     "orbax": "checkpoint",
+    "tensorstore": "checkpoint",
     "tensorboardX": "metrics",
     "rich": "metrics",
     "optax": "optim",

@@ -4,6 +4,7 @@ Both directions are total: every tensor of the files has a place in the model, a
 goes piece by piece straight to the devices, writing tensor by tensor.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -230,13 +231,14 @@ def _ranges(numbers: list[int]) -> str:
 def save_params(folder: Path, config: ModelConfig, params: Mapping[str, Any], dtype: Any, max_shard_bytes: int | None = None) -> list[Path]:
     """Write parameters as safetensors under HF names: model.safetensors, or shards and an index.
 
-    A tensor at a time goes from the devices to the file, so the host holds one of them and one layer of one parameter. A tied head is
-    not written again.
+    A tensor at a time goes to the file, so the host holds one of them and one layer of one parameter. A tied head is not written again.
+    Where arrays are spread over several hosts, all of them call this: each layer is gathered by all, and process 0 writes.
 
     Args:
         folder: an existing folder.
         config: the model.
-        params: nested dict of arrays (jax, sharded or not, or numpy) with the paths of `weight_table`.
+        params: nested dict of arrays with the paths of `weight_table`: jax arrays, sharded or not, numpy arrays, or anything that has a
+            shape and gives a layer as array[layer,], and all of it as array[()].
         dtype: type in the files: float32, bfloat16 or float16.
         max_shard_bytes: no file gets larger, unless one tensor alone is. Default 5e9.
 
@@ -250,7 +252,11 @@ def save_params(folder: Path, config: ModelConfig, params: Mapping[str, Any], dt
     _check_params(table, params)
     holders = _holders(table)
     shapes = {name: parts[0][0].hf_shape for name, parts in holders.items()}
-    return write_shards(folder, shapes, np.dtype(dtype), _tensors(holders.values(), params, np.dtype(dtype)), max_shard_bytes)
+    tensors = _tensors(holders.values(), params, np.dtype(dtype))
+    if jax.process_index() != 0:
+        collections.deque(tensors, maxlen=0)  # takes its part in gathering them
+        return []
+    return write_shards(folder, shapes, np.dtype(dtype), tensors, max_shard_bytes)
 
 
 def _check_params(table: list[WeightRow], params: Mapping[str, Any]) -> None:
