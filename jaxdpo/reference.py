@@ -77,14 +77,14 @@ def cached_logps(
         logps = _read(folder, number, len(places), tell)
         if logps is None:
             missing += 1
-            if missing == 1:
-                tell(f"reference log-probs of {name}: computing, from part {number + 1} of {len(parts)} on")
+            tell(f"reference log-probs of {name}: computing part {number + 1} of {len(parts)}")
             logps = np.concatenate([compute(batch) for batch in part])
             _write(folder, number, logps, identity)
             if stopping():
                 raise Interrupted
         table[places] = logps
-    tell(f"reference log-probs of {name}: {len(parts) - missing} parts read and verified, {missing} computed; in {folder}")
+    if parts:
+        tell(f"reference log-probs of {name}: {len(parts) - missing} parts read and verified, {missing} computed; in {folder}")
     return table
 
 

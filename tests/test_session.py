@@ -135,13 +135,17 @@ def simpo(shared: Path) -> float:
 # --- what is held ---
 
 
-def held_bytes(session: Session) -> int:
-    """Bytes that a step takes as arguments."""
+def compiled(session: Session) -> Any:
+    """The program of the first step."""
     batch = session.loader.batch(1)
     state = TrainState(**session.abstract_state(with_reference=False))
     arguments = session.put_batch(batch), session.put_scalar(True, np.bool_)
-    program = session.train_step.lower(state, session.abstract_fixed(batch), *arguments).compile()
-    return program.memory_analysis().argument_size_in_bytes
+    return session.train_step.lower(state, session.abstract_fixed(batch), *arguments).compile()
+
+
+def held_bytes(session: Session) -> int:
+    """Bytes that a step takes as arguments."""
+    return compiled(session).memory_analysis().argument_size_in_bytes
 
 
 def num_bytes(tree: Any) -> int:
@@ -161,6 +165,43 @@ def test_adapter_off_holds_the_base_once_and_cached_frees_the_reference(shared: 
     assert abs(held["lora", "adapter_off"] - model_bytes - 3 * adapter - num_bytes(batch)) < slack  # adapter and both moments
     own = num_bytes(sessions["from an adapter", "frozen"].weights.trained)
     assert abs(held["from an adapter", "adapter_off"] - model_bytes - 4 * own - num_bytes(batch)) < slack
+
+
+def test_the_reference_leaves_memory_when_its_log_probs_are_known(shared: Path, tmp_path: Path) -> None:
+    def embeddings() -> int:
+        return sum(array.shape == (64, 32) for array in jax.live_arrays())
+
+    session, before, most = Session.open(settings_in(options(shared, "full", "cached"), tmp_path)), embeddings(), 0
+
+    def load() -> Params:
+        return session.weights.start_view(session.weights.initial(), None)
+
+    def watch(_: str) -> None:
+        nonlocal most
+        most = max(most, embeddings())
+
+    session.cache_reference(load, watch, lambda: False)
+    assert most > before == embeddings()
+
+
+def test_the_base_gets_no_gradient(shared: Path, tmp_path: Path) -> None:
+    """Beside the activations, a full step has room for a gradient of every weight, and an adapter's step has not."""
+    write_model(tmp_path / "wide", None, hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
+    room, model_bytes = {}, 0
+    for start, kind in (("full", "cached"), ("lora", "adapter_off")):
+        some = options(shared, start, kind, model__path=str(tmp_path / "wide"), model__init="random")
+        session = Session.open(some)
+        model_bytes = 4 * session.weights.num_all()
+        room[start] = compiled(session).memory_analysis().temp_size_in_bytes
+    assert room["lora"] < 0.4 * model_bytes < 0.9 * model_bytes < room["full"]
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_random_weights_can_be_a_base(shared: Path, kind: str) -> None:
+    session = Session.open(options(shared, "lora", "adapter_off", model__init="random", model__quantize=kind))
+    base = session.weights.base()
+    assert jax.tree.map(lambda leaf: leaf.shape, base) == jax.tree.map(lambda leaf: leaf.shape, session.weights.fixed_shapes.base)
+    assert base is not None and np.asarray(base["embed"]["weight"]).std() > 0.05
 
 
 def test_the_base_is_neither_changed_nor_given_away(shared: Path) -> None:
