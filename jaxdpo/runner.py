@@ -205,7 +205,7 @@ def train(config: Config) -> bool:
             try:
                 opened = begin(session, logger, checkpoints, stop)
             except Interrupted:
-                logger.info("stopped before the first step; what was computed of the reference is kept")
+                logger.info("stopped; what was computed of the reference is kept")
                 return False
             with contextlib.closing(opened) as run:
                 finished = loop(run, stop)
