@@ -14,6 +14,7 @@ import yaml
 from jaxdpo import export, options
 from jaxdpo.checkpoint import Checkpoints
 from jaxdpo.config import Config, DataSection, LossSection, ModelSection
+from jaxdpo.modelcard import Card
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hfconfig import load_model_config, to_hf
 from jaxdpo.models.weights import load_params, weight_table
@@ -124,12 +125,6 @@ def test_model_card_tells_the_run_and_no_private_path(run_dir: Path, tmp_path: P
     assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.[jm]*") if path.suffix != ".safetensors")
 
 
-def test_a_hub_model_is_named_as_base_and_markup_is_inert() -> None:
-    text = export.model_card(export.Card(base_model="org/name", datasets=("a|b", "<script>"), settings={"x": "1\n| y |"}))
-    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "org/name"
-    assert r"| data | a\|b, \<script> |" in text and r"| x | 1 \| y \| |" in text
-
-
 def test_own_files_of_the_run_and_chat_template(run_dir: Path, tmp_path: Path) -> None:
     """The copy in the run folder is enough: the base model may be gone."""
     shutil.move(tmp_path / "base-model", run_dir / "model")
@@ -155,12 +150,12 @@ def test_a_tokenizer_object_saves_itself(tmp_path: Path) -> None:
             (Path(save_directory) / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": "</s>"}]}))
             (Path(save_directory) / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
 
-    export.export_model(tmp_path / "out", MODEL, random_params(0), card=export.Card(base_model="made here"), tokenizer=Saver())
+    export.export_model(tmp_path / "out", MODEL, random_params(0), card=Card(base_model="made here"), tokenizer=Saver())
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": 7}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("change", ["occupied", "file", "no run", "options"])
+@pytest.mark.parametrize("change", ["occupied", "file", "no run", "options", "form", "old config"])
 def test_wrong_options_are_usage_errors(run_dir: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     arguments = [f"run_dir={run_dir}", f"out={out}"]
@@ -171,8 +166,12 @@ def test_wrong_options_are_usage_errors(run_dir: Path, tmp_path: Path, change: s
         out.write_text("keep me")
     elif change == "no run":
         arguments[0] = f"run_dir={tmp_path / 'nothing'}"
+    elif change == "form":
+        arguments += ["form=merged", "base=somewhere"]
+    elif change == "old config":
+        (run_dir / "config.yaml").write_text("model: {kind: llama}\n")
     else:
-        arguments += ["step=-1", "max_shard_bytes=0", "dtyp=float32"]
+        arguments += ["step=-1", "max_shard_bytes=0", "dtyp=float32", "private=false"]
     with pytest.raises(SystemExit) as exit_:
         run_export(*arguments)
     told = capsys.readouterr().err
@@ -180,10 +179,26 @@ def test_wrong_options_are_usage_errors(run_dir: Path, tmp_path: Path, change: s
         "occupied": ["is not empty"],
         "file": ["is not a folder"],
         "no run": ["has no config.yaml"],
-        "options": ["step=-1", "dtype"],
+        "form": ["form=merged: the run trained all weights", "base=somewhere: the run trained all weights"],
+        "old config": ["is not a config of this version of jaxdpo", "model.kind"],
+        "options": ["step=-1", "dtype", "private=false: does nothing by itself"],
     }
     assert exit_.value.code == 2 and all(text in told for text in expected[change])
     assert not out.exists() or "keep me" in ((out / "mine") if out.is_dir() else out).read_text()
+
+
+def test_a_checkpoint_that_goes_away_meanwhile_is_told(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in progress deletes its older checkpoints; what is missing then must not count as zeros."""
+    write_config = export.write_json
+
+    def delete_first(path: Path, content: Any) -> None:
+        shutil.rmtree(run_dir / "checkpoints" / "3", ignore_errors=True)
+        write_config(path, content)
+
+    monkeypatch.setattr(export, "write_json", delete_first)
+    with pytest.raises(ValueError, match=r"step=3: was deleted while it was read, by a run that goes on"):
+        export.export_run(export.ExportConfig(run_dir=str(run_dir), out=str(tmp_path / "out"), step=3))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_nothing_is_left_behind_when_export_fails(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
