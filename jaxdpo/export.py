@@ -241,26 +241,26 @@ def export_run(config: ExportConfig) -> list[Path]:
     step, params, meta = open_params(run_dir, config.step)
     own_template = source == run_dir / "model" or run_config.data.chat_template is None  # the run's copy has the template that it used
     template = None if own_template else Path(run_config.data.chat_template or "").expanduser().read_text(encoding="utf-8")
+    lora = lora_of_run(run_config, model, params) if run_config.lora.enabled else None
+    alone = lora if config.form != "merged" else None
     base = config.base or run_config.model.path or "a model made by jaxdpo"
-    alone = run_config.lora.enabled and config.form != "merged"
-    beside: dict[str, Any] = {"tokenizer": source, "chat_template": template}
-    beside["card"] = run_card(run_config, run_dir, step, base=base, adapter=alone)
+    card = run_card(run_config, run_dir, step, base=base, lora=lora, adapter=alone is not None)
+    beside: dict[str, Any] = {"card": card, "tokenizer": source, "chat_template": template}
     with _still_there(run_dir, step):
-        if alone:
-            lora = lora_of_run(run_config, model, params)
+        if alone is not None:
             name, revision = _base_name(config, run_config, meta)
-            return export_adapter(out, model, params, lora, base=name, revision=revision, **beside)
-        if run_config.lora.enabled:
-            params = _merged(config, run_config, model, params, meta)
-        return export_model(out, model, params, raw_config=raw_config, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes, **beside)
+            return export_adapter(out, model, params, alone, base=name, revision=revision, **beside)
+        if lora is not None:
+            params = merge(_base_weights(config, run_config, model, meta), jax.tree.map(np.asarray, params), lora.scale)
+        files: dict[str, Any] = {"raw_config": raw_config, "dtype": config.dtype, "max_shard_bytes": config.max_shard_bytes}
+        return export_model(out, model, params, **files, **beside)
 
 
-def _merged(config: ExportConfig, run_config: Config, model: ModelConfig, saved: Mapping[str, Any], meta: Mapping[str, Any]) -> dict:
-    """All weights of a run that trained an adapter: the base's files, with the adapter added as each layer is read."""
-    lora = lora_of_run(run_config, model, saved)
+def _base_weights(config: ExportConfig, run_config: Config, model: ModelConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The base under a run's adapter, verified, in its files."""
     folder = find_base(run_config, config.base)
     check_base(run_config, meta, folder)
-    return merge(open_weights(folder, model), jax.tree.map(np.asarray, saved), lora.scale)
+    return open_weights(folder, model)
 
 
 def _base_name(config: ExportConfig, run_config: Config, meta: Mapping[str, Any]) -> tuple[str, str | None]:

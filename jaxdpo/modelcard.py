@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from jaxdpo import __version__
-from jaxdpo.config import Config, LoraSection
+from jaxdpo.config import Config
 from jaxdpo.losses import LOSSES
+from jaxdpo.models.lora import Lora
 from jaxdpo.runfolder import is_local
 
 CARD_METRICS = ("loss", "rewards/", "logps/", "kl/", "lengths/")
@@ -56,12 +57,13 @@ def _cell(value: Any) -> str:
     return text
 
 
-def run_card(config: Config, run_dir: Path, step: int, *, base: str, adapter: bool = False) -> Card:
+def run_card(config: Config, run_dir: Path, step: int, *, base: str, lora: Lora | None = None, adapter: bool = False) -> Card:
     """The model card of a run at a step. Of paths only the last part is told.
 
     Args:
         base: the model that was trained.
-        adapter: whether its adapter alone is exported.
+        lora: the adapter that was, if one was.
+        adapter: whether it alone is exported.
     """
     loss = config.loss
     settings = {
@@ -73,8 +75,10 @@ def run_card(config: Config, run_dir: Path, step: int, *, base: str, adapter: bo
         "reference": config.reference,
         "seed": config.seed,
     }
-    if config.lora.enabled:
-        settings |= {"adapter" if adapter else "adapter, merged": _adapter(config.lora)}
+    if lora is not None:
+        kind = "rsLoRA" if lora.rslora else "LoRA"
+        described = f"{kind}, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.names)}"
+        settings |= {"adapter" if adapter else "adapter, merged": described}
         settings |= {} if config.model.quantize == "none" else {"base while training": config.model.quantize}
     return Card(
         base_model=_public(base),
@@ -83,11 +87,6 @@ def run_card(config: Config, run_dir: Path, step: int, *, base: str, adapter: bo
         settings=settings,
         metrics=last_metrics(run_dir, step),
     )
-
-
-def _adapter(lora: LoraSection) -> str:
-    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets or [])
-    return f"{'rsLoRA' if lora.rslora else 'LoRA'}, rank {lora.rank}, alpha {lora.alpha:g}, on {targets}"
 
 
 def _public(name: str) -> str:
