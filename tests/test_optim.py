@@ -76,7 +76,9 @@ def test_the_clip_keeps_small_gradients_and_the_direction_of_large_ones() -> Non
     section = OptimSection(b1=0.0, max_grad_norm=2.0)
     for norm, kept in ((1.0, 1.0), (2.0, 1.0), (8.0, 0.25)):
         grads = {"w": jnp.array([norm, 0.0])}
-        _, opt = optim.update(grads, optim.global_norm(grads), optim.init(grads, section), grads, jnp.float32(0.0), section, jnp.bool_(True))
+        _, opt = optim.update(
+            grads, optim.global_norm(grads), optim.init(grads, section), grads, jnp.float32(0.0), section, jnp.bool_(True)
+        )
         np.testing.assert_allclose(opt["mu"]["w"], [norm * kept, 0.0], rtol=1e-6)
 
 

@@ -67,7 +67,7 @@ def attention(
     if mesh is None or mesh.size == 1:
         return attend(q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, window, sinks_N)
     heads, slots = PartitionSpec(ROWS, None, "tensor", None), PartitionSpec(ROWS, None)
-    windows = None if window is None else Window(PartitionSpec(), slots)
+    windows = None if window is None else jax.tree.map(lambda x: slots if x.ndim else PartitionSpec(), window)
     sinks = None if sinks_N is None else PartitionSpec("tensor")
     local = jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, slots, slots, windows, sinks), out_specs=heads, check_vma=False)
     return local(q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, window, sinks_N)
@@ -212,7 +212,7 @@ def _scores(
     """
     slots = (key_start + jnp.arange(BLOCK, dtype=jnp.int32))[None, :]
     allowed = (slots >= block.k_start_b[:, None]) & (slots < block.k_end_b[:, None])
-    if keys.positions_T is not None:
+    if keys.positions_T is not None and keys.window is not None:
         q_positions, k_positions = (jax.lax.dynamic_slice_in_dim(keys.positions_T, at, BLOCK) for at in (block.start, key_start))
         allowed &= q_positions[:, None] - k_positions[None, :] < keys.window
     scores = soft_cap(jnp.einsum("KGqH,KkH->KGqk", q_KGbH, k_KbH, preferred_element_type=jnp.float32), cap)

@@ -85,8 +85,8 @@ def _load(probs_BTE: jax.Array, chosen_BTC: jax.Array, real_BT: jax.Array | None
     E = probs_BTE.shape[-1]
     real_BT = jnp.ones(probs_BTE.shape[:2], bool) if real_BT is None else real_BT
     counts_BTE = jnp.sum(jax.nn.one_hot(chosen_BTC, E, dtype=jnp.float32), axis=2)
-    sums = [jnp.einsum("BTE,BT->E", x_BTE, real_BT.astype(jnp.float32)) for x_BTE in (counts_BTE, probs_BTE)]
-    return RouterLoad(*sums, jnp.sum(real_BT).astype(jnp.float32))
+    chosen_E, probs_E = (jnp.einsum("BTE,BT->E", x_BTE, real_BT.astype(jnp.float32)) for x_BTE in (counts_BTE, probs_BTE))
+    return RouterLoad(chosen_E, probs_E, jnp.sum(real_BT).astype(jnp.float32))
 
 
 def balance_loss(load: RouterLoad) -> jax.Array:

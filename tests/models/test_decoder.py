@@ -179,9 +179,9 @@ def test_rotary_angles_follow_positions_not_slots() -> None:
 def test_scaled_rotations() -> None:
     frequencies = jnp.array([1.0, 0.1, 0.02, 0.001], jnp.float32)
     linear = RopeScaling(kind="linear", factor=4.0)
-    np.testing.assert_allclose(scale_frequencies(frequencies, linear), frequencies / 4, rtol=1e-6)
+    np.testing.assert_allclose(scale_frequencies(frequencies, linear, 1e4), frequencies / 4, rtol=1e-6)
     llama3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=1000)
     turns = 1000 * np.array([1.0, 0.1, 0.02, 0.001]) / (2 * np.pi)  # 159, 16, 3.2, 0.16: kept, kept, blended, divided
     blend = (turns[2] - 1) / 3
     wanted = [1.0, 0.1, 0.02 * (blend + (1 - blend) / 8), 0.001 / 8]
-    np.testing.assert_allclose(scale_frequencies(frequencies, llama3), wanted, rtol=1e-5)
+    np.testing.assert_allclose(scale_frequencies(frequencies, llama3, 1e4), wanted, rtol=1e-5)
