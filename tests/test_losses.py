@@ -278,7 +278,7 @@ def test_an_option_is_read_or_refused(name: str, option: str) -> None:
 
 def test_every_field_is_somebodys_option() -> None:
     fields = {field.name for field in dataclasses.fields(LossSection)}
-    common = {"name", "weights", "tr_every", "tr_alpha"}
+    common = {"name", "weights", "tr_every", "tr_alpha", "router_aux_coef"}
     assert set().union(*(row.options for row in LOSSES.values())) == fields - common == set(OTHER_VALUES)
     assert set(MODIFIERS) < fields
 

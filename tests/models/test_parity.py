@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ VOCAB, SLOTS = 96, 384
 PAIRS = pairs(6, low=3, high=24, vocab=VOCAB)
 ANSWERED = [np.concatenate([pair.prompt_ids, answer]) for pair in PAIRS for answer in (pair.chosen_ids, pair.rejected_ids)]
 LONG = np.random.default_rng(1).integers(1, VOCAB, 100).astype(np.int32)
-Slots = tuple[np.ndarray, ...]
+Slots = tuple[Any, Any, Any, Any]
 """Tokens, positions and intervals [B, T], as `forward` takes them."""
 
 
