@@ -12,6 +12,10 @@ def cross_check(config: Config) -> list[str]:
         (config.model.path is not None, "model.path=null: name a Hugging Face folder or hub id, e.g. model.path=./my-model"),
         (bool(config.data.train), "data.train=[]: name at least one training set, e.g. data.train=[pairs.jsonl]"),
         (
+            len(config.data.mix) in (0, len(config.data.train)),
+            f"data.mix={config.data.mix}: must hold one weight for each of the {len(config.data.train)} sets in data.train",
+        ),
+        (
             config.optim.warmup_steps == 0 or config.train.steps is None or config.optim.warmup_steps < config.train.steps,
             f"optim.warmup_steps={config.optim.warmup_steps}: must be fewer than train.steps={config.train.steps}",
         ),

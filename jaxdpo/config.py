@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def _section(cls: type[T]) -> type[T]:
+    cls.__pydantic_config__ = STRICT_KEYS  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -32,8 +33,6 @@ def require(*checks: tuple[bool, str]) -> None:
 @_section
 class ModelSection:
     """The policy that is trained."""
-
-    __pydantic_config__ = STRICT_KEYS
 
     path: str | None = None
     """Hugging Face folder (config.json, *.safetensors, tokenizer files) or hub id."""
@@ -57,8 +56,6 @@ class ModelSection:
 @_section
 class LoraSection:
     """Low-rank adapters: the model's own weights stay as they are. docs/lora.md has the details."""
-
-    __pydantic_config__ = STRICT_KEYS
 
     rank: int = 0
     """Rank of the adapters, which are float32. 0: no adapters, all weights are trained."""
@@ -94,16 +91,37 @@ class LoraSection:
 class DataSection:
     """Preference pairs in, packed rows out."""
 
-    __pydantic_config__ = STRICT_KEYS
-
     train: list[str] = dataclasses.field(default_factory=list)
-    """Training sets: each a path (.jsonl, .json, .parquet, also .gz) or name[:split][:count]."""
+    """Training sets: each a file (.jsonl, .json, .csv, .parquet, also .gz), a folder[:split], or a hub set name[@revision][:split];
+    :count at the end reads so many rows."""
+    mix: list[float] = dataclasses.field(default_factory=list)
+    """One weight for each training set: its share of the pairs that are visited. Default: every pair once an epoch."""
     eval: list[str] = dataclasses.field(default_factory=list)
     """Validation sets, written like data.train. Empty: a share of the training prompts, see eval_fraction."""
     eval_fraction: float = 0.05
     """Share of the prompts (by hash, so stable when rows are added) held out for validation when data.eval is empty."""
-    format: Literal["auto", "hh-rlhf", "preference"] = "auto"
-    """Row format of local files. preference: {prompt, chosen, rejected} or implicit prompt, as strings or messages."""
+    format: Literal["auto", "hh-rlhf", "shp", "oasst", "ranked", "ab", "preference"] = "auto"
+    """Form of the rows of files and of hub sets that are not known by name (docs/data.md). auto: found from the first rows."""
+    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"
+    """Which pairs of an order of several answers are taken (oasst, ranked): the best with the worst, each with the next, or all."""
+    min_score_ratio: float = 2.0
+    """SHP: least ratio of the better comment's score to the other's."""
+    max_pairs_per_prompt: int | None = None
+    """Most pairs with one prompt that are taken from a training set. 0: no limit. Default: 5 for SHP, else no limit."""
+    languages: list[str] = dataclasses.field(default_factory=list)
+    """oasst: languages to keep, e.g. [en,de]. Empty: all."""
+    synthetic: bool = True
+    """oasst: keep threads with messages that a model wrote."""
+    duplicates: Literal["drop", "keep", "error"] = "drop"
+    """What becomes of a pair that the training (or the validation) sets hold already."""
+    contradictions: Literal["drop", "keep", "error"] = "drop"
+    """What becomes of pairs that prefer two answers to one prompt both ways; drop leaves out all of them."""
+    identical: Literal["drop", "error"] = "drop"
+    """What becomes of a pair whose two answers are the same."""
+    empty: Literal["drop", "error"] = "drop"
+    """What becomes of a pair with an empty answer."""
+    overlap: Literal["error", "drop", "keep"] = "error"
+    """What becomes of pairs of data.eval whose prompt is in data.train too."""
     chat_template: str | None = None
     """Path of a Jinja chat template. Default: the tokenizer's own, or plain text (Human: / Assistant:) if it has none."""
     max_length: int = 0
@@ -128,6 +146,12 @@ class DataSection:
             (0 <= self.max_dropped_fraction <= 1, f"data.max_dropped_fraction={self.max_dropped_fraction}: must lie between 0 and 1"),
             (self.max_length == 0 or self.max_length >= 2, f"data.max_length={self.max_length}: must be 0 (automatic) or at least 2"),
             (self.max_prompt_length >= 0, f"data.max_prompt_length={self.max_prompt_length}: must be 0 (automatic) or at least 1"),
+            (self.min_score_ratio >= 1, f"data.min_score_ratio={self.min_score_ratio}: must be at least 1"),
+            (
+                self.max_pairs_per_prompt is None or self.max_pairs_per_prompt >= 0,
+                f"data.max_pairs_per_prompt={self.max_pairs_per_prompt}: must be 0 (no limit) or more",
+            ),
+            (all(weight > 0 for weight in self.mix), f"data.mix={self.mix}: every weight must be above 0"),
             (self.row_sizes >= 1, f"data.row_sizes={self.row_sizes}: must be at least 1"),
             (
                 self.max_length == 0 or self.max_length > self.max_prompt_length,
@@ -144,8 +168,6 @@ class DataSection:
 @_section
 class LossSection:
     """What is minimised. docs/losses.md has the formulas and the papers. An option that the loss does not use is an error."""
-
-    __pydantic_config__ = STRICT_KEYS
 
     name: str | list[str] = "sigmoid"
     """One loss, or a list of losses that are added with loss.weights."""
@@ -210,10 +232,7 @@ class LossSection:
                 self.alpha_divergence is None or self.f_divergence == "alpha",
                 f"loss.alpha_divergence={self.alpha_divergence}: needs loss.f_divergence=alpha",
             ),
-            (
-                self.discopop_tau is None or self.discopop_tau > 0,
-                f"loss.discopop_tau={self.discopop_tau}: must be above 0",
-            ),
+            (self.discopop_tau is None or self.discopop_tau > 0, f"loss.discopop_tau={self.discopop_tau}: must be above 0"),
             (
                 self.router_aux_coef is None or self.router_aux_coef >= 0,
                 f"loss.router_aux_coef={self.router_aux_coef}: must be 0 (off) or positive",
@@ -224,8 +243,6 @@ class LossSection:
 @_section
 class OptimSection:
     """AdamW and its schedule."""
-
-    __pydantic_config__ = STRICT_KEYS
 
     learning_rate: float = 5e-6
     """Peak learning rate."""
@@ -262,8 +279,6 @@ class OptimSection:
 class TrainSection:
     """How long, and how much at once."""
 
-    __pydantic_config__ = STRICT_KEYS
-
     pairs_per_step: int = 16
     """Pairs in one optimizer step, over all devices: the global batch."""
     steps: int | None = None
@@ -289,8 +304,6 @@ class TrainSection:
 class MeshSection:
     """How many devices share what. data * fsdp * tensor is the number of devices."""
 
-    __pydantic_config__ = STRICT_KEYS
-
     data: int = -1
     """Devices that each hold a full copy and see other rows. -1: as many as are left."""
     fsdp: int = 1
@@ -309,8 +322,6 @@ class MeshSection:
 @_section
 class EvalSection:
     """Measurements on the validation pairs."""
-
-    __pydantic_config__ = STRICT_KEYS
 
     every: int = 100
     """Evaluate before the first step, after every so many steps and after the last. 0: never."""
@@ -331,8 +342,6 @@ class EvalSection:
 class CheckpointSection:
     """What is kept, so that the same command resumes."""
 
-    __pydantic_config__ = STRICT_KEYS
-
     save_every: int = 100
     """Save after every so many steps; the last step is always saved. 0: the last only."""
     keep: int = 2
@@ -352,8 +361,6 @@ class CheckpointSection:
 class LogSection:
     """What is told, and where."""
 
-    __pydantic_config__ = STRICT_KEYS
-
     every: int = 1
     """Write metrics (metrics.jsonl, TensorBoard) every so many steps."""
     tensorboard: bool = True
@@ -366,8 +373,6 @@ class LogSection:
 @_section
 class Config:
     """Everything that `python -m jaxdpo.train` can be told."""
-
-    __pydantic_config__ = STRICT_KEYS
 
     run_dir: str = "runs/dpo"
     """Folder of this run: config, metrics, checkpoints. Running the same command again resumes from it."""

@@ -262,6 +262,9 @@ def test_required_options_of_other_commands(capsys: pytest.CaptureFixture[str]) 
     [
         "data.eval_fraction=1",
         "data.max_dropped_fraction=2",
+        "data.mix=[0]",
+        "data.min_score_ratio=0.5",
+        "data.max_pairs_per_prompt=-1",
         "data.max_prompt_length=-1",
         "data.row_sizes=0",
         "loss.name=[]",
@@ -307,6 +310,7 @@ def test_options_that_contradict_each_other(capsys: pytest.CaptureFixture[str]) 
     assert complaints(capsys, *NEEDED, "data.eval_fraction=0")[0].startswith("eval.every=100: there are no validation pairs")
     assert complaints(capsys, *NEEDED, "data.max_length=10", "data.max_prompt_length=10")[0].startswith("data.max_length=10: must exceed")
     assert complaints(capsys, *NEEDED, "data.max_length=3000")[0].startswith("data.max_row_tokens=4096: must be at least twice")
+    assert complaints(capsys, *NEEDED, "data.mix=[1,2]")[0].startswith("data.mix=[1.0, 2.0]: must hold one weight for each of the 1 sets")
     assert load(*NEEDED, "data.eval_fraction=0", "eval.every=0").eval.every == 0
 
 

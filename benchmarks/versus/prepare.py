@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    report, parsed = read_set(args.data, "auto", "data.train")
+    report, parsed = read_set(args.data, DataSection(), "data.train")
     records = list(parsed)
     num_tokens = make_model(args.out / "model", [text for record in records for text in record.texts], args.seed)
     rows, pairs, counts = make_rows(records, args.out / "model", args.max_length)

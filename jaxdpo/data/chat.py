@@ -7,6 +7,7 @@ the encoded prompt and the encoded prompt + answer part.
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -113,39 +114,44 @@ class Encoder:
 
     def render(self, record: Preference) -> Rendered | Dropped:
         """Lay a record out: strings verbatim; messages by the chat template, or as Human: / Assistant: turns without one."""
+        if record.tools and (isinstance(record.prompt, str) or self.template is None):
+            return Dropped("plain text has no form for tools")
         if isinstance(record.prompt, str):
             answers = [_without_end(str(answer), self.tokenizer.eos_token) for answer in (record.chosen, record.rejected)]
             return Rendered(record.prompt, record.prompt + answers[0], record.prompt + answers[1], templated=False)
         prompt, chosen, rejected = record.prompt, _turns(record.chosen), _turns(record.rejected)
         if self.template is not None:
-            return SPELLS_SPECIAL if self.spells_special(record) else self._render_template(prompt, chosen, rejected)
+            return SPELLS_SPECIAL if self.spells_special(record) else self._render_template(record.tools, prompt, chosen, rejected)
         text = _plain_prompt(prompt)
         if isinstance(text, Dropped):
             return text
         answers = [_without_end(answer[0].content, self.tokenizer.eos_token) for answer in (chosen, rejected)]
         return Rendered(text, f"{text} {answers[0]}", f"{text} {answers[1]}", templated=False)
 
-    def _render_template(self, prompt: Turns, chosen: Turns, rejected: Turns) -> Rendered | Dropped:
+    def _render_template(self, tools: str, prompt: Turns, chosen: Turns, rejected: Turns) -> Rendered | Dropped:
         try:
-            start = self._template(prompt, add_generation_prompt=True)
-            texts = [self._template(prompt + answer) for answer in (chosen, rejected)]
+            start = self._template(prompt, tools, add_generation_prompt=True)
+            if tools and start == self._template(prompt, add_generation_prompt=True):
+                return Dropped("the chat template has no place for tools")
+            texts = [self._template(prompt + answer, tools) for answer in (chosen, rejected)]
             contents = (chosen[0].content, rejected[0].content)
             if not all(text.startswith(start + content) for text, content in zip(texts, contents, strict=True)):
-                before = self._before_answer(prompt, start)
+                before = self._before_answer(prompt, start, tools)
                 start = before if all(text.startswith(before) for text in texts) else start
         except (TemplateError, TypeError) as error:
             return _refused(error)
         return Rendered(start, texts[0], texts[1], templated=True)
 
-    def _before_answer(self, prompt: Turns, start: str) -> str:
+    def _before_answer(self, prompt: Turns, start: str, tools: str = "") -> str:
         """`start` and what the template writes between it and an answer (Qwen3: an empty think block): no part of the answer."""
-        before, found, _ = self._template((*prompt, Message("assistant", SENTINEL))).partition(SENTINEL)
+        before, found, _ = self._template((*prompt, Message("assistant", SENTINEL)), tools).partition(SENTINEL)
         return before if found and before.startswith(start) else start
 
-    def _template(self, messages: Turns, add_generation_prompt: bool = False) -> str:
+    def _template(self, messages: Turns, tools: str = "", add_generation_prompt: bool = False) -> str:
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+        options = {"tools": json.loads(tools)} if tools else {}
         text = self.tokenizer.apply_chat_template(
-            turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+            turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
         return str(text)
 
@@ -228,6 +234,7 @@ class Encoder:
             ended_chosen=self._ends(kept[0]),
             ended_rejected=self._ends(kept[1]),
             prompt_key=record.prompt_key,
+            pair_key=record.pair_key,
         )
 
     def _cut_prompt(self, ids: Ids) -> Ids:

@@ -1,6 +1,7 @@
-"""Rows of local files: JSON lines, JSON arrays and Parquet, plain or gzipped, read one row at a time."""
+"""Rows of local files: JSON lines, JSON arrays, CSV, Parquet and Arrow, plain or gzipped, read one row at a time."""
 
 import codecs
+import csv
 import difflib
 import gzip
 import json
@@ -10,15 +11,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from jaxdpo.data.records import printable
 
 Row = dict[str, Any]
 
+MAX_LINE = 32 * 2**20
+"""Longest line of a text file, in bytes; a longer one is not a row but a file of another kind."""
+
 
 def file_kind(path: Path) -> str | None:
-    """The ending that says how to read a file (.jsonl, .json, .parquet; a final .gz does not count), or None if it is no such."""
+    """The ending that says how to read a file (a key of READERS; a final .gz does not count), or None if it is no such."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -26,7 +31,7 @@ def file_kind(path: Path) -> str | None:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield (row number from 1, row); in JSON lines the number is the line's. Memory does not grow with a .jsonl or .parquet file.
+    """Yield (row number from 1, row); in JSON lines and CSV the number is the line's. Memory grows with a .json array only.
 
     Raises:
         ValueError: the file is missing, damaged, not UTF-8 or not of the form that its ending says; names file and line.
@@ -55,10 +60,18 @@ def _not_readable(path: Path) -> str:
     return f"{path}: no such file" + (f". Did you mean {path.parent / near[0]}?" if near else f" in {path.parent}")
 
 
+def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines without the byte order mark."""
+    number = 0
+    while line := stream.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise ValueError(f"{name}:{number}: the line is longer than {MAX_LINE >> 20} MiB. Is each row on a line of its own?")
+        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
 def _read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(stream, start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
+    for number, line in _lines(stream, name):
         if line.strip():
             yield number, _object(_parse(line, f"{name}:{number}"), f"{name}:{number}")
 
@@ -74,6 +87,53 @@ def _read_json(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
         yield number, _object(row, f"{name}:{number}")
 
 
+def _read_csv(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
+    """Cells are text, but for an empty one (null), a number in a column that must hold one, and messages written as JSON."""
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.reader((_decode(line, f"{name}:{number}") for number, line in _lines(stream, name)), strict=True)
+    header: list[str] = []
+    start = 1
+    try:
+        for cells in reader:
+            number, start = start, reader.line_num + 1
+            if not header:
+                header = cells
+            elif cells:
+                if len(cells) != len(header):
+                    raise ValueError(f"{name}:{number}: has {len(cells)} cells, the header has {len(header)}")
+                yield number, {column: _cell(column, text) for column, text in zip(header, cells, strict=True)}
+    except csv.Error as error:
+        raise ValueError(f"{name}:{start}: broken CSV ({error})") from None
+
+
+def _cell(column: str, text: str) -> Any:
+    if not text:
+        return None
+    try:
+        if column in CSV_NUMBERS:
+            return float(text)
+        if text.startswith(("[{", "[ {")):
+            value = json.loads(text)
+            if all(isinstance(item, dict) and item.keys() & {"role", "from", "function"} for item in value):
+                return value
+    except ValueError:
+        pass  # text that only looks like it
+    return text
+
+
+CSV_NUMBERS = ("weight", "labels", "score_A", "score_B", "rank")
+"""Columns of CSV files whose cells are numbers."""
+
+
+def _read_arrow(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
+    """The stream format, as datasets writes it."""
+    try:
+        batches = pyarrow.ipc.open_stream(stream)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{name}: not a readable Arrow file ({printable(str(error))})") from None
+
+
 def _read_parquet(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
     try:
         batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024)
@@ -86,16 +146,23 @@ def _read_parquet(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
 READERS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Row]]]] = {
     ".jsonl": _read_lines,
     ".json": _read_json,
+    ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }
+
+
+def _decode(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = data[error.start]
+        raise ValueError(f"{place}: not UTF-8 (byte 0x{bad:02x} at position {error.start}). Convert the file to UTF-8") from None
 
 
 def _parse(data: bytes, place: str) -> Any:
     try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        bad = data[error.start]
-        raise ValueError(f"{place}: not UTF-8 (byte 0x{bad:02x} at position {error.start}). Convert the file to UTF-8") from None
+        return json.loads(_decode(data, place))
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"{place}: broken JSON ({error.msg} at {where}column {error.colno})") from None

@@ -6,6 +6,7 @@ exactly the pairs it would have seen.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator
 
 import grain
@@ -13,7 +14,10 @@ import numpy as np
 
 from jaxdpo.config import DataSection
 from jaxdpo.data.packing import Batch, Packer, balance, choose_row_sizes
+from jaxdpo.data.records import printable
 from jaxdpo.data.table import PairTable
+
+logger = logging.getLogger(__name__)
 
 SAMPLED_STEPS = 1000
 """Steps whose rows are looked at to choose the row lengths."""
@@ -28,16 +32,21 @@ class Loader:
     pairs_per_step: int
     seed: int
     shuffle: bool
+    mix: tuple[float, ...] = ()
+    """Weight of each set; empty: every pair is visited once an epoch."""
 
     @classmethod
     def create(cls, table: PairTable, section: DataSection, *, pairs_per_step: int, num_rows: int, seed: int) -> "Loader":
         """A loader for microbatches of num_rows rows, with row lengths that suit these pairs.
 
         Raises:
-            ValueError: some pair is longer than data.max_row_tokens.
+            ValueError: some pair is longer than data.max_row_tokens, or data.mix asks for a set without training pairs.
         """
         every_size = Packer(layout=section.layout, num_rows=num_rows, row_sizes=(section.max_row_tokens,), num_places=pairs_per_step)
-        loader = cls(table=table, packer=every_size, pairs_per_step=pairs_per_step, seed=seed, shuffle=section.shuffle)
+        mix = tuple(section.mix)
+        loader = cls(table=table, packer=every_size, pairs_per_step=pairs_per_step, seed=seed, shuffle=section.shuffle, mix=mix)
+        for name, places, visits in zip(section.train, loader._members, loader._visits, strict=True) if mix else ():
+            logger.info("data.mix: an epoch visits %d pairs of %s, which has %d", visits, printable(name), len(places))
         row_sizes = choose_row_sizes(loader._sampled_loads(section), section.row_sizes, section.max_row_tokens)
         return dataclasses.replace(loader, packer=dataclasses.replace(every_size, row_sizes=row_sizes))
 
@@ -54,7 +63,8 @@ class Loader:
     def pairs_of(self, step: int) -> np.ndarray:
         """Places in the table of the pairs that `step` trains on; int64."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.table)) if self.shuffle else np.arange(len(self.table))
+        order = self._mixed(epoch) if self.mix else np.arange(len(self.table))
+        order = np.random.default_rng((self.seed, epoch)).permutation(order) if self.shuffle else order
         return order[index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
 
     def num_tokens(self, step: int) -> int:
@@ -69,6 +79,38 @@ class Loader:
         """The batches of steps first to last, prepared in a thread while the devices compute."""
         batches = grain.MapDataset.range(first, last + 1).map(lambda step: self.batch(int(step)))
         return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+    def _mixed(self, epoch: int) -> np.ndarray:
+        """Places of an epoch's pairs, as many as the table has, each set spread evenly.
+
+        Each set is gone through again and again, in a new order each time, and every epoch goes on where the last one stopped.
+        """
+        parts = [self._next(number, epoch * visits, visits) for number, visits in enumerate(self._visits)]
+        spread = np.concatenate([(np.arange(visits) + 0.5) / visits for visits in self._visits])
+        return np.concatenate(parts)[np.argsort(spread, kind="stable")]
+
+    def _next(self, number: int, start: int, count: int) -> np.ndarray:
+        """Places of the pairs of one set that are visited after `start` others of it."""
+        places = self._members[number]
+        first, last = start // len(places), (start + count - 1) // len(places)
+        passes = [
+            np.random.default_rng((self.seed, number, again)).permutation(places) if self.shuffle else places
+            for again in range(first, last + 1)
+        ]
+        return np.concatenate(passes)[start - first * len(places) :][:count]
+
+    @functools.cached_property
+    def _members(self) -> list[np.ndarray]:
+        """Places of each set's pairs."""
+        return [np.flatnonzero(self.table.sources == number) for number in range(len(self.mix))]
+
+    @functools.cached_property
+    def _visits(self) -> list[int]:
+        """Pairs of each set in an epoch: whole numbers in the proportions of the mix that add up to the table's length."""
+        if empty := [number for number, places in enumerate(self._members) if not len(places)]:
+            raise ValueError(f"data.mix={list(self.mix)}: set {empty[0] + 1} of data.train has no training pair. Leave it out")
+        edges = np.rint(np.cumsum((0, *self.mix)) / sum(self.mix) * len(self.table)).astype(int)
+        return np.maximum(np.diff(edges), 1).tolist()
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray:

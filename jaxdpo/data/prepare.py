@@ -11,6 +11,7 @@ import numpy as np
 from jaxdpo.config import DataSection
 from jaxdpo.data.chat import Encoder, Tokenizer, check_vocabulary
 from jaxdpo.data.records import DataReport, Dropped, Preference, describe_counts
+from jaxdpo.data.repeats import settle_overlap, settle_repeats
 from jaxdpo.data.sources import read_set
 from jaxdpo.data.table import EncodedPair, PairTable
 
@@ -37,15 +38,21 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
             a token id has no row in the model.
     """
     encoder = Encoder.create(tokenizer, section)
-    train, train_reports = _read_sets(section, "data.train", section.train, encoder)
+    train, train_reports, train_repeats = _read_sets(section, "data.train", section.train, encoder)
     check_vocabulary(train.tokens, tokenizer, vocab_size)
     if section.eval:
-        held_out, eval_reports = _read_sets(section, "data.eval", section.eval, encoder)
+        held_out, eval_reports, eval_repeats = _read_sets(section, "data.eval", section.eval, encoder)
         check_vocabulary(held_out.tokens, tokenizer, vocab_size)
+        held_out = settle_overlap(held_out, train, section, eval_reports)
+        for item in eval_reports:
+            _check_kept(item, "data.eval")
     else:
         mask = split_by_prompt(train.prompt_keys, section.eval_fraction)
-        train, held_out, eval_reports = train.take(~mask), train.take(mask), []
-    report = _report(train, held_out, {"train": train_reports, "eval": eval_reports}, encoder)
+        train, held_out, eval_reports, eval_repeats = train.take(~mask), train.take(mask), [], {}
+    report = {
+        **_report(train, held_out, {"train": train_reports, "eval": eval_reports}, encoder),
+        "repeats": {"train": train_repeats, "eval": eval_repeats},
+    }
     for warning in report["warnings"]:
         logger.warning("data: %s", warning)
     return Prepared(train, held_out, report)
@@ -78,13 +85,22 @@ def summary(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _read_sets(section: DataSection, option: str, names: list[str], encoder: Encoder) -> tuple[PairTable, list[DataReport]]:
-    opened = [read_set(name, section.format, option) for name in names]
-    table = PairTable.from_pairs(pair for report, records in opened for pair in _encoded(records, report, encoder))
+def _read_sets(section: DataSection, option: str, names: list[str], encoder: Encoder) -> tuple[PairTable, list[DataReport], dict[str, int]]:
+    """The pairs of all sets of an option, a report for each set, and the number of pairs that repeat or contradict others."""
+    opened = [read_set(name, section, option) for name in names]
+    table = PairTable.from_pairs(
+        dataclasses.replace(pair, source=source)
+        for source, (report, records) in enumerate(opened)
+        for pair in _encoded(records, report, encoder)
+    )
     reports = [report for report, _ in opened]
     for report in reports:
+        _check_kept(report, option)
         _check_dropped(report, option, section.max_dropped_fraction)
-    return table, reports
+    table, repeats = settle_repeats(table, section, option, reports)
+    for report in reports:
+        _check_kept(report, option)
+    return table, reports, repeats
 
 
 def _encoded(records: Iterable[Preference], report: DataReport, encoder: Encoder) -> Iterator[EncodedPair]:
@@ -94,18 +110,21 @@ def _encoded(records: Iterable[Preference], report: DataReport, encoder: Encoder
         report.verbatim += sum(isinstance(record.prompt, str) for record in chunk)
         for record, result in zip(chunk, encoder.encode(chunk), strict=True):
             if isinstance(result, Dropped):
-                report.drop(result.reason, record.id)
+                report.drop(result, record.id)
             else:
                 report.kept += 1
                 yield result
 
 
-def _check_dropped(report: DataReport, option: str, limit: float) -> None:
+def _check_kept(report: DataReport, option: str) -> None:
     if report.kept == 0:
         raise ValueError(f"{option}={report.name}: no usable pair is left. {describe_counts(report.to_json())}")
+
+
+def _check_dropped(report: DataReport, option: str, limit: float) -> None:
     if report.dropped_fraction > limit:
         raise ValueError(
-            f"{option}={report.name}: {report.dropped_fraction:.1%} of the rows are unusable, more than "
+            f"{option}={report.name}: {report.dropped_fraction:.1%} of the pairs are unusable, more than "
             f"data.max_dropped_fraction={limit}. {describe_counts(report.to_json())}. Repair the rows or raise the limit"
         )
 

@@ -52,7 +52,7 @@ def _from_file(path: Path) -> Iterator[Prompt | str]:
             raise ValueError(f"prompts={error}") from None
     else:
         raise ValueError(
-            f"prompts={path}: name a file with a prompt a line (.txt) or rows with a column 'prompt' (.jsonl, .json, .parquet), "
+            f"prompts={path}: name a file with a prompt a line (.txt) or rows with a column 'prompt' (.jsonl, .json, .csv, .parquet), "
             "or write the prompts themselves as a list: prompts=[Who are you?]"
         )
 

@@ -1,189 +1,83 @@
-"""Where preference pairs come from: local files and hub sets, each with a parser from a raw row to a record.
+"""Where preference pairs come from: local files and hub sets, and the forms that their rows have.
 
-Adding a set: write a parser here, add its row to SOURCES (and its name to data.format), add a fixture test (docs/data.md).
+Adding a set: write a parser in a file of its own, add its row to FORMATS (and its name to data.format) and the set to HUB_SETS, add
+a fixture test (docs/data.md).
 """
 
+import collections
 import dataclasses
 import difflib
 import itertools
 import logging
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import datasets.exceptions
 
+from jaxdpo.config import DataSection
+from jaxdpo.data import hh, oasst, preference, ranked, shp
 from jaxdpo.data.files import file_kind, read_rows
-from jaxdpo.data.records import (
-    DataReport,
-    Dropped,
-    Message,
-    Parser,
-    Preference,
-    Text,
-    Turns,
-    is_unicode,
-    printable,
-    read_text,
-    shared_length,
-)
+from jaxdpo.data.folders import split_files
+from jaxdpo.data.records import DataReport, Dropped, Preference, printable
+from jaxdpo.data.rows import EMPTY, IDENTICAL, OPTIONAL, Parser, Row
 
 logger = logging.getLogger(__name__)
 
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-HH_ANSWER = "\n\nAssistant:"
-HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-COLUMNS = ("prompt", "chosen", "rejected", "weight", "id")
+PlacedRows = Iterator[tuple[str, Row]]
+"""Rows with where they stand: pairs.jsonl:3."""
+
 ROWS_TO_DETECT = 16
 
 
-# --- hh-rlhf: {chosen, rejected}, each a whole dialogue in one string ---------------------------------------------------------
-
-
-def parse_hh(row: Mapping[str, Any]) -> Preference | Dropped:
-    """Anthropic/hh-rlhf. The prompt ends with the last Assistant marker inside what both dialogues share.
-
-    Cutting at the end of the shared text itself would move the words with which both answers begin into the prompt.
-
-    Raises:
-        ValueError: a column is missing or not a string.
-    """
-    _require_columns(row, "chosen", "rejected")
-    chosen, rejected = (_string(row[column], column) for column in ("chosen", "rejected"))
-    cut = chosen.rfind(HH_ANSWER, 0, shared_length(chosen, rejected))
-    if cut < 0:
-        return Dropped("no shared prompt")
-    answers = [text[cut + len(HH_ANSWER) :] for text in (chosen, rejected)]
-    if any(HH_TURN.search(answer) for answer in answers):
-        return Dropped("turn marker inside an answer")
-    before, *parts = HH_TURN.split(chosen[:cut])
-    roles = [HH_ROLES[name] for name in parts[0::2]]
-    if before or roles != [("user", "assistant")[i % 2] for i in range(len(roles))] or len(roles) % 2 == 0:
-        return Dropped("roles do not alternate")
-    prompt = tuple(Message(role, text.removeprefix(" ")) for role, text in zip(roles, parts[1::2], strict=True))
-    return _checked(row, prompt, *(_answer(answer.removeprefix(" ")) for answer in answers))
-
-
-def is_hh(row: Mapping[str, Any]) -> bool:
-    """Whether a row looks like hh-rlhf: no prompt, and both dialogues open with a Human turn."""
-    texts = (row.get("chosen"), row.get("rejected"))
-    return row.get("prompt") is None and all(isinstance(text, str) and text.startswith("\n\nHuman:") for text in texts)
-
-
-# --- {prompt, chosen, rejected} or implicit prompt, as strings or as messages -------------------------------------------------
-
-
-def parse_preference(row: Mapping[str, Any]) -> Preference | Dropped:
-    """TRL's preference rows: prompt, chosen, rejected as strings or message lists; without a prompt, both answers contain it.
-
-    Raises:
-        ValueError: a column is missing or has the wrong type.
-    """
-    _require_columns(row, "chosen", "rejected")
-    if row["chosen"] is None or row["rejected"] is None:
-        return Dropped("an answer is null")
-    chosen, rejected = (read_text(row[column], column) for column in ("chosen", "rejected"))
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise ValueError("columns 'chosen' and 'rejected' differ in type: both must be strings or both lists of messages")
-    prompt = None if row.get("prompt") is None else read_text(row["prompt"], "prompt")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return _from_strings(row, prompt, chosen, rejected)
-    return _from_messages(row, prompt, tuple(chosen), tuple(rejected))  # type: ignore[arg-type]
-
-
-def _from_strings(row: Mapping[str, Any], prompt: Text | None, chosen: str, rejected: str) -> Preference | Dropped:
-    if isinstance(prompt, tuple):
-        return _checked(row, prompt, _answer(chosen), _answer(rejected))
-    if prompt is not None:
-        return _checked(row, prompt, chosen, rejected)
-    shared = chosen[: shared_length(chosen, rejected)]
-    word = re.search(r"\s+\S*\Z", shared)  # the word in which they part belongs to the answers whole, with the space before it
-    if word is None or not word.start():
-        return Dropped("no shared prompt")
-    return _checked(row, shared[: word.start()], chosen[word.start() :], rejected[word.start() :])
-
-
-def _from_messages(row: Mapping[str, Any], prompt: Text | None, chosen: Turns, rejected: Turns) -> Preference | Dropped:
-    if isinstance(prompt, str):
-        prompt = (Message("user", prompt),)
-    if prompt is None:
-        shared = shared_length(chosen[:-1], rejected[:-1])  # the last turn of each is its answer, even if they are the same
-        return _checked(row, chosen[:shared], chosen[shared:], rejected[shared:])
-    if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:  # the answers repeat the prompt column
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    return _checked(row, prompt, chosen, rejected)
-
-
-def _checked(row: Mapping[str, Any], prompt: Text, chosen: Text, rejected: Text) -> Preference | Dropped:
-    """The record, unless it has nothing to learn from."""
-    weight = _weight(row.get("weight"))
-    if isinstance(prompt, tuple):
-        if not prompt or prompt[-1].role == "assistant":
-            return Dropped("prompt ends with an assistant turn" if prompt else "no shared prompt")
-        if any(len(answer) != 1 or not isinstance(answer[0], Message) or answer[0].role != "assistant" for answer in (chosen, rejected)):
-            return Dropped("answer is not one assistant turn")
-    if any(not (answer if isinstance(answer, str) else answer[0].content).strip() for answer in (chosen, rejected)):
-        return Dropped("empty answer")
-    if chosen == rejected:
-        return Dropped("identical answers")
-    if weight == 0:
-        return Dropped("weight 0")
-    own_id = row.get("id")
-    record = Preference(prompt, chosen, rejected, id=str(own_id) if isinstance(own_id, str | int) else "", weight=weight)
-    return record if all(map(is_unicode, record.texts)) else Dropped("text is not valid Unicode")
-
-
-def _answer(text: str) -> Turns:
-    return (Message("assistant", text),)
-
-
-def _require_columns(row: Mapping[str, Any], *names: str) -> None:
-    if missing := [name for name in names if name not in row]:
-        found = ", ".join(printable(str(name)) for name in row) or "none"
-        raise ValueError(f"column {' and '.join(map(repr, missing))} is missing; columns found: {found}")
-
-
-def _string(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"column {column!r} is {type(value).__name__}, must be a string")
-    return value
-
-
-def _weight(value: Any) -> float:
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"column 'weight' is {printable(repr(value))}, must be a number that is not negative")
-    return float(value)
-
-
-# --- the table of sets, and reading one ---------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """One row format, and the hub set that has it."""
+class Format:
+    """One form of rows."""
 
     parse: Parser
     columns: tuple[str, ...]
     """Columns that the parser reads; others are reported as ignored."""
-    hub: str | None = None
-    """Hub id of the set, offered under this source's name."""
+    detect: Callable[[Row], bool]
+    """Whether a row looks like it."""
+    gather: Callable[[PlacedRows], PlacedRows] | None = None
+    """Turns rows into those that the parser reads, where one pair is made of several."""
+    pairs_per_prompt: int = 0
+    """Most training pairs with one prompt that the set's authors recommend. 0: no limit."""
+
+
+FORMATS: dict[str, Format] = {
+    "hh-rlhf": Format(hh.parse_hh, hh.COLUMNS, hh.is_hh),
+    "shp": Format(shp.parse_shp, shp.COLUMNS, shp.is_shp, pairs_per_prompt=shp.PAIRS_PER_POST),
+    "oasst": Format(oasst.parse_oasst, oasst.COLUMNS, oasst.is_oasst, gather=oasst.gather_trees),
+    "ranked": Format(ranked.parse_ranked, ranked.RANKED_COLUMNS, ranked.is_ranked),
+    "ab": Format(ranked.parse_ab, ranked.AB_COLUMNS, ranked.is_ab),
+    "preference": Format(preference.parse_preference, preference.COLUMNS, lambda row: True),
+}
+"""Forms of rows by their name in data.format; the first that fits the first rows of a set is taken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HubSet:
+    """A set on the hub that is offered under a short name."""
+
+    hub: str
+    format: str
     subsets: tuple[str, ...] = ()
-    """Folders of the hub set, offered as name/subset."""
+    """Folders of the set, offered as name/subset."""
+    splits: tuple[str, str | None] = ("train", "test")
+    """Splits that data.train and data.eval mean when they name none; None: there is no such split."""
 
 
-SOURCES: dict[str, Source] = {
-    "hh-rlhf": Source(
-        parse_hh,
-        ("chosen", "rejected", "weight", "id"),
-        hub="Anthropic/hh-rlhf",
-        subsets=("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"),
-    ),
-    "preference": Source(parse_preference, COLUMNS),
+HUB_SETS: dict[str, HubSet] = {
+    "hh-rlhf": HubSet("Anthropic/hh-rlhf", "hh-rlhf", ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")),
+    "shp": HubSet("stanfordnlp/SHP", "shp", shp.SUBREDDITS, ("train", "validation")),
+    "oasst1": HubSet("OpenAssistant/oasst1", "oasst", splits=("train", "validation")),
+    "oasst2": HubSet("OpenAssistant/oasst2", "oasst", splits=("train", "validation")),
+    "ultrafeedback": HubSet("HuggingFaceH4/ultrafeedback_binarized", "preference", splits=("train_prefs", "test_prefs")),
+    "ultrafeedback-trl": HubSet("trl-lib/ultrafeedback_binarized", "preference"),
+    "orca-dpo-pairs": HubSet("Intel/orca_dpo_pairs", "preference", splits=("train", None)),
+    "dpo-mix-7k": HubSet("argilla/dpo-mix-7k", "preference"),
 }
 
 
@@ -192,42 +86,68 @@ class SetSpec:
     """One entry of data.train or data.eval, taken apart."""
 
     text: str
-    path: Path | None
-    """The file, or None for a hub set."""
-    source: str | None
-    """Row of SOURCES that a hub name fixes; None: found from the rows."""
-    hub: str | None
-    subset: str | None
-    split: str
-    count: int | None
+    option: str
+    path: Path | None = None
+    """The file or folder, or None for a hub set."""
+    format: str | None = None
+    """Form of the rows that a known hub set has; None: found from the rows."""
+    hub: str = ""
+    revision: str | None = None
+    """Commit, tag or branch of the hub set."""
+    subset: str | None = None
+    split: str | None = None
+    """None: the usual one of a folder."""
+    count: int | None = None
     """Rows to read at most."""
+
+    @property
+    def place(self) -> str:
+        """The option and its value, for messages."""
+        return f"{self.option}={printable(self.text)}"
+
+
+# --- names ---
 
 
 def parse_spec(text: str, option: str) -> SetSpec:
-    """Take `path[:count]` or `name[:split][:count]` apart. Hub sets default to split train, or test for data.eval.
+    """Take `file[:count]`, `folder[:split][:count]` or `name[@revision][:split][:count]` apart.
 
     Raises:
-        ValueError: an unknown set name (the nearest is offered), or a count below 1.
+        ValueError: an unknown set name (the nearest is offered), no split, or a count below 1.
     """
     head, _, tail = text.rpartition(":")
     rest, count = (head, int(tail)) if tail.isdecimal() and not Path(text).is_file() else (text, None)
     if count == 0:
         raise ValueError(f"{option}={text}: the count must be at least 1")
+    spec = SetSpec(text, option, count=count)
+    folder, _, split = rest.rpartition(":")
+    if folder and Path(folder).expanduser().is_dir():
+        return dataclasses.replace(spec, path=Path(folder).expanduser(), split=split)
     path = Path(rest).expanduser()
     if path.exists() or file_kind(path) or rest.startswith((".", "/", "~")) or (len(path.parts) > 1 and path.parent.is_dir()):
-        return SetSpec(text, path, None, None, None, "", count)
-    name, _, split = rest.partition(":")
-    source, hub, subset = _hub_set(name, f"{option}={text}")
-    return SetSpec(text, None, source, hub, subset, split or ("test" if option == "data.eval" else "train"), count)
+        return dataclasses.replace(spec, path=path)
+    return _hub_spec(spec, *rest.partition(":")[::2])
 
 
-def _hub_set(name: str, place: str) -> tuple[str | None, str, str | None]:
-    """(row of SOURCES or None, hub id, subset or None) of a set's name."""
-    offered: dict[str, tuple[str, str, str | None]] = {}
-    for source, row in SOURCES.items():
-        if row.hub is not None:
-            offered[source] = offered[row.hub] = (source, row.hub, None)
-            offered.update({f"{source}/{subset}": (source, row.hub, subset) for subset in row.subsets})
+def _hub_spec(spec: SetSpec, name: str, split: str) -> SetSpec:
+    name, _, revision = name.partition("@")
+    known, subset = _known_set(name, spec)
+    usual = known.splits[spec.option == "data.eval"]
+    if not split and usual is None:
+        raise ValueError(
+            f"{spec.place}: the set has no split for validation. Name one, or leave data.eval out to hold back pairs of data.train"
+        )
+    return dataclasses.replace(
+        spec, format=known.format or None, hub=known.hub, revision=revision or None, subset=subset, split=split or usual
+    )
+
+
+def _known_set(name: str, spec: SetSpec) -> tuple[HubSet, str | None]:
+    """The set that a name means, and its subset."""
+    offered: dict[str, tuple[HubSet, str | None]] = {}
+    for short, known in HUB_SETS.items():
+        offered[short] = offered[known.hub] = (known, None)
+        offered.update({f"{short}/{subset}": (known, subset) for subset in known.subsets})
     if name in offered:
         return offered[name]
     near = difflib.get_close_matches(name, offered, n=1, cutoff=0.8)
@@ -235,13 +155,16 @@ def _hub_set(name: str, place: str) -> tuple[str | None, str, str | None]:
         files = [str(path) for path in Path().iterdir() if file_kind(path)]
         nearest = near or difflib.get_close_matches(name, [*files, *offered], n=1, cutoff=0.0)
         raise ValueError(
-            f"{place}: no such file or set. Did you mean {nearest[0]}? Sets: {', '.join(offered)}. "
-            "A file ends in .jsonl, .json or .parquet; any hub set in TRL's format is written owner/name"
+            f"{spec.place}: no such file or set. Did you mean {nearest[0]}? Sets: {', '.join(HUB_SETS)}. "
+            "A file ends in .jsonl, .json, .csv or .parquet; any hub set with rows of a known form is written owner/name"
         )
-    return None, name, None
+    return HubSet(name, ""), None
 
 
-def read_set(text: str, data_format: str, option: str) -> tuple[DataReport, Iterator[Preference]]:
+# --- reading ---
+
+
+def read_set(text: str, section: DataSection, option: str) -> tuple[DataReport, Iterator[Preference]]:
     """Open one entry of data.train or data.eval.
 
     Returns the report, whose counts grow while the records are taken from the iterator beside it.
@@ -250,50 +173,86 @@ def read_set(text: str, data_format: str, option: str) -> tuple[DataReport, Iter
         ValueError: the set cannot be opened, is empty, or (while iterating) a row has the wrong form; names file and row.
     """
     spec = parse_spec(text, option)
-    place = f"{option}={printable(text)}: "
-    rows = itertools.islice(_placed(read_rows(spec.path) if spec.path else _hub_rows(spec), place), spec.count)
+    rows = itertools.islice(_placed_rows(spec), spec.count)
     head = list(itertools.islice(rows, ROWS_TO_DETECT))
     if not head:
-        raise ValueError(f"{place}has no rows")
-    report = DataReport(text)
-    forced = spec.source or (None if data_format == "auto" else data_format)
-    report.format = forced or ("hh-rlhf" if all(is_hh(row) for _, row in head) else "preference")
-    source = SOURCES[report.format]
-    report.ignored_columns = tuple(str(name) for name in head[0][1] if name not in source.columns)
-    how = "forced by data.format" if forced and not spec.source else "known set" if forced else "found from its rows"
-    logger.info("%s=%s: format %s (%s)", option, printable(text), report.format, how)
-    name = spec.path.name if spec.path else f"{spec.hub}/{spec.subset or ''}:{spec.split}"
-    return report, _records(itertools.chain(head, rows), source.parse, report, name, place)
+        raise ValueError(f"{spec.place}: has no rows")
+    forced = spec.format or (None if section.format == "auto" else section.format)
+    name = forced or next(name for name, form in FORMATS.items() if all(form.detect(row) for _, row in head))
+    how = "forced by data.format" if forced and not spec.format else "known set" if forced else "found from its rows"
+    logger.info("%s: format %s (%s)", spec.place, name, how)
+    form = FORMATS[name]
+    columns = dict.fromkeys(itertools.chain.from_iterable(row for _, row in head))
+    ignored = tuple(str(column) for column in columns if column not in (*form.columns, *OPTIONAL))
+    report = DataReport(text, name, ignored_columns=ignored)
+    records = _records(itertools.chain(head, rows), form, section, report, spec.place)
+    limit = 0 if option == "data.eval" else form.pairs_per_prompt if section.max_pairs_per_prompt is None else section.max_pairs_per_prompt
+    return report, _limited(records, limit, report) if limit else records
 
 
-def _placed(rows: Iterable[tuple[int, Any]], place: str) -> Iterator[tuple[int, Any]]:
+def _placed_rows(spec: SetSpec) -> PlacedRows:
     """The rows; an error while reading them is told with the option that named their set."""
     try:
-        yield from rows
+        yield from _hub_rows(spec) if spec.path is None else _local_rows(spec, spec.path)
     except ValueError as error:
-        raise ValueError(f"{place}{error}") from None
+        raise ValueError(f"{spec.place}: {error}") from None
 
 
-def _records(rows: Iterable[tuple[int, Any]], parse: Parser, report: DataReport, name: str, place: str) -> Iterator[Preference]:
-    for number, row in rows:
-        report.rows_read += 1
-        try:
-            record = parse(row)
-        except ValueError as error:
-            raise ValueError(f"{place}{printable(name)}, row {number}: {error}") from None
-        if isinstance(record, Dropped):
-            report.drop(record.reason, f"{name}:{number}")
-        else:
-            report.parsed += 1
-            yield record if record.id else dataclasses.replace(record, id=f"{name}:{number}")
+def _local_rows(spec: SetSpec, path: Path) -> PlacedRows:
+    usual = ("test", "validation", "test_prefs") if spec.option == "data.eval" else ("train", "train_prefs")
+    for file in split_files(path, spec.split, usual) if path.is_dir() else [path]:
+        yield from ((f"{file.name}:{number}", row) for number, row in read_rows(file))
 
 
-def _hub_rows(spec: SetSpec) -> Iterator[tuple[int, dict[str, Any]]]:
+def _hub_rows(spec: SetSpec) -> PlacedRows:
     try:
-        rows = datasets.load_dataset(spec.hub or "", data_dir=spec.subset, split=spec.split)
+        rows = datasets.load_dataset(spec.hub, data_dir=spec.subset, split=spec.split, revision=spec.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"the hub set {spec.hub} could not be loaded ({printable(str(error))}). "
-            "Check the name, split and network, or download it and name the file"
+            "Check the name, split and network, or download it and name the folder"
         ) from None
-    yield from enumerate(rows, start=1)  # type: ignore[arg-type]
+    name = spec.hub + (f"/{spec.subset}" if spec.subset else "")
+    yield from ((f"{name}:{spec.split}:{number}", row) for number, row in enumerate(rows, start=1))  # type: ignore[misc]
+
+
+def _records(rows: PlacedRows, form: Format, section: DataSection, report: DataReport, place: str) -> Iterator[Preference]:
+    errors = {reason for reason, how in ((EMPTY, section.empty), (IDENTICAL, section.identical)) if how == "error"}
+    try:
+        for where, row in (form.gather or iter)(_counted(rows, report)):
+            for number, outcome in enumerate(_parsed(form.parse, row, section, where), start=1):
+                name = where if number == 1 else f"{where}/{number}"
+                if isinstance(outcome, Dropped):
+                    if outcome.reason in errors:
+                        option = "empty" if outcome.reason == EMPTY else "identical"
+                        raise ValueError(f"{printable(name)}: {outcome.reason}. Repair it, or set data.{option}=drop")
+                    report.drop(outcome, name)
+                else:
+                    report.parsed += 1
+                    yield outcome if outcome.id else dataclasses.replace(outcome, id=name)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(place) else f"{place}: {error}") from None
+
+
+def _counted(rows: PlacedRows, report: DataReport) -> PlacedRows:
+    for where, row in rows:
+        report.rows_read += 1
+        yield where, row
+
+
+def _parsed(parse: Parser, row: Row, section: DataSection, where: str) -> Iterator[Preference | Dropped]:
+    try:
+        yield from parse(row, section)
+    except ValueError as error:
+        raise ValueError(f"{printable(where)}: {error}") from None
+
+
+def _limited(records: Iterable[Preference], limit: int, report: DataReport) -> Iterator[Preference]:
+    """The first pairs of each prompt."""
+    seen: collections.Counter[int] = collections.Counter()
+    for record in records:
+        seen[record.prompt_key] += 1
+        if seen[record.prompt_key] > limit:
+            report.drop(Dropped(f"more than {limit} pairs of one prompt", by_rule=True), record.id)
+        else:
+            yield record

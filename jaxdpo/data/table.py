@@ -31,6 +31,10 @@ class EncodedPair:
     ended_rejected: bool = False
     prompt_key: int = 0
     """64-bit hash of the prompt before it was encoded (Preference.prompt_key)."""
+    pair_key: tuple[int, bool] = (0, False)
+    """64-bit hash of the prompt and both answers before, and their order (Preference.pair_key)."""
+    source: int = 0
+    """Which of the sets it comes from."""
 
     def __len__(self) -> int:
         """Tokens of prompt + chosen + rejected."""
@@ -56,12 +60,19 @@ class PairTable:
     """bool [N, len(FLAGS)]."""
     prompt_keys: np.ndarray
     """uint64 [N]: hashes of the prompts before encoding; equal prompts have equal keys."""
+    pair_keys: np.ndarray
+    """uint64 [N]: hashes of the prompts and answers before encoding; a pair and its contradiction have equal keys."""
+    orders: np.ndarray
+    """bool [N]: differs between a pair and its contradiction."""
+    sources: np.ndarray
+    """int32 [N]: which of the sets each pair comes from."""
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[EncodedPair]) -> "PairTable":
         """Collect pairs, one at a time, into a table."""
         tokens, ends = array.array("i"), array.array("q", [0])
-        ids, weights, flags, keys = [], array.array("f"), [], array.array("Q")
+        ids, weights, flags, sources = [], array.array("f"), array.array("B"), array.array("i")
+        keys, pair_keys, orders = array.array("Q"), array.array("Q"), array.array("B")
         for pair in pairs:
             for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
                 tokens.frombytes(np.asarray(part, np.int32).tobytes())
@@ -70,6 +81,9 @@ class PairTable:
             weights.append(pair.weight)
             flags.append(sum(getattr(pair, name) << bit for bit, name in enumerate(FLAGS)))
             keys.append(pair.prompt_key)
+            pair_keys.append(pair.pair_key[0])
+            orders.append(pair.pair_key[1])
+            sources.append(pair.source)
         edges = np.array(ends, np.int64)
         bounds = np.lib.stride_tricks.sliding_window_view(edges, 4)[::3] if len(ids) else np.zeros((0, 4), np.int64)
         bits = np.array(flags, np.uint8)[:, None] >> np.arange(len(FLAGS), dtype=np.uint8) & 1
@@ -80,6 +94,9 @@ class PairTable:
             weights=np.array(weights, np.float32),
             flags=bits.astype(bool),
             prompt_keys=np.array(keys, np.uint64),
+            pair_keys=np.array(pair_keys, np.uint64),
+            orders=np.array(orders, bool),
+            sources=np.array(sources, np.int32),
         )
 
     def __len__(self) -> int:
@@ -95,12 +112,14 @@ class PairTable:
             id=self.ids[index],
             weight=float(self.weights[index]),
             prompt_key=int(self.prompt_keys[index]),
+            pair_key=(int(self.pair_keys[index]), bool(self.orders[index])),
+            source=int(self.sources[index]),
             **flags,
         )
 
     def take(self, index: np.ndarray) -> "PairTable":
         """The pairs that an integer or boolean index picks; the tokens are shared, not copied."""
-        rows = (self.bounds, self.ids, self.weights, self.flags, self.prompt_keys)
+        rows = (self.bounds, self.ids, self.weights, self.flags, self.prompt_keys, self.pair_keys, self.orders, self.sources)
         return PairTable(self.tokens, *(row[index] for row in rows))
 
     @property

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -305,6 +306,22 @@ def check_truncation(tokenizer: PreTrainedTokenizerFast, record: Preference, ful
 
 
 # --- loading, checking, showing ---
+
+
+TOOL_CHATML = "{% if tools %}{% for t in tools %}<tool>{{ t.name }}</tool>{% endfor %}{% endif %}"
+
+
+def test_a_template_is_told_of_the_tools(
+    chat_tokenizer: PreTrainedTokenizerFast, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "tools.jinja").write_text(TOOL_CHATML + str(chat_tokenizer.chat_template))
+    record = chat(["Add"], "yes", "no", tools='[{"name": "plus"}]')
+    path = str(tmp_path / "tools.jinja")
+    prompt, *spans = text_of(chat_tokenizer, encode(chat_tokenizer, record, chat_template=path))
+    assert prompt.startswith("<tool>plus</tool>") and spans == ["yes<|im_end|>\n", "no<|im_end|>\n"]
+    assert drop_reason(chat_tokenizer, record) == "the chat template has no place for tools"
+    assert drop_reason(byte_tokenizer, record) == "plain text has no form for tools"
+    assert drop_reason(chat_tokenizer, dataclasses.replace(record, tools='[{"name": "<|im_end|>"}]')).startswith("text spells a special")
 
 
 def test_loading_a_tokenizer(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_parquet(tmp_path: Path, ending: str) -> None:
         ("a.jsonl.gz", b'{"a": 1}\n', r"damaged gzip file \(Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-20], r"damaged gzip file"),
         ("a.parquet", b"PAR1 no", r"a\.parquet: not a readable Parquet file"),
-        ("a.xlsx", b"", r"unknown ending\. Files end in \.jsonl, \.json, \.parquet"),
+        ("a.xlsx", b"", r"unknown ending\. Files end in \.jsonl, \.json, \.csv, \.parquet"),
     ],
 )
 def test_bad_files_are_named_with_the_line(write: Write, name: str, content: bytes, message: str) -> None:

@@ -106,3 +106,39 @@ def test_a_thousand_epochs_use_a_thousand_orders() -> None:
     some = loader(5, pairs_per_step=5)
     orders = {tuple(some.pairs_of(step).tolist()) for step in range(1, 1001)}
     assert orders == set(itertools.permutations(range(5)))
+
+
+def mixed(mix: list[float], **options: object) -> Loader:
+    """A loader of a set of 30 pairs (places 0 to 29) and one of 10."""
+    section = DataSection(**{"max_length": 100, "max_row_tokens": 256, "train": ["a", "b"], "mix": mix, **options})  # type: ignore[arg-type]
+    both = [dataclasses.replace(some, source=int(i >= 30)) for i, some in enumerate(pairs(40))]
+    return Loader.create(PairTable.from_pairs(both), section, pairs_per_step=8, num_rows=1, seed=0)
+
+
+@pytest.mark.parametrize(("mix", "visits"), [([1, 1], (20, 20)), ([3, 1], (30, 10)), ([9, 1], (36, 4)), ([0.5, 1], (13, 27))])
+def test_a_mix_gives_each_set_its_share_of_every_epoch(mix: list[float], visits: tuple[int, int]) -> None:
+    some = mixed(mix)
+    assert some.steps_per_epoch == 5
+    for epoch in range(3):
+        places = np.array(seen(some, range(5 * epoch + 1, 5 * epoch + 6)))
+        assert ((places < 30).sum(), (places >= 30).sum()) == visits
+
+
+def test_a_mixed_set_goes_on_where_the_last_epoch_stopped() -> None:
+    places = np.array(seen(mixed([1, 1]), range(1, 16)))
+    first, second = places[places < 30], places[places >= 30]
+    assert np.bincount(first).tolist() == [2] * 30, "three epochs of 20 are two passes over 30"
+    assert np.bincount(second)[30:].tolist() == [6] * 10
+    assert len(set(first[:20])) == 20 and set(first[:40]) == set(range(30)), "the second epoch sees first what the first one did not"
+    assert seen(mixed([1, 1]), range(1, 16)) == places.tolist() != seen(mixed([3, 1]), range(1, 16))
+
+
+def test_a_mix_without_shuffling_spreads_each_set_evenly() -> None:
+    places = seen(mixed([1, 1], shuffle=False), range(1, 3))
+    assert [place >= 30 for place in places] == [False, True] * 8 and places[::2] == list(range(8))
+
+
+def test_a_mix_of_a_set_without_pairs_is_refused() -> None:
+    section = DataSection(max_length=100, max_row_tokens=256, train=["a", "b"], mix=[1, 2])
+    with pytest.raises(ValueError, match=r"data\.mix=\[1, 2\]: set 2 of data\.train has no training pair"):
+        Loader.create(PairTable.from_pairs(pairs(4)), section, pairs_per_step=4, num_rows=1, seed=0)

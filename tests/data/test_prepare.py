@@ -49,7 +49,8 @@ def test_the_same_rows_give_the_same_tables(write: Write, byte_tokenizer: PreTra
 def test_given_validation_sets_and_a_shared_prompt(
     write: Write, byte_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
-    section = options(train=[write("a.jsonl", rows(10)), write("b.jsonl", rows(10, 10)) + ":4"], eval=[write("c.jsonl", rows(6, 12))])
+    train = [write("a.jsonl", rows(10)), write("b.jsonl", rows(10, 10)) + ":4"]
+    section = options(train=train, eval=[write("c.jsonl", rows(6, 12))], overlap="keep")
     done = prepare(section, byte_tokenizer, 1000)
     assert (len(done.train), len(done.eval)) == (14, 6)
     assert [item["rows_read"] for item in done.report["sets"]["train"]] == [10, 4] and done.report["shared_prompts"] == 1
@@ -60,7 +61,7 @@ def test_too_many_unusable_rows_stop_the_run(write: Write, byte_tokenizer: PreTr
     path = write("a.jsonl", [*rows(7), *({"prompt": "q", "chosen": "a", "rejected": "a"},) * 3])
     assert len(prepare(options(train=[path], max_dropped_fraction=0.3), byte_tokenizer, 1000).train) > 0
     with pytest.raises(
-        ValueError, match=r"30\.0% of the rows are unusable, more than data\.max_dropped_fraction=0\.2\. .*3 identical answers"
+        ValueError, match=r"30\.0% of the pairs are unusable, more than data\.max_dropped_fraction=0\.2\. .*3 identical answers"
     ):
         prepare(options(train=[path], max_dropped_fraction=0.2), byte_tokenizer, 1000)
     section = options(

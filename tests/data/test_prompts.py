@@ -41,7 +41,7 @@ def test_a_list_holds_the_prompts_themselves() -> None:
         ("a.jsonl", b"", ["holds no prompt"]),
         ("a.txt", b"\n \n", ["holds no prompt"]),
         ("a.txt", b"x\n\xff", ["not UTF-8"]),
-        ("a.csv", b"x", ["write the prompts themselves as a list"]),
+        ("a.xlsx", b"x", ["write the prompts themselves as a list"]),
         ("nothing.jsonl", None, ["no such file"]),
         ("nothing.txt", None, ["cannot be read"]),
         ("Who are you?", None, ["write the prompts themselves as a list"]),

@@ -30,7 +30,7 @@ def test_published_ids(real_data: Path, name: str, block: str) -> None:
 
 @functools.cache
 def hh_records(folder: Path) -> list[Preference]:
-    return list(read_set(str(folder / "hh-rlhf" / "harmless-base-test.jsonl.gz"), "auto", "data.train")[1])
+    return list(read_set(str(folder / "hh-rlhf" / "harmless-base-test.jsonl.gz"), DataSection(), "data.train")[1])
 
 
 @pytest.mark.parametrize("name", ["models/stories260K", "tokenizers/gpt2"])
