@@ -73,8 +73,8 @@ def logits_of(model: Any, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def read(folder: Path, **more: Any) -> Any:
-    """The model in a folder, as transformers reads it."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **more).eval()
+    """The model in a folder, as transformers reads it (ready for evaluation), and what else is asked for."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **more)
 
 
 def raw_of(case: str) -> dict[str, Any]:
@@ -103,8 +103,10 @@ def _randomise(model: Any, config: ModelConfig) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("bias", "sinks")):
-                weight.normal_(0, 0.7)
+                weight.normal_(0, 0.3)
+            elif name in ("model.norm.weight", "transformer.ln_f.weight"):
+                weight.normal_(centre - 1, 1)  # signs of both kinds, lest a tied head repeats the last token for ever
             elif "norm" in name or ".ln_" in name:
                 weight.uniform_(centre - 0.5, centre + 0.5)
             else:
-                weight.normal_(0, 0.2)
+                weight.normal_(0, 0.25)
