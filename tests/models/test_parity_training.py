@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,8 +61,9 @@ def their_gradients(both: Both, folder: Path) -> tuple[float, Any]:
 
 
 def our_logits(params: Any, config: Any) -> np.ndarray:
-    slots, options = np.arange(len(ROW), dtype=np.int32)[None], ForwardOptions()
-    return np.asarray(logits(params, config, forward(params, config, ROW[None], slots, 0 * slots, slots + 1, options), options))[0]
+    slots, options = jnp.arange(len(ROW), dtype=jnp.int32)[None], ForwardOptions()
+    hidden = forward(params, config, jnp.asarray(ROW[None]), slots, 0 * slots, slots + 1, options)
+    return np.asarray(logits(params, config, hidden, options))[0]
 
 
 @pytest.mark.parametrize("case", TINY)
