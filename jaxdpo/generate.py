@@ -33,9 +33,11 @@ class GenerateModelSection:
     __pydantic_config__ = STRICT_KEYS
 
     path: str | list[str] = dataclasses.field(default_factory=list)
-    """Hugging Face folder, hub id or run folder; or a list of them, [a,b], which answer side by side."""
+    """Hugging Face folder, hub id, run folder or folder of a PEFT adapter; or a list of them, [a,b], which answer side by side."""
     revision: str | None = None
     """Hub revision: a branch, tag or commit. Default: the hub's main branch."""
+    base: str | None = None
+    """Where the model under an adapter (of a run, or PEFT's) is now, or its name on the hub. Default: as the run or adapter says."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and matrix-product inputs; sums are float32 always. auto: float32 on CPU, bfloat16 on GPU and TPU."""
 
@@ -104,6 +106,7 @@ class GenerateConfig:
             name if name and short.count(name) == 1 else path: Source(
                 path=path,
                 revision=self.model.revision,
+                base=self.model.base,
                 step=self.step,
                 chat_template=self.chat_template,
                 max_prompt_length=self.max_prompt_length,
@@ -121,11 +124,15 @@ class GenerateConfig:
 def check(config: GenerateConfig) -> list[str]:
     """What is wrong with the options, as far as it shows before a model is loaded."""
     paths, out = config.model.paths, None if config.out is None else Path(config.out).expanduser()
-    runs = [source for source in config.sources.values() if source.run_dir]
+    kinds = {source.kind for source in config.sources.values()}
     checks = [
         (bool(paths), "model.path=[]: name at least one model"),
         (len(set(paths)) == len(paths), f"model.path={paths}: names a model twice"),
-        (config.step is None or bool(runs), f"step={config.step}: model.path names no run. Leave it away"),
+        (config.step is None or "run" in kinds, f"step={config.step}: model.path names no run. Leave it out"),
+        (
+            config.model.base is None or bool(kinds & {"run", "adapter"}),
+            f"model.base={config.model.base}: model.path names no adapter and no run that trained one. Leave it out",
+        ),
         (
             config.prompts is not None or sys.stdin.isatty(),
             "prompts=null: there is nothing to answer. Name a file or a list of prompts, or talk to the model in a terminal",
@@ -145,8 +152,9 @@ def check(config: GenerateConfig) -> list[str]:
 def _check_path(name: str) -> list[str]:
     path = Path(name).expanduser()
     if path.is_dir():
-        known = any((path / file).is_file() for file in ("config.json", "config.yaml"))
-        return [] if known else [f"model.path={name}: has neither config.json (a model) nor config.yaml (a run). Name the folder of one"]
+        known = any((path / file).is_file() for file in ("config.json", "config.yaml", "adapter_config.json"))
+        why = "has neither config.json (a model), nor config.yaml (a run), nor adapter_config.json (an adapter)"
+        return [] if known else [f"model.path={name}: {why}. Name the folder of one"]
     if path.exists():
         return [f"model.path={name}: is a file. Name the folder that it is in"]
     return [] if HUB_ID.fullmatch(name) else [f"model.path={name}: no such folder, and no hub id (owner/name) either"]

@@ -1,4 +1,4 @@
-"""A model that is ready to answer: from a Hugging Face folder, from the hub, or from a run."""
+"""A model that is ready to answer: from a Hugging Face folder, from the hub, from a run, or from an adapter and its base."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,12 +15,16 @@ from jaxdpo.checkpoint import restore_params
 from jaxdpo.data.chat import EncodedPrompt, Encoder, decode_answer, load_tokenizer, read_template
 from jaxdpo.data.prompts import Prompt
 from jaxdpo.data.records import Dropped, Message
+from jaxdpo.models.cache import for_decoding
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, abstract_params, logical_axes
-from jaxdpo.models.hf_folder import fetch_model, generation_config
+from jaxdpo.models.decoder import ForwardOptions, Params
+from jaxdpo.models.hf_folder import fetch_model, generation_config, read_json
 from jaxdpo.models.hfconfig import from_hf, read_config_json
+from jaxdpo.models.peft import CONFIG as ADAPTER_CONFIG
+from jaxdpo.models.peft import read_peft
 from jaxdpo.models.weights import load_params
-from jaxdpo.runfolder import model_files, read_run_config
+from jaxdpo.runfolder import check_base, find_base, lora_of_run, model_files, read_run_config
+from jaxdpo.runweights import RunWeights, trained_shardings
 from jaxdpo.sampling import generate
 
 
@@ -56,9 +60,11 @@ class Source:
     """Where a model is and how its prompts are read; nothing of it loaded."""
 
     path: str
-    """Hugging Face folder, hub id or run folder."""
+    """Hugging Face folder, hub id, run folder, or the folder of a PEFT adapter."""
     revision: str | None = None
     """Of a hub model."""
+    base: str | None = None
+    """Folder or hub id of the model under an adapter. Default: the one that the run or the adapter names."""
     step: int | None = None
     """Which checkpoint of a run. Default: the newest that is undamaged."""
     chat_template: str | None = None
@@ -69,15 +75,20 @@ class Source:
     """Whether a prompt string is what a user says, where there is a chat template; else it is text to continue."""
 
     @property
-    def run_dir(self) -> Path | None:
-        """The run folder, if it is one."""
-        folder = Path(self.path).expanduser()
-        return folder if (folder / "config.yaml").is_file() else None
+    def folder(self) -> Path:
+        """The path as one, which a hub id is not."""
+        return Path(self.path).expanduser()
+
+    @property
+    def kind(self) -> str:
+        """run, adapter (a PEFT folder) or model (a Hugging Face folder or a hub id)."""
+        marks = {"run": "config.yaml", "adapter": ADAPTER_CONFIG}
+        return next((kind for kind, file in marks.items() if (self.folder / file).is_file()), "model")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """Weights on the devices, and what turns prompts into tokens and tokens into answers."""
+    """Weights on the devices, in the form for decoding, and what turns prompts into tokens and tokens into answers."""
 
     model: ModelConfig
     params: Params
@@ -100,18 +111,20 @@ class LoadedModel:
         Raises:
             ValueError: the folder, its weights or its tokenizer cannot be used.
         """
-        folder, template = _files(source)
-        raw = read_config_json(folder)
+        files = _files(source)
+        raw = read_config_json(files.model)
         model = from_hf(raw)
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(files.tokenizer))
         room = max(model.max_positions - sampling.max_new_tokens, model.max_positions // 2)
         longest = min(source.max_prompt_length or room, model.max_positions)
-        encoder = Encoder(tokenizer, read_template(tokenizer, template), model.max_positions, longest)
-        ends = generation_config(folder, raw).get("eos_token_id") or []
+        encoder = Encoder(tokenizer, read_template(tokenizer, files.template), model.max_positions, longest)
+        ends = generation_config(files.model, raw).get("eos_token_id") or []
+        params, scale = _load(source, files, model, mesh, compute_dtype)
+        options = ForwardOptions(compute_dtype=compute_dtype, lora_scale=scale, mesh=mesh)
         return cls(
             model=model,
-            params=_load(source, folder, model, mesh, jnp.dtype(compute_dtype)),
-            options=ForwardOptions(compute_dtype=compute_dtype, mesh=mesh),
+            params=jax.jit(lambda params: for_decoding(params, model, options))(params),
+            options=options,
             encoder=encoder,
             stop_ids=tuple(dict.fromkeys([*encoder.stop_ids, *([ends] if isinstance(ends, int) else ends)])),
             source=source,
@@ -156,21 +169,57 @@ class LoadedModel:
         return Answer(text, len(ids), "stop" if stopped else "length", len(prompt.ids), prompt.truncated)
 
 
-def _files(source: Source) -> tuple[Path, str | None]:
-    """The folder with config.json and tokenizer, and the file with the chat template, if it is not the tokenizer's."""
-    folder, run_dir = Path(source.path).expanduser(), source.run_dir
-    if run_dir is None:
-        return folder if folder.is_dir() else fetch_model(source.path, source.revision), source.chat_template
-    config = read_run_config(run_dir)
-    folder = model_files(run_dir, config)
-    own_template = folder == run_dir / "model"  # the run's copy of the tokenizer has the template that it was trained with
-    return folder, source.chat_template or (None if own_template else config.data.chat_template)
+class _Files(NamedTuple):
+    """Where a model's parts lie."""
+
+    model: Path
+    """Folder with config.json."""
+    tokenizer: Path
+    template: str | None
+    """File with the chat template, if it is not the tokenizer's."""
 
 
-def _load(source: Source, folder: Path, model: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Params:
-    """The weights, each device's share on it."""
-    shardings = sharding.param_shardings(mesh, logical_axes(model), abstract_params(model, dtype.name))
-    if source.run_dir is None:
-        return load_params(folder, model, shardings, dtype)
-    _, params, _ = restore_params(source.run_dir, source.step)
-    return sharding.put(jax.tree.map(lambda leaf: leaf.astype(dtype), params), shardings)
+def _files(source: Source) -> _Files:
+    folder = source.folder
+    if source.kind == "run":
+        config = read_run_config(folder)
+        model = model_files(folder, config)
+        own_template = model == folder / "model"  # the run's copy of the tokenizer has the template that it was trained with
+        return _Files(model, model, source.chat_template or (None if own_template else config.data.chat_template))
+    if source.kind == "adapter":
+        base = _adapter_base(source)
+        own_tokenizer = (folder / "tokenizer_config.json").is_file()
+        return _Files(base, folder if own_tokenizer else base, source.chat_template)
+    model = folder if folder.is_dir() else fetch_model(source.path, source.revision)
+    return _Files(model, model, source.chat_template)
+
+
+def _adapter_base(source: Source) -> Path:
+    name = source.base or str(read_json(source.folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    folder = Path(name).expanduser()
+    return folder if name and folder.is_dir() else fetch_model(name, source.revision)
+
+
+def _load(source: Source, files: _Files, model: ModelConfig, mesh: Mesh, dtype: str) -> tuple[Params, float]:
+    """The weights, each device's share on it, and the factor of the adapter among them."""
+    shardings = trained_shardings(model, mesh)
+    if source.kind == "run":
+        return _load_run(source, model, mesh, dtype)
+    params = load_params(files.model, model, shardings, jnp.dtype(dtype))
+    if source.kind == "model":
+        return params, 1.0
+    found = read_peft(source.folder, model)
+    return params | {"lora": sharding.put(found.adapter, trained_shardings(model, mesh, found.lora))}, found.lora.scale
+
+
+def _load_run(source: Source, model: ModelConfig, mesh: Mesh, dtype: str) -> tuple[Params, float]:
+    config = read_run_config(source.folder)
+    _, saved, meta = restore_params(source.folder, source.step)
+    if not config.lora.enabled:
+        saved = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), saved)
+        return sharding.put(saved, trained_shardings(model, mesh)), 1.0
+    lora, folder = lora_of_run(config, model, saved), find_base(config, source.base)
+    check_base(config, meta, folder)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+    run = RunWeights(config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=None)
+    return (run.base() or {}) | {"lora": sharding.put(saved, run.shardings)}, lora.scale

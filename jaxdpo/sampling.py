@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdpo import sharding
-from jaxdpo.models.cache import Cache, decode, prefill
+from jaxdpo.models.cache import Cache, decode, for_decoding, prefill
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, logits
 
@@ -154,9 +154,10 @@ def _answer(
 ) -> tuple[jax.Array, jax.Array]:
     """Ids [B, S] of the answers, and how many of them each has."""
     B, T = rows.tokens_BT.shape
+    weights = for_decoding(params, model, options)
 
     def add_token(answers: _Answers, hidden_BD: jax.Array) -> _Answers:
-        logits_BV = logits(params, model, hidden_BD, options)
+        logits_BV = logits(weights, model, hidden_BD, options)
         allowed_V = jnp.arange(model.vocab_size, dtype=jnp.int32) < num_tokens
         ids_B = _draw(jnp.where(allowed_V[None, :], logits_BV, -jnp.inf), draw, rows.numbers_B, answers.step)
         counts_B = answers.counts_B + answers.open_B.astype(jnp.int32)
@@ -172,10 +173,10 @@ def _answer(
     def one_more(carry: tuple[_Answers, Cache]) -> tuple[_Answers, Cache]:
         answers, cache = carry
         done = answers.step - 1  # tokens of the answers that the cache holds
-        hidden_BD, cache = decode(params, model, answers.last_B, rows.lengths_B + done, cache, T + done, options)
+        hidden_BD, cache = decode(weights, model, answers.last_B, rows.lengths_B + done, cache, T + done, options)
         return add_token(answers, hidden_BD), cache
 
-    hidden_BTD, cache = prefill(params, model, rows.tokens_BT, rows.lengths_B, options, T + num_slots)
+    hidden_BTD, cache = prefill(weights, model, rows.tokens_BT, rows.lengths_B, options, T + num_slots)
     last_BD = jnp.take_along_axis(hidden_BTD, (rows.lengths_B - 1)[:, None, None], axis=1)[:, 0]
     zeros_B, zero = jnp.zeros((B,), jnp.int32), jnp.zeros((), jnp.int32)
     empty = _Answers(jnp.zeros((B, num_slots), jnp.int32), zeros_B, rows.limits_B > 0, zeros_B, zero)
@@ -187,7 +188,7 @@ def _answer(
 def _draw(logits_BV: jax.Array, draw: Draw, numbers_B: jax.Array, step: jax.Array) -> jax.Array:
     """One token of each row."""
     if draw.temperature is None:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return _argmax(logits_BV)
     logits_BV = logits_BV / draw.temperature
     if draw.top_k is not None:
         logits_BV = jnp.where(_likeliest(logits_BV, jnp.ones_like(logits_BV), draw.top_k), logits_BV, -jnp.inf)
@@ -196,7 +197,14 @@ def _draw(logits_BV: jax.Array, draw: Draw, numbers_B: jax.Array, step: jax.Arra
         logits_BV = jnp.where(_likeliest(probs_BV, probs_BV, draw.top_p), logits_BV, -jnp.inf)
     key = jax.random.key(draw.seed)
     keys_B = jax.vmap(lambda number: jax.random.fold_in(jax.random.fold_in(key, number), step))(numbers_B)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32))(keys_B)
+    return _argmax(logits_BV + noise_BV)
+
+
+def _argmax(scores_BV: jax.Array) -> jax.Array:
+    """The first of the highest. Twice as fast on CPU as jnp.argmax, whose pairs of score and index are not compared at once."""
+    places_BV = jax.lax.broadcasted_iota(jnp.int32, scores_BV.shape, 1)
+    return jnp.min(jnp.where(scores_BV == scores_BV.max(-1, keepdims=True), places_BV, scores_BV.shape[1] - 1), axis=-1)
 
 
 def _likeliest(scores_BV: jax.Array, weights_BV: jax.Array, enough: jax.Array) -> jax.Array:

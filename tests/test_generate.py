@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdpo import generate, options
+from jaxdpo import export, generate, options
 from jaxdpo.checkpoint import Checkpoints
+from jaxdpo.config import LoraSection
 from jaxdpo.loaded import Answer, LoadedModel, Sampling, Source
 from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.lora import adapter_shapes, lora_of
+from jaxdpo.models.weights import weights_fingerprint
 from jaxdpo.sampling import generate as generate_ids
 from tests.tiny import config, mesh, model, params, write_model, write_rows
 
@@ -64,6 +68,28 @@ def run_dir(base: Path) -> Path:
     started = config(base.parent, run_dir=str(folder), model__path=str(base))
     (folder / "config.yaml").write_text(options.to_yaml(started))
     return folder
+
+
+@pytest.fixture(scope="module")
+def lora_run(base: Path) -> tuple[Path, list[int]]:
+    """A run over the first model with an adapter in its checkpoint, and the adapter's answer to w5 w9 w3."""
+    folder, section = base.parent / "lora-run", LoraSection(rank=3, alpha=6.0)
+    lora = lora_of(section, model())
+    rng = np.random.default_rng(6)
+    adapter = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32) / 4, adapter_shapes(model(), lora))
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(2, {"params": jax.tree.map(jax.numpy.asarray, adapter)}, {"identity": {"weights": weights_fingerprint(base)}})
+    started = config(base.parent, run_dir=str(folder), model__path=str(base), reference="adapter_off", lora={"rank": 3, "alpha": 6.0})
+    (folder / "config.yaml").write_text(options.to_yaml(started))
+    (ids,) = generate_ids(
+        params(0) | {"lora": adapter},
+        model(),
+        [np.array([5, 9, 3], np.int32)],
+        max_new_tokens=5,
+        options=ForwardOptions(lora_scale=lora.scale),
+        stop_ids=(0,),
+    )
+    return folder, ids.tolist()
 
 
 @pytest.fixture
@@ -136,6 +162,23 @@ def test_a_run_answers_with_its_newest_step_or_the_one_asked_for(run_dir: Path, 
         assert row["text"].split() == words(greedy(seed, [5, 9, 3])).split()
 
 
+def test_an_adapter_answers_over_its_base(
+    base: Path, lora_run: tuple[Path, list[int]], command: Command, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run, answer = lora_run
+    assert answer != greedy(0, [5, 9, 3]) and len(answer) == 5
+    assert export.main([f"run_dir={run}", f"out={tmp_path / 'adapter'}"]) == 0
+    shutil.copytree(base, tmp_path / "moved")
+    asked = "prompts=[w5 w9 w3]"
+    for arguments in ([f"model.path={run}"], [f"model.path={tmp_path / 'adapter'}"], [f"model.path={run}", f"model.base={tmp_path}/moved"]):
+        _, (row,) = command(asked, *arguments)
+        assert row["text"].split() == words(answer).split()
+    capsys.readouterr()
+    write_model(tmp_path / "other", seed=1)
+    assert command(asked, f"model.path={run}", f"model.base={tmp_path}/other")[0] == 1
+    assert "has other weights than the adapter was trained over" in capsys.readouterr().err
+
+
 def test_several_models_answer_side_by_side(base: Path, chatty: Path, run_dir: Path, command: Command) -> None:
     names = {"base": base, "chatty": chatty, "run": run_dir}
     status, (row,) = command(f"model.path=[{','.join(map(str, names.values()))}]", "prompts=[w5 w9 w3]", "strings=verbatim")
@@ -182,7 +225,7 @@ def wrong_options(base: Path, tmp_path: Path) -> Iterator[tuple[list[str], list[
     yield [f"model.path=[{base},{base}]", prompts], ["names a model twice"]
     yield [good, f"prompts={rows}"], ["rows.jsonl:1: column 'prompt' is missing", "rows.jsonl:2: column 'prompt' is int"]
     yield [good, prompts, f"out={rows}"], ["exists already"]
-    yield [good, prompts, "step=3"], ["step=3: model.path names no run"]
+    yield [good, prompts, "step=3", f"model.base={base}"], ["step=3: model.path names no run", "model.path names no adapter"]
     yield [good, prompts, "temperature=-1", "max_new_tokens=0", "batch_size=0"], ["temperature=-1", "max_new_tokens=0", "batch_size=0"]
     yield [good, prompts, "top_k=3", "top_p=0.5"], ["top_k=3: does nothing while temperature=0", "top_p=0.5: does nothing"]
     yield [good, prompts, "temperature=1", "top_p=0", "top_k=-1"], ["top_p=0.0: must be above 0", "top_k=-1: must be 0"]

@@ -109,31 +109,22 @@ def _softmax(scores_BKGTS: jax.Array, sinks_N: jax.Array | None) -> jax.Array:
 
 def attend_to_cache(
     q_BNH: jax.Array,
-    k_BKH: jax.Array,
-    v_BKH: jax.Array,
-    cached_k_BKSH: jax.Array,
-    cached_v_BKSH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
     allowed_BS: jax.Array,
     *,
     scale: float,
     cap: float | None,
     sinks_N: jax.Array | None,
 ) -> jax.Array:
-    """One new token's attention to itself and to the slots of a cache that `allowed_BS` (bool) names: float32 [B, N, H].
-
-    The new key and value come apart from the cache, so that all layers' can be written to it at once, in place.
-    """
+    """One token's attention to the slots of a cache that `allowed_BS` (bool) names: float32 [B, N, H]."""
     B, N, H = q_BNH.shape
-    K = k_BKH.shape[1]
+    K = k_BKSH.shape[1]
     q_BKGH = q_BNH.reshape(B, K, N // K, H)
-    past_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, cached_k_BKSH, preferred_element_type=jnp.float32)
-    own_BKG = jnp.einsum("BKGH,BKH->BKG", q_BKGH, k_BKH, preferred_element_type=jnp.float32)
-    past_BKGS = jnp.where(allowed_BS[:, None, None], soft_cap(past_BKGS * scale, cap), MASKED)
-    scores_BKGS = jnp.concatenate([past_BKGS, soft_cap(own_BKG * scale, cap)[..., None]], axis=-1)
-    weights_BKGS = _softmax(scores_BKGS[:, :, :, None], sinks_N)[:, :, :, 0].astype(v_BKH.dtype)
-    out_BKGH = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS[..., :-1], cached_v_BKSH, preferred_element_type=jnp.float32)
-    own_BKGH = weights_BKGS[..., -1:].astype(jnp.float32) * v_BKH.astype(jnp.float32)[:, :, None]
-    return (out_BKGH + own_BKGH).reshape(B, N, H)
+    scores_BKGS = soft_cap(jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32) * scale, cap)
+    scores_BKGS = jnp.where(allowed_BS[:, None, None], scores_BKGS, MASKED)
+    weights_BKGS = _softmax(scores_BKGS[:, :, :, None], sinks_N)[:, :, :, 0].astype(v_BKSH.dtype)
+    return jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS, v_BKSH, preferred_element_type=jnp.float32).reshape(B, N, H)
 
 
 def blocks(

@@ -14,15 +14,23 @@ import jax.numpy as jnp
 
 from jaxdpo.models.attention import Window, attend_to_cache, attention
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, run_layers
+from jaxdpo.models.decoder import ForwardOptions, Params, head_weight, run_layers
+from jaxdpo.models.layers import rounded
 from jaxdpo.sharding import ROWS, constrain
 
 
-class Cache(NamedTuple):
-    """All layers' keys and values, in the type of the products."""
+class KeysValues(NamedTuple):
+    """Keys and values of one layer, or of all with a leading L, in the type of the products."""
 
-    k_LBKSH: jax.Array
-    v_LBKSH: jax.Array
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+
+
+class Cache(NamedTuple):
+    """All layers' keys and values."""
+
+    layers: KeysValues | tuple[KeysValues, ...]
+    """Of all layers at once, or one for each where the weights are taken apart."""
     positions_BS: jax.Array
     """int32: position of the token in each slot, -1 where there is none."""
 
@@ -43,12 +51,36 @@ def prefill(
     B, T = tokens_BT.shape
     slots_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     attend = functools.partial(_attend_and_keep, slots_BT, options)
-    hidden_BTD, (k_LBKTH, v_LBKTH), _ = run_layers(params, config, tokens_BT, slots_BT, attend, options)
-    behind = num_slots - T
+    hidden_BTD, kept, _ = run_layers(params, config, tokens_BT, slots_BT, attend, options)
+    behind = (0, num_slots - T)
+    layers = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [behind, (0, 0)]), kept)
     positions_BT = jnp.where(slots_BT < lengths_B[:, None], slots_BT, -1)
-    grown = ((0, 0), (0, 0), (0, 0), (0, behind), (0, 0))
-    positions_BS = jnp.pad(positions_BT, ((0, 0), (0, behind)), constant_values=-1)
-    return hidden_BTD, _pinned(Cache(jnp.pad(k_LBKTH, grown), jnp.pad(v_LBKTH, grown), positions_BS), options)
+    return hidden_BTD, _pinned(Cache(layers, jnp.pad(positions_BT, [(0, 0), behind], constant_values=-1)), options)
+
+
+def for_decoding(params: Params, config: ModelConfig, options: ForwardOptions) -> Params:
+    """The weights in the form that `prefill` and `decode` read fastest; costs a copy of those that are not in it yet.
+
+    They have the type of the products. On CPUs they are taken apart by layer, because a scan would copy each layer's weights and cache in
+    every step; and the embedding is float32, because reading a row of it would otherwise convert the whole.
+    """
+
+    def of_products(tree: Any) -> Any:
+        return jax.tree.map(lambda w: w.astype(options.dtype) if w.dtype == jnp.float32 else w, tree)
+
+    def layer(tree: Any, index: int) -> Any:
+        return of_products(jax.tree.map(lambda leaf: leaf[index], tree))
+
+    def by_layer(tree: Any) -> tuple:
+        return tuple(layer(tree, index) for index in range(config.num_layers))
+
+    if not options.on_cpu:
+        return of_products(params)
+    if isinstance(params["layers"], tuple):
+        return params
+    head, embed = of_products(head_weight(params)), rounded(params["embed"]["weight"], options.dtype)
+    lora = {"lora": {"layers": by_layer(params["lora"]["layers"])}} if "lora" in params else {}
+    return params | {"head": {"weight": head}, "embed": {"weight": embed}, "layers": by_layer(params["layers"])} | lora
 
 
 def decode(
@@ -69,15 +101,12 @@ def decode(
     Returns:
         (final hidden states float32 [B, D], the cache with the tokens in it.)
     """
-    filled_BS = cache.positions_BS >= 0
-    attend = functools.partial(_attend_to_cache, positions_B, cache.positions_BS, filled_BS)
-    hidden_B1D, (k_LBK1H, v_LBK1H), _ = run_layers(
-        params, config, tokens_B[:, None], positions_B[:, None], attend, options, cache=(cache.k_LBKSH, cache.v_LBKSH)
-    )
-    k_LBKSH = jax.lax.dynamic_update_slice_in_dim(cache.k_LBKSH, k_LBK1H, slot, axis=3)
-    v_LBKSH = jax.lax.dynamic_update_slice_in_dim(cache.v_LBKSH, v_LBK1H, slot, axis=3)
     positions_BS = jax.lax.dynamic_update_slice_in_dim(cache.positions_BS, positions_B[:, None], slot, axis=1)
-    return hidden_B1D[:, 0], _pinned(Cache(k_LBKSH, v_LBKSH, positions_BS), options)
+    apart = not isinstance(cache.layers, KeysValues)
+    attend = functools.partial(_attend_to_cache, positions_BS, slot, apart)
+    hidden_B1D, kept, _ = run_layers(params, config, tokens_B[:, None], positions_B[:, None], attend, options, cache=cache.layers)
+    layers = kept if apart else _written(cache.layers, kept, slot)
+    return hidden_B1D[:, 0], _pinned(Cache(layers, positions_BS), options)
 
 
 def _attend_and_keep(
@@ -90,7 +119,7 @@ def _attend_and_keep(
     window: jax.Array | None,
     cache: None,
     **how: Any,
-) -> tuple[jax.Array, tuple]:
+) -> tuple[jax.Array, KeysValues]:
     """Causal attention within the prompts, whose keys and values are kept."""
     del cache
     windowed = None if window is None else Window(window, slots_BT)
@@ -98,28 +127,45 @@ def _attend_and_keep(
     out_BTNH = attention(
         q_BTNH, k_BTKH, v_BTKH, first_BT, slots_BT + 1, implementation=options.attention, window=windowed, mesh=options.mesh, **how
     )
-    return out_BTNH, (k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3))
+    return out_BTNH, KeysValues(k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3))
 
 
 def _attend_to_cache(
-    positions_B: jax.Array,
-    cached_BS: jax.Array,
-    filled_BS: jax.Array,
+    positions_BS: jax.Array,
+    slot: jax.Array,
+    apart: bool,
     q_B1NH: jax.Array,
     k_B1KH: jax.Array,
     v_B1KH: jax.Array,
     *,
     window: jax.Array | None,
-    cache: tuple[jax.Array, jax.Array],
+    cache: KeysValues,
     **how: Any,
-) -> tuple[jax.Array, tuple]:
-    """One token's attention; its key and value are kept."""
-    allowed_BS = filled_BS if window is None else filled_BS & (positions_B[:, None] - cached_BS < window)
-    out_BNH = attend_to_cache(q_B1NH[:, 0], k_B1KH[:, 0], v_B1KH[:, 0], *cache, allowed_BS, **how)
-    return out_BNH[:, None], (k_B1KH.transpose(0, 2, 1, 3), v_B1KH.transpose(0, 2, 1, 3))
+) -> tuple[jax.Array, KeysValues]:
+    """One token's attention to itself and the tokens before it.
+
+    Kept is the layer's cache with the token in it, which is written in place where layers are apart; else the token's key and value alone,
+    as a scan would copy whole caches to stack them.
+    """
+    new = KeysValues(k_B1KH.transpose(0, 2, 1, 3), v_B1KH.transpose(0, 2, 1, 3))
+    cache = _written(cache, new, slot)
+    allowed_BS = positions_BS >= 0
+    if window is not None:
+        position_B1 = jax.lax.dynamic_slice_in_dim(positions_BS, slot, 1, axis=1)
+        allowed_BS &= position_B1 - positions_BS < window
+    out_BNH = attend_to_cache(q_B1NH[:, 0], *cache, allowed_BS, **how)
+    return out_BNH[:, None], cache if apart else new
+
+
+def _written(layers: Any, new: KeysValues, slot: jax.Array) -> KeysValues:
+    """Keys and values with new ones in a slot."""
+    return jax.tree.map(lambda x, x_slot: jax.lax.dynamic_update_slice_in_dim(x, x_slot, slot, axis=x.ndim - 2), layers, new)
 
 
 def _pinned(cache: Cache, options: ForwardOptions) -> Cache:
     """Rows spread over the devices that see different rows, heads over those that share products."""
-    k_LBKSH, v_LBKSH = (constrain(x, options.mesh, None, ROWS, "tensor") for x in (cache.k_LBKSH, cache.v_LBKSH))
-    return Cache(k_LBKSH, v_LBKSH, constrain(cache.positions_BS, options.mesh, ROWS))
+
+    def pin(x: jax.Array) -> jax.Array:
+        return constrain(x, options.mesh, *[None] * (x.ndim - 4), ROWS, "tensor")
+
+    return Cache(jax.tree.map(pin, cache.layers), constrain(cache.positions_BS, options.mesh, ROWS))

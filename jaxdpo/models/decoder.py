@@ -324,7 +324,7 @@ def run_layers(
     cache: Any = None,
     real_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, RouterLoad | None]:
-    """Embedding, all layers and the last norm: hidden states, and what each layer kept and counted (with a leading L)."""
+    """Embedding, layers and last norm: hidden states, and what each layer kept and counted (stacked; in tuples if the weights are)."""
     sizes = [config.sliding_window if windowed else NO_WINDOW for windowed in config.window_layers]
     ropes = _ropes(config, positions_BT)
 
@@ -341,9 +341,20 @@ def run_layers(
     policy = REMAT[options.remat]
     x_BTD = _embed(params, config, tokens_BT, positions_BT, options)
     windows_L = jnp.asarray(sizes, jnp.int32) if sizes else None
-    stacked = _LayerInputs(params["layers"], params.get("lora", {}).get("layers", {}), windows_L, cache)
-    x_BTD, (kept, load) = jax.lax.scan(layer if policy is None else jax.checkpoint(layer, policy=policy), x_BTD, stacked)
+    inputs = _LayerInputs(params["layers"], params.get("lora", {}).get("layers", {}), windows_L, cache)
+    scan = _one_by_one if isinstance(params["layers"], tuple) else jax.lax.scan
+    x_BTD, (kept, load) = scan(layer if policy is None else jax.checkpoint(layer, policy=policy), x_BTD, inputs)
     return _bind(config, "norm", params["norm"])(x_BTD, options), kept, load
+
+
+def _one_by_one(layer: Callable, x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, tuple]:
+    """What lax.scan does, over tuples."""
+    results = []
+    for index, weights in enumerate(inputs.weights):
+        window, cache = (None if part is None else part[index] for part in (inputs.window, inputs.cache))
+        x_BTD, result = layer(x_BTD, _LayerInputs(weights, inputs.lora and inputs.lora[index], window, cache))
+        results.append(result)
+    return x_BTD, tuple(zip(*results, strict=True))
 
 
 def _plain(weights: Params, dtype: jnp.dtype) -> Params:
@@ -360,7 +371,7 @@ def _ropes(config: ModelConfig, positions_BT: jax.Array) -> tuple[Rope, Rope]:
     if config.positions == "learned":
         return None, None
     full = rope_tables(positions_BT, config.rotary_dim, config.rope_theta, config.rope_scaling)
-    local = config.local_rope_theta
+    local = config.local_rope_theta if config.window_layers else None
     return full, None if local is None else rope_tables(positions_BT, config.rotary_dim, local, None)
 
 
