@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 without window": ("qwen2", {"use_sliding_window": False, "rope_theta": 1e6}),
     "qwen3 with biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True, "rope_scaling": _YARN}),
     "gemma2": ("gemma2", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 8.0}),
+    "gemma3 without window": ("gemma3", {"layer_types": ["full_attention"] * 4}),
     "phi3 partial": ("phi3", {"partial_rotary_factor": 0.75}),
     "phi3 long": ("phi3 long", {"original_max_position_embeddings": 112, "max_position_embeddings": 512}),
     "qwen3_moe, plain weights": ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 5, "num_experts_per_tok": 3}),

@@ -47,13 +47,13 @@ def model(**changes: Any) -> ModelConfig:
 
 @functools.cache
 def params(seed: int = 0, config: ModelConfig | None = None) -> Params:
-    """Random weights as numpy arrays (safe from donation): norms near 1, the rest wide."""
+    """Random weights as numpy arrays (safe from donation): norms multiply by about 1, the rest is wide."""
     config = config or model()
-    rng = np.random.default_rng(seed)
+    rng, one = np.random.default_rng(seed), np.float32(config.norm != "rms_offset")
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        return 1 + np.float32(0.1) * noise if "norm" in jax.tree_util.keystr(path) else np.float32(config.initializer_range) * noise
+        return one + np.float32(0.1) * noise if "norm" in jax.tree_util.keystr(path) else np.float32(config.initializer_range) * noise
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config, "float32"))
 

@@ -164,7 +164,7 @@ def _yarn_ramp(num_frequencies: int, scaling: RopeScaling, theta: float) -> jax.
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * num_frequencies - 1)
-    ramp = (jnp.arange(num_frequencies, dtype=jnp.float32) - low) / max(high - low, 0.001)
+    ramp = (jnp.arange(num_frequencies, dtype=jnp.float32) - low) / (high - low or 0.001)
     return jnp.clip(ramp, 0.0, 1.0)
 
 

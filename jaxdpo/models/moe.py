@@ -7,7 +7,7 @@ Dimension names: B rows, T slots, R = B T tokens, E experts, C choices of a toke
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.layers import gated, param, project
+from jaxdpo.models.layers import gated, param, project, rounded
 from jaxdpo.sharding import ROWS
 
 
@@ -98,6 +98,46 @@ def balance_loss(load: RouterLoad) -> jax.Array:
     return load.probs_E.size * jnp.sum((load.chosen_E / tokens) * (load.probs_E / tokens))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def grouped_product(compute_dtype: jnp.dtype, x_RI: jax.Array, weight_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """x W, another W for each run of rows; like layers.product, inputs are cast to compute_dtype and sums are float32, also backward.
+
+    Args:
+        sizes_E: int32 rows of each run, one after the other. Rows behind the last give 0, and get no gradient.
+
+    Returns:
+        float32 [R, O]; gradients are float32 for x and of the weight's type for the weight.
+    """
+    x_RI, weight_EIO = x_RI.astype(compute_dtype), weight_EIO.astype(compute_dtype)
+    return _of_runs(jax.lax.ragged_dot(x_RI, weight_EIO, sizes_E, preferred_element_type=jnp.float32), sizes_E)
+
+
+def _grouped_product_fwd(compute_dtype: jnp.dtype, x_RI: jax.Array, weight_EIO: jax.Array, sizes_E: jax.Array) -> tuple:
+    x_RI = x_RI.astype(compute_dtype)
+    return grouped_product(compute_dtype, x_RI, weight_EIO, sizes_E), (x_RI, weight_EIO, sizes_E)
+
+
+def _grouped_product_bwd(compute_dtype: jnp.dtype, saved: tuple, d_y_RO: jax.Array) -> tuple:
+    x_RI, weight_EIO, sizes_E = saved
+    d_y_RO, weight_EOI = d_y_RO.astype(compute_dtype), weight_EIO.astype(compute_dtype).swapaxes(1, 2)
+    d_x_RI = jax.lax.ragged_dot(d_y_RO, weight_EOI, sizes_E, preferred_element_type=jnp.float32)
+    d_weight_EIO = jax.lax.ragged_dot_general(x_RI, d_y_RO, sizes_E, _SUM_OVER_RUNS, preferred_element_type=jnp.float32)
+    return _of_runs(d_x_RI, sizes_E), d_weight_EIO.astype(weight_EIO.dtype), None
+
+
+grouped_product.defvjp(_grouped_product_fwd, _grouped_product_bwd)
+
+_SUM_OVER_RUNS = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+)
+
+
+def _of_runs(y_RO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Zero behind the last run, where a kernel may leave anything."""
+    inside_R = jnp.arange(y_RO.shape[0], dtype=jnp.int32) < jnp.sum(sizes_E)
+    return jnp.where(inside_R[:, None], y_RO, 0.0)
+
+
 def _apply(
     activation: str,
     limit: float | None,
@@ -120,8 +160,8 @@ def _apply(
     sizes_E = jnp.sum(expert_RC[:, None] == jnp.arange(E, dtype=jnp.int32)[None, :], axis=0, dtype=jnp.int32)
 
     def product(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-        y = jax.lax.ragged_dot(x.astype(compute_dtype), weight.astype(compute_dtype), sizes_E, preferred_element_type=jnp.float32)
-        return y if bias is None else y + bias.astype(compute_dtype).astype(jnp.float32)[sorted_RC]
+        y: Any = grouped_product(compute_dtype, x, weight, sizes_E)
+        return y if bias is None else y + rounded(bias, compute_dtype)[sorted_RC]
 
     rows = x_RD[order_RC // C]
     gate, up = product(rows, experts.gate_EDF, experts.gate_bias_EF), product(rows, experts.up_EDF, experts.up_bias_EF)

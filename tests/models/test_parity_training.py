@@ -61,9 +61,10 @@ def their_gradients(both: Both, folder: Path) -> tuple[float, Any]:
 
 
 def our_logits(params: Any, config: Any) -> np.ndarray:
-    slots, options = jnp.arange(len(ROW), dtype=jnp.int32)[None], ForwardOptions()
-    hidden = forward(params, config, jnp.asarray(ROW[None]), slots, 0 * slots, slots + 1, options)
-    return np.asarray(logits(params, config, hidden, options))[0]
+    row_BT, options = jnp.asarray(ROW[None]), ForwardOptions()
+    slots_BT = jnp.arange(len(ROW), dtype=jnp.int32)[None]
+    hidden_BTD = forward(params, config, row_BT, slots_BT, jnp.zeros_like(slots_BT), slots_BT + 1, options)
+    return np.asarray(logits(params, config, hidden_BTD, options))[0]
 
 
 @pytest.mark.parametrize("case", TINY)
