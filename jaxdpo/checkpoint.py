@@ -33,7 +33,7 @@ Tree = dict[str, Any]
 MANIFEST = "manifest.json"
 META = "meta.json"
 SAVING, DELETING, DAMAGED, UNKNOWN = ".saving", ".deleting", ".damaged", ".unknown"
-PIECE_BYTES = 2**26
+PIECE_BYTES = 2**22
 """Parameters are saved in pieces no larger than this, each of one layer, so that a reader can take a layer at a time."""
 
 FREE_FIELDS = (

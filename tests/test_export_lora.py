@@ -15,7 +15,7 @@ from jaxdpo import export, options
 from jaxdpo.checkpoint import Checkpoints, restore_params
 from jaxdpo.config import Config, LoraSection, ModelSection
 from jaxdpo.models.decoder import ForwardOptions, Params, forward
-from jaxdpo.models.hf_folder import copy_model_files, write_json
+from jaxdpo.models.hf_folder import copy_model_files, set_chat_template, write_json
 from jaxdpo.models.hfconfig import load_model_config, to_hf
 from jaxdpo.models.lora import lora_of
 from jaxdpo.models.peft import read_peft
@@ -24,20 +24,19 @@ from tests.families import TINY, raw_config, tiny
 from tests.models.test_lora import random_adapter
 from tests.runs import folder_with_inputs, settings, use_one_device
 from tests.runs import train as train_run
-from tests.tiny import params
+from tests.tiny import params, write_model
 
-SCALE = 2.0
+SCALE = 0.5
 
 
 def lora_run(folder: Path, name: str = "llama") -> Path:
     """A run in `folder`/run that trained an adapter over `folder`/base, as if: its checkpoint is random."""
     base, run, model = folder / "base", folder / "run", tiny(name)
     lora = LoraSection(rank=3, alpha=3 * SCALE, targets=["q", "k", "v", "o", *["up"] * (not model.num_experts)])
-    base.mkdir(parents=True)
+    write_model(base, seed=None, vocab_size=model.vocab_size)  # for its tokenizer
     write_json(base / "config.json", to_hf(model, raw_config(name), dtype="float32"))
     save_params(base, model, params(0, model), "float32")
-    (base / "tokenizer.json").write_text("{}")
-    (base / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    set_chat_template(base, "{{ messages }}")
     copy_model_files(base, run / "model")
     adapter = jax.tree.map(jnp.asarray, random_adapter(model, lora_of(lora, model)))
     with Checkpoints(run) as checkpoints:
@@ -65,17 +64,20 @@ def hidden(folder: Path, weights: Params, scale: float = 1.0) -> np.ndarray:
 def test_the_adapter_alone_is_pefts_folder(tmp_path: Path) -> None:
     run, out = lora_run(tmp_path), tmp_path / "out"
     assert run_export(run, out) == 0
-    names = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
-    assert {path.name for path in out.iterdir()} == names
+    weights, beside = {"adapter_config.json", "adapter_model.safetensors"}, {"tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert {path.name for path in out.iterdir()} == weights | beside | {"chat_template.jinja"}
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     told = json.loads((out / "adapter_config.json").read_text())
-    assert told["target_modules"] == ["k_proj", "o_proj", "q_proj", "up_proj", "v_proj"] and (told["r"], told["lora_alpha"]) == (3, 6)
+    assert told["target_modules"] == ["k_proj", "o_proj", "q_proj", "up_proj", "v_proj"] and (told["r"], told["lora_alpha"]) == (3, 1.5)
     assert told["base_model_name_or_path"] == str(tmp_path / "base") and told["task_type"] == "CAUSAL_LM"
     found = read_peft(out, tiny("llama"))
     for ours, theirs in zip(jax.tree.leaves(restore_params(run)[1]), jax.tree.leaves(found.adapter), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     head, body = (out / "README.md").read_text().split("---\n")[1:]
     assert yaml.safe_load(head)["library_name"] == "peft" and str(tmp_path) not in head + body
-    assert "| base model | base |" in body and "| adapter | LoRA, rank 3, alpha 6, on q, k, v, o, up |" in body and "| steps | 5 |" in body
+    assert (
+        "| base model | base |" in body and "| adapter | LoRA, rank 3, alpha 1.5, on q, k, v, o, up |" in body and "| steps | 5 |" in body
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -89,7 +91,7 @@ def test_the_merged_model_computes_what_the_adapter_over_the_base_does(tmp_path:
     assert np.abs(got - hidden(tmp_path / "base", base)).mean() > 0.02
     assert len(list(out.glob("model-*.safetensors"))) > 1 and not (out / "adapter_config.json").exists()
     np.testing.assert_array_equal(merged["embed"]["weight"], base["embed"]["weight"])
-    assert "| adapter, merged | LoRA, rank 3, alpha 6, on q, k" in (out / "README.md").read_text()
+    assert "| adapter, merged | LoRA, rank 3, alpha 1.5, on q, k" in (out / "README.md").read_text()
 
 
 def test_merged_weights_have_the_type_that_is_asked_for(tmp_path: Path) -> None:
