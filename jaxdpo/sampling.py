@@ -157,9 +157,9 @@ def _answer(
     weights = for_decoding(params, model, options)
 
     def add_token(answers: _Answers, hidden_BD: jax.Array) -> _Answers:
-        logits_BV = logits(weights, model, hidden_BD, options)
+        logits_VB = logits(weights, model, hidden_BD, options).T
         allowed_V = jnp.arange(model.vocab_size, dtype=jnp.int32) < num_tokens
-        ids_B = _draw(jnp.where(allowed_V[None, :], logits_BV, -jnp.inf), draw, rows.numbers_B, answers.step)
+        ids_B = _draw(jnp.where(allowed_V[:, None], logits_VB, -jnp.inf), draw, rows.numbers_B, answers.step)
         counts_B = answers.counts_B + answers.open_B.astype(jnp.int32)
         stopped_B = jnp.any(ids_B[:, None] == draw.stop_ids[None, :], axis=1)
         return _Answers(
@@ -185,41 +185,40 @@ def _answer(
     return sharding.constrain(answers.ids_BS, options.mesh), sharding.constrain(answers.counts_B, options.mesh)
 
 
-def _draw(logits_BV: jax.Array, draw: Draw, numbers_B: jax.Array, step: jax.Array) -> jax.Array:
-    """One token of each row."""
+def _draw(logits_VB: jax.Array, draw: Draw, numbers_B: jax.Array, step: jax.Array) -> jax.Array:
+    """One token of each row. Rows are last, so that a CPU computes them side by side."""
     if draw.temperature is None:
-        return _argmax(logits_BV)
-    logits_BV = logits_BV / draw.temperature
+        return _argmax(logits_VB)
+    logits_VB = logits_VB / draw.temperature
     if draw.top_k is not None:
-        logits_BV = jnp.where(_likeliest(logits_BV, jnp.ones_like(logits_BV), draw.top_k), logits_BV, -jnp.inf)
+        logits_VB = jnp.where(_likeliest(logits_VB, jnp.ones_like(logits_VB), draw.top_k), logits_VB, -jnp.inf)
     if draw.top_p is not None:
-        probs_BV = jax.nn.softmax(logits_BV, axis=-1)
-        logits_BV = jnp.where(_likeliest(probs_BV, probs_BV, draw.top_p), logits_BV, -jnp.inf)
+        probs_VB = jax.nn.softmax(logits_VB, axis=0)
+        logits_VB = jnp.where(_likeliest(probs_VB, probs_VB, draw.top_p), logits_VB, -jnp.inf)
     key = jax.random.key(draw.seed)
     keys_B = jax.vmap(lambda number: jax.random.fold_in(jax.random.fold_in(key, number), step))(numbers_B)
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32))(keys_B)
-    return _argmax(logits_BV + noise_BV)
+    noise_VB = jax.vmap(lambda key: jax.random.gumbel(key, logits_VB.shape[:1], jnp.float32), out_axes=1)(keys_B)
+    return _argmax(logits_VB + noise_VB)
 
 
-def _argmax(scores_BV: jax.Array) -> jax.Array:
-    """The first of the highest. Twice as fast on CPU as jnp.argmax, whose pairs of score and index are not compared at once."""
-    places_BV = jax.lax.broadcasted_iota(jnp.int32, scores_BV.shape, 1)
-    return jnp.min(jnp.where(scores_BV == scores_BV.max(-1, keepdims=True), places_BV, scores_BV.shape[1] - 1), axis=-1)
+def _argmax(scores_VB: jax.Array) -> jax.Array:
+    """The first of the highest. jnp.argmax, which compares pairs of score and index, is slower on CPUs."""
+    places_VB = jax.lax.broadcasted_iota(jnp.int32, scores_VB.shape, 0)
+    return jnp.min(jnp.where(scores_VB == scores_VB.max(0, keepdims=True), places_VB, scores_VB.shape[0] - 1), axis=0)
 
 
-def _likeliest(scores_BV: jax.Array, weights_BV: jax.Array, enough: jax.Array) -> jax.Array:
-    """The fewest highest scores of each row whose weights sum to `enough`, and their equals: bool [B, V].
+def _likeliest(scores_VB: jax.Array, weights_VB: jax.Array, enough: jax.Array) -> jax.Array:
+    """The fewest highest scores of each row whose weights sum to `enough`, and their equals: bool [V, B].
 
     Finds the lowest of them bit by bit, on integers in the order of the floats. A sort would take ten times as long.
     """
-    bits_BV = jax.lax.bitcast_convert_type(scores_BV, jnp.uint32)
-    negative_BV = bits_BV >> 31 == 1
-    order_BV = jnp.where(negative_BV, ~bits_BV, bits_BV | jnp.uint32(1 << 31))
+    bits_VB = jax.lax.bitcast_convert_type(scores_VB, jnp.uint32)
+    order_VB = jnp.where(bits_VB >> 31 == 1, ~bits_VB, bits_VB | jnp.uint32(1 << 31))
 
-    def add_bit(i: jax.Array, lowest_B1: jax.Array) -> jax.Array:
-        higher_B1 = lowest_B1 | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        total_B1 = jnp.sum(jnp.where(order_BV >= higher_B1, weights_BV, 0.0), axis=-1, keepdims=True)
-        return jnp.where(total_B1 >= enough, higher_B1, lowest_B1)
+    def add_bit(i: jax.Array, lowest_1B: jax.Array) -> jax.Array:
+        higher_1B = lowest_1B | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        total_1B = jnp.sum(jnp.where(order_VB >= higher_1B, weights_VB, 0.0), axis=0, keepdims=True)
+        return jnp.where(total_1B >= enough, higher_1B, lowest_1B)
 
-    lowest_B1 = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros((scores_BV.shape[0], 1), jnp.uint32))
-    return order_BV >= lowest_B1
+    lowest_1B = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros((1, scores_VB.shape[1]), jnp.uint32))
+    return order_VB >= lowest_1B

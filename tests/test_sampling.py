@@ -141,7 +141,7 @@ def frequencies(scores: np.ndarray, **how: float) -> np.ndarray:
     """How often each token is drawn."""
     knobs = {"temperature": 1.0, "top_k": None, "top_p": None} | how
     draw = Draw(np.uint32(7), np.array([-1], np.int32), *(None if value is None else np.float32(value) for value in knobs.values()))
-    rows = jnp.broadcast_to(jnp.asarray(scores), (DRAWN, len(scores)))
+    rows = jnp.broadcast_to(jnp.asarray(scores)[:, None], (len(scores), DRAWN))
     ids = jax.jit(sampling._draw)(rows, draw, jnp.arange(DRAWN, dtype=jnp.int32), jnp.int32(0))
     return np.bincount(np.asarray(ids), minlength=len(scores)) / DRAWN
 
@@ -182,7 +182,7 @@ def test_top_k_and_top_p_leave_exactly_their_tokens(how: dict[str, float], allow
 @given(strategies.lists(strategies.floats(-9, 9, width=32) | strategies.just(-np.inf), min_size=1, max_size=12), strategies.integers(1, 14))
 def test_the_likeliest_are_those_that_a_sort_finds(scores: list[float], k: int) -> None:
     row = np.array([scores + [-np.inf] * (12 - len(scores))], np.float32) + np.float32(0)  # which makes -0 into 0
-    found = np.asarray(LIKELIEST(row, np.ones_like(row), np.float32(min(k, 12))))
+    found = np.asarray(LIKELIEST(row.T, np.ones_like(row.T), np.float32(min(k, 12)))).T
     np.testing.assert_array_equal(found, row >= np.sort(row[0])[::-1][min(k, 12) - 1])
 
 

@@ -43,6 +43,11 @@ def product(equation: str, compute_dtype: jnp.dtype, x: jax.Array, weight: jax.A
     Returns:
         float32; gradients are float32 for x and of the weight's type for the weight.
     """
+    x_dims, weight_dims, y_dims = equation.replace("->", ",").split(",")
+    summed = sum(dim in x_dims for dim in weight_dims)
+    if summed > 1:  # as one dimension, because for several the compiler may copy weight and x
+        x, weight = x.reshape(*x.shape[:-summed], -1), weight.reshape(-1, *weight.shape[summed:])
+        equation = f"{x_dims[:-summed]}{weight_dims[0]},{weight_dims[0]}{weight_dims[summed:]}->{y_dims}"
     return jnp.einsum(equation, x.astype(compute_dtype), weight.astype(compute_dtype), preferred_element_type=jnp.float32)
 
 
