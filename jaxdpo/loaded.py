@@ -18,7 +18,7 @@ from jaxdpo.data.records import Dropped, Message
 from jaxdpo.models.cache import for_decoding
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params
-from jaxdpo.models.hf_folder import fetch_model, generation_config, read_json
+from jaxdpo.models.hf_folder import end_ids, fetch_model, read_json
 from jaxdpo.models.hfconfig import from_hf, read_config_json
 from jaxdpo.models.peft import CONFIG as ADAPTER_CONFIG
 from jaxdpo.models.peft import read_peft
@@ -118,7 +118,6 @@ class LoadedModel:
         room = max(model.max_positions - sampling.max_new_tokens, model.max_positions // 2)
         longest = min(source.max_prompt_length or room, model.max_positions)
         encoder = Encoder(tokenizer, read_template(tokenizer, files.template), model.max_positions, longest)
-        ends = generation_config(files.model, raw).get("eos_token_id") or []
         params, scale = _load(source, files, model, mesh, compute_dtype)
         options = ForwardOptions(compute_dtype=compute_dtype, lora_scale=scale, mesh=mesh)
         return cls(
@@ -126,7 +125,7 @@ class LoadedModel:
             params=jax.jit(lambda params: for_decoding(params, model, options))(params),
             options=options,
             encoder=encoder,
-            stop_ids=tuple(dict.fromkeys([*encoder.stop_ids, *([ends] if isinstance(ends, int) else ends)])),
+            stop_ids=tuple({*encoder.stop_ids, *end_ids(files.model, raw)}),
             source=source,
             sampling=sampling,
         )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxdpo import losses, optim, sharding
 from jaxdpo.answers import StepOptions, reference_logps
 from jaxdpo.config import Config
-from jaxdpo.data.chat import Tokenizer, load_tokenizer
+from jaxdpo.data.chat import Encoder, Tokenizer, decode_answer, load_tokenizer
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.prepare import Prepared, prepare
@@ -24,7 +24,7 @@ from jaxdpo.data.table import PairTable
 from jaxdpo.flops import peak_flops, step_flops
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params
-from jaxdpo.models.hf_folder import fetch_model
+from jaxdpo.models.hf_folder import end_ids, fetch_model
 from jaxdpo.models.hfconfig import load_model_config, read_config_json
 from jaxdpo.models.peft import PeftAdapter, adapter_fingerprint
 from jaxdpo.models.weightfiles import weights_fingerprint
@@ -209,19 +209,21 @@ class Session:
         ]
 
     def _answers(self, params: Params, prompts: list[np.ndarray]) -> list[str]:
-        num_rows = sharding.num_row_shards(self.mesh)
-        padded = prompts + prompts[:1] * (-len(prompts) % num_rows)  # every device that sees rows of its own gets as many
-        stop: Any = self.tokenizer.eos_token_id
-        ids = generate(
+        answers = generate(
             params,
             self.model,
-            padded,
+            prompts,
             max_new_tokens=self.config.eval.sample_tokens,
             options=self.options.forward,
-            stop_ids=() if stop is None else (stop,),
+            stop_ids=self._stop_ids,
             num_tokens=min(len(self.tokenizer), self.model.vocab_size),
         )
-        return self.tokenizer.batch_decode(ids[: len(prompts)], skip_special_tokens=True)
+        return [decode_answer(self.tokenizer, prompt, ids, skip_special=True) for prompt, ids in zip(prompts, answers, strict=True)]
+
+    @functools.cached_property
+    def _stop_ids(self) -> tuple[int, ...]:
+        encoder = Encoder.create(self.tokenizer, self.config.data)
+        return tuple({*encoder.stop_ids, *end_ids(self.folder, read_config_json(self.folder))})
 
     def mfu(self, step: int, seconds: float) -> float | None:
         """Useful FLOPs of a step, as a share of what the devices could do in that time; None where their peak is not known."""

@@ -78,6 +78,12 @@ def generation_config(folder: Path, raw_config: Mapping[str, Any]) -> dict[str, 
     return _tokenizer_ids(folder) | ids
 
 
+def end_ids(folder: Path, raw_config: Mapping[str, Any]) -> list[int]:
+    """The tokens that end an answer, as generation_config.json says, or what stands in for it."""
+    ids = generation_config(folder, raw_config).get("eos_token_id")
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
 def _tokenizer_ids(folder: Path) -> dict[str, int]:
     paths = [folder / name for name in ("tokenizer_config.json", "tokenizer.json")]
     if not all(path.is_file() for path in paths):
