@@ -115,7 +115,7 @@ def test_router_load_is_that_of_transformers(both: Both) -> None:
     ids, mask = padded(ANSWERED)
     with torch.no_grad():
         theirs = both.model(ids, attention_mask=mask, output_router_logits=True).aux_loss.item()
-    assert theirs > 1.01 * both.config.experts_per_token, "the load is even"
+    assert theirs > 1.005 * both.config.experts_per_token, "the load is even"
     np.testing.assert_allclose(balance_loss(load), theirs, rtol=1e-5)
 
 
