@@ -14,7 +14,7 @@ from jaxdpo.data.table import EncodedPair
 KINDS = ("byte_tokenizer", "metaspace_tokenizer", "chat_tokenizer")
 TURNS = (Message("user", "Which colour?"), Message("assistant", "It is red."), Message("user", "Thank you! And?"))
 THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """As Qwen3's: something stands before the last answer that the generation prompt lacks."""
@@ -32,13 +32,13 @@ def prompt_ids(made: Encoder, text: Text) -> list[int]:
 
 def trained_ids(made: Encoder, text: Text) -> list[int]:
     """What training puts before the answers of a pair with this prompt."""
-    answers = [" 7", " 8"] if isinstance(text, str) else [(Message("assistant", word),) for word in ("7", "8")]
+    answers = ["7", "8"] if isinstance(text, str) else [(Message("assistant", word),) for word in ("7", "8")]
     (pair,) = made.encode([Preference(text, *answers)])  # type: ignore[arg-type]
     assert isinstance(pair, EncodedPair), pair
     return pair.prompt_ids.tolist()
 
 
-@pytest.mark.parametrize("text", ["Which colour is it", TURNS[:1], TURNS, (Message("system", "Be kind."), *TURNS)])
+@pytest.mark.parametrize("text", ["2 + 2 =", TURNS[:1], TURNS, (Message("system", "Be kind."), *TURNS)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_is_what_training_puts_before_an_answer(kind: str, text: Text, request: pytest.FixtureRequest) -> None:
     made = encoder(request.getfixturevalue(kind))
@@ -48,7 +48,7 @@ def test_a_prompt_is_what_training_puts_before_an_answer(kind: str, text: Text, 
 def test_what_the_template_writes_before_an_answer_is_part_of_the_prompt(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     made = encoder(chat_tokenizer, template=THINKING)
     assert prompt_ids(made, TURNS) == trained_ids(made, TURNS)
-    assert str(chat_tokenizer.decode(prompt_ids(made, TURNS))).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert str(chat_tokenizer.decode(prompt_ids(made, TURNS))).endswith("<|im_start|>assistant\n<think></think>")
 
 
 def test_a_long_prompt_keeps_its_end_and_says_so(metaspace_tokenizer: PreTrainedTokenizerFast) -> None:
