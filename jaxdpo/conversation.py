@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 
+from jaxdpo.console import clean
 from jaxdpo.data.prompts import Prompt
 from jaxdpo.data.records import Message, Turns, is_unicode
 from jaxdpo.loaded import LoadedModel
-from jaxdpo.metrics import clean
 
 NEW = "/new"
 

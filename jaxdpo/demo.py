@@ -16,10 +16,10 @@ import numpy as np
 
 from jaxdpo.checkpoint import restore_params
 from jaxdpo.config import CheckpointSection, Config, DataSection, EvalSection, LossSection, ModelSection, OptimSection, TrainSection
+from jaxdpo.console import show_table
 from jaxdpo.data.chat import load_tokenizer
 from jaxdpo.data.prepare import prepare
 from jaxdpo.export import ExportConfig, export_run
-from jaxdpo.metrics import show_table
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.hfconfig import load_model_config
 from jaxdpo.runner import train

@@ -15,11 +15,11 @@ from typing import Any, Literal, TextIO
 
 from jaxdpo import options, sharding
 from jaxdpo.config import STRICT_KEYS, MeshSection, require
+from jaxdpo.console import clean
 from jaxdpo.conversation import converse
 from jaxdpo.data.prompts import Prompt, read_prompts
 from jaxdpo.data.records import strings
 from jaxdpo.loaded import Answer, LoadedModel, Sampling, Source
-from jaxdpo.metrics import clean
 from jaxdpo.runner import keep_compiled_programs
 
 DONE, FAULT, INTERRUPTED = 0, 1, 130

@@ -8,19 +8,15 @@ import functools
 import json
 import math
 import os
-import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from jaxdpo.config import LogSection
+from jaxdpo.console import Console, progress_bar, say, stdout
 
 TIME_KEYS = frozenset({"step_seconds", "pairs_per_second", "tokens_per_second", "wait_fraction", "mfu", "eval/seconds"})
 """Keys of metrics.jsonl that depend on the clock: the only ones that may differ between two runs of the same command."""
@@ -37,20 +33,6 @@ CONSOLE_KEYS = {
 
 LINES_PER_RUN = 20
 """How many steps of a run are told where no progress bar can be drawn."""
-
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-_NUMBER = re.compile(r"-?[0-9.,]+%?")
-
-
-def clean(text: str) -> str:
-    """Text without control characters (but newline and tab), which could drive or disguise what a terminal shows.
-
-    >>> clean("a\\x1b[31mb\\nc")
-    'a[31mb\\nc'
-    """
-    return _CONTROL.sub("", text)
 
 
 class JsonLines:
@@ -197,8 +179,8 @@ class Logger:
         first = 0 if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first) if log.tensorboard else None
         self._health = Health(total_steps, has_reference)
-        self._console = console or _stdout()
-        self._progress = _progress_bar(self._console, total_steps, resume_step or 0) if self._console.is_terminal else None
+        self._console = console or stdout()
+        self._progress = progress_bar(self._console, total_steps, resume_step or 0) if self._console.is_terminal else None
 
     def __enter__(self) -> "Logger":
         return self
@@ -223,11 +205,11 @@ class Logger:
 
     def warn(self, text: str) -> None:
         """Tell something that the user should act on."""
-        self._console.print(Text(f"warning: {clean(text)}", style="yellow"))
+        say(self._console, f"warning: {text}", "yellow")
 
     def info(self, text: str) -> None:
         """Tell something."""
-        self._console.print(Text(clean(text)))
+        say(self._console, text)
 
     def flush(self) -> None:
         """Return when all rows are on the disk. Called before a checkpoint, which must not be ahead of its metrics."""
@@ -257,37 +239,5 @@ class Logger:
             self.info(f"step {step}/{self._total}  {_summary(row)}")
 
 
-def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None) -> None:
-    """Show a table on the console; columns of numbers are aligned right, others left."""
-    table = Table(title=Text(clean(title)), title_justify="left", title_style="bold")
-    for index, name in enumerate(header):
-        numeric = all(_NUMBER.fullmatch(row[index]) for row in rows)
-        table.add_column(Text(clean(name)), justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
-    (console or _stdout()).print(table)
-
-
 def _summary(row: Mapping[str, Any]) -> str:
     return "  ".join(f"{name} {row[key]:.4g}" for key, name in CONSOLE_KEYS.items() if key in row)
-
-
-def _stdout() -> Console:
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 120
-    return console
-
-
-def _progress_bar(console: Console, total_steps: int, done: int) -> Progress:
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[summary]}", markup=False),
-    )
-    progress = Progress(*columns, console=console)
-    progress.add_task("train", total=total_steps, completed=done, summary="")
-    progress.start()
-    return progress

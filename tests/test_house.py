@@ -16,14 +16,15 @@ ROOT = Path(__file__).parent.parent
 Modules = dict[str, ast.Module]
 
 FLOORS = [
-    ["config", "checks", "options", "sharding", "products"],
+    ["sections", "config", "checks", "options", "sharding", "products", "console", "report"],
     ["pairs", "loss_functions", "losses", "logprobs", "optim"],
     ["models"],
     ["data"],
-    ["flops", "answers", "step", "checkpoint", "metrics", "sampling", "judges", "report", "evaluation", "reference"],
+    ["flops", "answers", "step", "checkpoint", "metrics", "sampling", "judges", "evaluation", "reference"],
     [
         "runweights",
         "settle",
+        "program",
         "session",
         "runner",
         "dryrun",
@@ -48,7 +49,7 @@ ROOMS = {
     "orbax": "checkpoint",
     "tensorstore": "checkpoint",
     "tensorboardX": "metrics",
-    "rich": "metrics",
+    "rich": "console",
     "optax": "optim",
     "safetensors": "models.tensorfile",
     "transformers": "data.chat",

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from jaxdpo.config import LogSection
-from jaxdpo.metrics import TIME_KEYS, Health, JsonLines, Logger, clean, show_table
+from jaxdpo.console import clean, show_table
+from jaxdpo.metrics import TIME_KEYS, Health, JsonLines, Logger
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
