@@ -10,7 +10,6 @@ from jaxdpo import options
 from jaxdpo.data.chat import describe_pair
 from jaxdpo.runner import describe
 from jaxdpo.session import Session
-from jaxdpo.step import TrainState
 
 SHOWN_PAIRS = 2
 GIB = 1 << 30
@@ -26,19 +25,12 @@ def dry_run(session: Session) -> None:
     batch = session.loader.batch(1)
     print(f"first step: {batch.tokens_MBT.shape} microbatches x rows x tokens, {int((batch.sides_MBS >= 0).sum())} scored tokens")
     started = time.perf_counter()
-    program = _compile(session)
+    program = session.lower(batch).compile()
     print(f"compile: {time.perf_counter() - started:.1f} s")
     print("\n".join(_memory(program.memory_analysis())))
     seconds = _seconds_per_step(session, program)
     hours = seconds * session.total_steps / 3600
     print(f"time: {seconds:.3g} s a step, {hours:.2g} h for {session.total_steps} steps, evaluation and saves aside")
-
-
-def _compile(session: Session) -> jax.stages.Compiled:
-    """The train step for the first batch, compiled from shapes alone."""
-    state, batch = TrainState(**session.abstract_state(with_reference=False)), session.loader.batch(1)
-    arguments = session.put_batch(batch), session.put_scalar(False, np.bool_)
-    return session.train_step.lower(state, session.abstract_fixed(batch), *arguments).compile()
 
 
 def _memory(analysis: Any) -> list[str]:

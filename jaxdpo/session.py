@@ -11,10 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxdpo import losses, optim, sharding
-from jaxdpo.answers import StepOptions, reference_logps
+from jaxdpo.answers import reference_logps
 from jaxdpo.config import Config
 from jaxdpo.data.chat import Encoder, Tokenizer, decode_answer, load_tokenizer
 from jaxdpo.data.loader import Loader
@@ -22,38 +21,27 @@ from jaxdpo.data.packing import Batch
 from jaxdpo.data.prepare import Prepared, prepare
 from jaxdpo.data.table import PairTable
 from jaxdpo.flops import peak_flops, step_flops
-from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params
+from jaxdpo.models.decoder import Params
 from jaxdpo.models.hf_folder import end_ids, fetch_model
 from jaxdpo.models.hfconfig import load_model_config, read_config_json
 from jaxdpo.models.peft import PeftAdapter, adapter_fingerprint
 from jaxdpo.models.weightfiles import weights_fingerprint
+from jaxdpo.program import Program
 from jaxdpo.reference import CachedLogps, cached_logps
-from jaxdpo.runweights import RunWeights, state_shardings
+from jaxdpo.runweights import RunWeights, axis_sizes
 from jaxdpo.sampling import generate
 from jaxdpo.settle import settle, settle_lora
-from jaxdpo.step import Fixed, TrainState, averages, compile_steps, init_state
+from jaxdpo.step import Fixed, TrainState, averages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Session:
+class Session(Program):
     """A run that is ready to start, but for its weights (`start`)."""
 
-    config: Config
-    mesh: Mesh
-    model: ModelConfig
-    folder: Path
-    """The model's Hugging Face folder."""
     tokenizer: Tokenizer
     data: Prepared
     loader: Loader
     total_steps: int
-    options: StepOptions
-    weights: RunWeights
-    shardings: Any
-    """A TrainState of NamedShardings, leaf for leaf."""
-    train_step: Callable
-    eval_step: Callable
     notes: tuple[str, ...]
     """What the user should know before the run."""
     warnings: tuple[str, ...]
@@ -66,9 +54,9 @@ class Session:
         Raises:
             ValueError: model, data or mesh cannot be used as the config says.
         """
-        mesh = sharding.make_mesh(config.mesh)
         folder = model_folder(config)
         model = load_model_config(folder)
+        mesh = sharding.make_mesh(config.mesh, sizes=axis_sizes(model))
         tokenizer = load_tokenizer(str(folder))
         config, lora, found = settle_lora(settle(config, mesh, model, read_config_json(folder)), model)
         data = prepare(config.data, tokenizer, model.vocab_size)
@@ -76,27 +64,15 @@ class Session:
         num_rows, pairs_per_step = sharding.num_row_shards(mesh), config.train.pairs_per_step
         loader = Loader.create(data.train, config.data, pairs_per_step=pairs_per_step, num_rows=num_rows, seed=config.seed)
         total_steps = config.train.steps or (config.train.epochs or 1) * loader.steps_per_epoch
-        forward = _forward(config, mesh, 1.0 if lora is None else lora.scale)
-        options = StepOptions(model=model, loss=config.loss, optim=config.optim, forward=forward, total_steps=total_steps)
         start = None if found is None else found.adapter
-        weights = RunWeights(config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=start)
-        shardings = state_shardings(model, mesh, lora)
-        train_step, eval_step = compile_steps(options, mesh, shardings, weights.fixed_shardings)
+        program = Program.of(config, mesh, model, folder, lora=lora, start=start, total_steps=total_steps)
         return cls(
-            config=config,
-            mesh=mesh,
-            model=model,
-            folder=folder,
+            **vars(program),
             tokenizer=tokenizer,
             data=data,
             loader=loader,
             total_steps=total_steps,
-            options=options,
-            weights=weights,
-            shardings=shardings,
-            train_step=train_step,
-            eval_step=eval_step,
-            notes=tuple(_notes(config, weights)),
+            notes=tuple(_notes(config, program.weights)),
             warnings=tuple(_warnings(config, found)),
         )
 
@@ -115,22 +91,6 @@ class Session:
         kind = self.weights.reference_kind
         params = self.weights.initial() if kind == "frozen" and base is None else {}
         return self.weights.reference(params, base, shared=False)
-
-    def abstract_state(self, with_reference: bool) -> dict[str, Any]:
-        """Shapes, types and shardings of what a checkpoint holds."""
-        shapes = jax.eval_shape(lambda params: init_state(params, self.config.optim), self.weights.trained)
-        tree = checkpoint_tree(shapes, shapes.params if with_reference else None)
-        shardings = checkpoint_tree(self.shardings, self.shardings.params if with_reference else None)
-        return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings)
-
-    def abstract_fixed(self, batch: Batch) -> Fixed:
-        """Shapes, types and shardings of what a step on `batch` takes beside the state."""
-        shapes = self.weights.fixed_shapes
-        if self.weights.reference_kind == "cached":
-            shapes = shapes._replace(ref_logps=jax.ShapeDtypeStruct(batch.lengths_MBP2.shape, np.float32))
-        return jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, self.weights.fixed_shardings
-        )
 
     def cache_reference(self, view: Callable[[], Params], tell: Callable[[str], None], stopping: Callable[[], bool]) -> CachedLogps:
         """The reference's log-probs of all pairs that the run meets, from the run folder or computed.
@@ -177,11 +137,18 @@ class Session:
         """A number on every device."""
         return sharding.put(np.asarray(value, dtype), sharding.replicated(self.mesh))
 
-    def evaluate(self, params: Params, fixed: Fixed, cached: CachedLogps | None) -> dict[str, float]:
-        """Means over all validation pairs: loss, rewards, accuracies, lengths and, where the reference runs, exact KL per token."""
+    def evaluate(
+        self, params: Params, fixed: Fixed, cached: CachedLogps | None, poll: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Means over all validation pairs: loss, rewards, accuracies, lengths and, where the reference runs, exact KL per token.
+
+        Args:
+            poll: called before each batch; what it raises ends the evaluation.
+        """
         table = self.data.eval
         sums = None
         for group in self._eval_groups():
+            poll()
             batch = self.loader.packer([table[i] for i in group])
             beside = self.with_logps(fixed, None if cached is None else cached.eval[group], batch)
             more = self.eval_step(params, beside, self.put_batch(batch))
@@ -194,15 +161,22 @@ class Session:
         count, size = len(self.data.eval), self.config.train.pairs_per_step
         return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
-    def samples(self, params: Params, fixed: Fixed) -> list[dict[str, str]]:
-        """Greedy answers to the first eval.samples validation prompts: {"id", "prompt", "policy"} and, where one runs, "reference"."""
+    def samples(self, params: Params, fixed: Fixed, poll: Callable[[], None] = lambda: None) -> list[dict[str, str]]:
+        """Greedy answers to the first eval.samples validation prompts: {"id", "prompt", "policy"} and, where one runs, "reference".
+
+        Args:
+            poll: called before each model answers; what it raises ends the sampling.
+        """
         section, table = self.config.eval, self.data.eval
         pairs = [table[i] for i in range(min(section.samples, len(table)))]
         if not pairs:
             return []
         reference = fixed.reference_view()
         models = {"policy": fixed.policy_view(params)} | ({} if reference is None else {"reference": reference})
-        texts = {name: self._answers(weights, [pair.prompt_ids for pair in pairs]) for name, weights in models.items()}
+        texts: dict[str, list[str]] = {}
+        for name, weights in models.items():
+            poll()
+            texts[name] = self._answers(weights, [pair.prompt_ids for pair in pairs])
         prompts = self.tokenizer.batch_decode([pair.prompt_ids for pair in pairs])
         return [
             {"id": pair.id, "prompt": prompts[i]} | {name: answers[i] for name, answers in texts.items()} for i, pair in enumerate(pairs)
@@ -256,11 +230,6 @@ class Session:
         return known | {"computed": computed, "truncation": cut}
 
 
-def checkpoint_tree(state: TrainState, moving_reference: Params | None) -> dict[str, Any]:
-    """The state as nested dict; the reference is part of it only where it moves (TR-DPO)."""
-    return state._asdict() | ({} if moving_reference is None else {"reference": moving_reference})
-
-
 def model_folder(config: Config) -> Path:
     """The local folder of model.path; a hub id is fetched first.
 
@@ -271,18 +240,6 @@ def model_folder(config: Config) -> Path:
     if path.is_dir():
         return path
     return fetch_model(config.model.path or "", config.model.revision)
-
-
-def _forward(config: Config, mesh: Mesh, lora_scale: float) -> ForwardOptions:
-    """The forward options, with each `auto` settled for this platform."""
-    section = config.model
-    return ForwardOptions(
-        compute_dtype=section.compute_dtype,
-        attention="blocks" if section.attention == "auto" else section.attention,
-        remat="full" if section.remat == "auto" else section.remat,
-        lora_scale=lora_scale,
-        mesh=mesh,
-    )
 
 
 def _notes(config: Config, weights: RunWeights) -> Iterator[str]:

@@ -37,8 +37,8 @@ MAKE_MESH = sharding.make_mesh
 
 def use_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs use one of the eight devices, and those with the same options share their programs."""
-    monkeypatch.setattr(sharding, "make_mesh", lambda section: MAKE_MESH(MeshSection(), jax.devices()[:1]))
-    monkeypatch.setattr("jaxdpo.session.compile_steps", compiled_once)
+    monkeypatch.setattr(sharding, "make_mesh", lambda section, **_: MAKE_MESH(MeshSection(), jax.devices()[:1]))
+    monkeypatch.setattr("jaxdpo.program.compile_steps", compiled_once)
 
 
 PROGRAMS: dict[str, tuple[Callable, Callable]] = {}
