@@ -23,6 +23,11 @@ def cross_check(config: Config) -> list[str]:
             config.eval.every == 0 or bool(config.data.eval) or config.data.eval_fraction > 0,
             f"eval.every={config.eval.every}: there are no validation pairs. Set data.eval or data.eval_fraction, or eval.every=0",
         ),
+        (
+            config.data.max_row_tokens % config.mesh.context == 0,
+            f"mesh.context={config.mesh.context}: does not divide data.max_row_tokens={config.data.max_row_tokens}. "
+            f"Use data.max_row_tokens={-(-config.data.max_row_tokens // 64) * 64}",
+        ),
         *_reference_checks(config),
         *_lora_checks(config),
     ]

@@ -5,29 +5,11 @@ which was set but does not apply can be told from one that was left alone. Readi
 """
 
 import dataclasses
-from typing import Literal, TypeVar, dataclass_transform
+from typing import Literal
 
-from pydantic import ConfigDict
-
-STRICT_KEYS = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-T = TypeVar("T")
-
-
-@dataclass_transform(kw_only_default=True, frozen_default=True)
-def _section(cls: type[T]) -> type[T]:
-    cls.__pydantic_config__ = STRICT_KEYS  # type: ignore[attr-defined]
-    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-
-
-def require(*checks: tuple[bool, str]) -> None:
-    """Raise one ValueError that lists the message of every check that is False.
-
-    Raises:
-        ValueError: when any check fails; one message a line.
-    """
-    if problems := [message for ok, message in checks if not ok]:
-        raise ValueError("\n".join(problems))
+from jaxdpo.sections import STRICT_KEYS as STRICT_KEYS
+from jaxdpo.sections import require as require
+from jaxdpo.sections import section as _section
 
 
 @_section
@@ -139,6 +121,10 @@ class DataSection:
     """Visit the pairs of each epoch in a new random order (from seed)."""
     max_dropped_fraction: float = 0.1
     """Stop when more than this share of the rows is unusable."""
+    cache: str | None = "~/.cache/jaxdpo/pairs"
+    """Folder that keeps encoded pairs, so that the next start reads them at once. null: keep none."""
+    processes: int = 0
+    """Processes that encode large sets. 0: one less than there are cores, at most 32."""
 
     def __post_init__(self) -> None:
         require(
@@ -153,6 +139,7 @@ class DataSection:
             ),
             (all(weight > 0 for weight in self.mix), f"data.mix={self.mix}: every weight must be above 0"),
             (self.row_sizes >= 1, f"data.row_sizes={self.row_sizes}: must be at least 1"),
+            (self.processes >= 0, f"data.processes={self.processes}: must be 0 (automatic) or at least 1"),
             (
                 self.max_length == 0 or self.max_length > self.max_prompt_length,
                 f"data.max_length={self.max_length}: must exceed data.max_prompt_length={self.max_prompt_length}, "
@@ -287,9 +274,13 @@ class TrainSection:
     """Passes over the training pairs. Default 1. Give this or train.steps, not both."""
     compilation_cache: str | None = "~/.cache/jaxdpo"
     """Folder that keeps compiled programs, so that the next start is quicker. null: keep none."""
+    watchdog_minutes: float = 60
+    """End the process (status 70, to be started again) when no step, and nothing else, has been finished for so long. Compiling one program
+    must take less. 0: never."""
 
     def __post_init__(self) -> None:
         require(
+            (self.watchdog_minutes >= 0, f"train.watchdog_minutes={self.watchdog_minutes}: must be 0 (never) or positive"),
             (self.pairs_per_step >= 1, f"train.pairs_per_step={self.pairs_per_step}: must be at least 1"),
             (self.steps is None or self.steps >= 1, f"train.steps={self.steps}: must be at least 1"),
             (self.epochs is None or self.epochs >= 1, f"train.epochs={self.epochs}: must be at least 1"),
@@ -302,20 +293,28 @@ class TrainSection:
 
 @_section
 class MeshSection:
-    """How many devices share what. data * fsdp * tensor is the number of devices."""
+    """How many devices share what (docs/scale.md). data * fsdp * expert * context * tensor is the number of devices."""
 
     data: int = -1
     """Devices that each hold a full copy and see other rows. -1: as many as are left."""
     fsdp: int = 1
     """Devices that share weights and optimizer state and see other rows."""
+    expert: int = 1
+    """Mixtures of experts: devices that each hold other experts; they share the other weights, and see other rows."""
+    context: int = 1
+    """Devices that share the slots of each row, for rows longer than one device holds. A divisor of 64."""
     tensor: int = 1
     """Devices that share each matrix product."""
 
     def __post_init__(self) -> None:
+        sizes = {"fsdp": self.fsdp, "expert": self.expert, "context": self.context, "tensor": self.tensor}
         require(
             (self.data == -1 or self.data >= 1, f"mesh.data={self.data}: must be -1 (what is left) or at least 1"),
-            (self.fsdp >= 1, f"mesh.fsdp={self.fsdp}: must be at least 1"),
-            (self.tensor >= 1, f"mesh.tensor={self.tensor}: must be at least 1"),
+            *((size >= 1, f"mesh.{name}={size}: must be at least 1") for name, size in sizes.items()),
+            (
+                self.context < 1 or 64 % self.context == 0,
+                f"mesh.context={self.context}: rows are multiples of 64 slots, which it does not divide. Use 1, 2, 4, 8, 16, 32 or 64",
+            ),
         )
 
 

@@ -175,6 +175,11 @@ class RunWeights:
         return jax.jit(quant.quantise, static_argnums=1, out_shardings=place)(weight, kind)
 
 
+def axis_sizes(model: ModelConfig) -> dict[str, int]:
+    """What a mesh must divide, as `sharding.make_mesh` takes it."""
+    return sharding.axis_sizes(logical_axes(model), abstract_params(model, "float32"))
+
+
 def trained_shardings(model: ModelConfig, mesh: Mesh, lora: Lora | None = None) -> Params:
     """Where all weights live, or an adapter.
 

@@ -16,12 +16,13 @@ ROOT = Path(__file__).parent.parent
 Modules = dict[str, ast.Module]
 
 FLOORS = [
-    ["sections", "config", "checks", "options", "sharding", "products", "console", "report"],
+    ["sections", "config", "checks", "options", "sharding", "collectives", "products", "console", "report"],
     ["pairs", "loss_functions", "losses", "logprobs", "optim"],
     ["models"],
     ["data"],
-    ["flops", "answers", "step", "checkpoint", "metrics", "sampling", "judges", "evaluation", "reference"],
+    ["flops", "answers", "step", "checkpoint", "metrics", "sampling", "judges", "evaluation", "reference", "watch"],
     [
+        "gate",
         "runweights",
         "settle",
         "program",
@@ -39,6 +40,7 @@ FLOORS = [
         "generate",
         "loaded",
         "conversation",
+        "planning",
         "plan",
         "pipeline",
     ],

@@ -1,3 +1,6 @@
+import dataclasses
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -6,22 +9,90 @@ from jax.sharding import PartitionSpec
 from jaxdpo import sharding
 from jaxdpo.config import MeshSection
 from jaxdpo.models.decoder import abstract_params, logical_axes
-from jaxdpo.runweights import state_shardings
+from jaxdpo.runweights import axis_sizes, state_shardings
 from jaxdpo.step import init_state
+from tests.families import tiny
 from tests.tiny import Setup, mesh, model
+
+SIZES = axis_sizes(model())
+"""4 heads and 2 key-value heads."""
+
+
+def shape(**sizes: int) -> dict[str, int]:
+    return dict.fromkeys(sharding.AXES, 1) | sizes
+
+
+def made(**sizes: int) -> dict[str, int]:
+    return dict(sharding.make_mesh(MeshSection(**sizes)).shape)
 
 
 def test_the_mesh_takes_all_devices() -> None:
-    assert dict(sharding.make_mesh(MeshSection()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(sharding.make_mesh(MeshSection(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(sharding.make_mesh(MeshSection(data=1, fsdp=8)).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert made() == shape(data=8)
+    assert made(fsdp=2, tensor=2) == shape(data=2, fsdp=2, tensor=2)
+    assert made(data=1, fsdp=8) == shape(fsdp=8)
+    assert made(expert=2, context=2) == shape(data=2, expert=2, context=2)
     assert sharding.num_row_shards(mesh(2, 2, 2)) == 4
+    assert sharding.num_row_shards(mesh(context=4, expert=2)) == 2
 
 
-@pytest.mark.parametrize("sizes", [{"data": 3}, {"fsdp": 3}, {"tensor": 16}, {"data": 4, "fsdp": 4}, {"data": 1}])
-def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"must multiply to the 8 devices here. For example mesh.data=-1 mesh.fsdp=8 mesh.tensor=1"):
-        sharding.make_mesh(MeshSection(**sizes))
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "mesh.data=3: must multiply to the 8 devices here. For example mesh.data=8"),
+        ({"fsdp": 3}, "mesh.fsdp=3: does not divide the model's embed (32). For example mesh.data=2 mesh.fsdp=4"),
+        ({"data": 4, "fsdp": 4}, "mesh.data=4 mesh.fsdp=4: must multiply to the 8 devices here. For example mesh.data=2 mesh.fsdp=4"),
+        ({"tensor": 4}, "mesh.tensor=4: does not divide the model's kv_heads (2). For example mesh.data=4 mesh.tensor=2"),
+        ({"fsdp": 4, "tensor": 4}, "mesh.data=1 mesh.fsdp=4 mesh.tensor=4: must multiply to the 8 devices here\nmesh.tensor=4: does not"),
+        ({"fsdp": 4, "tensor": 4}, "For example mesh.data=1 mesh.fsdp=4 mesh.tensor=2"),
+        ({"expert": 2}, "mesh.expert=2: the model has no experts. For example mesh.data=8 mesh.expert=1"),
+        ({"context": 16}, "For example mesh.data=1 mesh.context=8"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_with_one_that_can(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        sharding.make_mesh(MeshSection(**sizes), sizes=SIZES)
+    assert message in str(caught.value)
+    advice = {axis: int(size) for axis, size in re.findall(r"mesh\.(\w+)=(\d+)", str(caught.value).split("For example ")[1])}
+    assert dict(sharding.make_mesh(MeshSection(**advice), sizes=SIZES).shape) == shape(**advice)
+
+
+def test_what_experts_are_shared_by_must_divide_them_and_the_model() -> None:
+    sizes = axis_sizes(tiny("qwen3_moe"))
+    assert sharding.make_mesh(MeshSection(fsdp=2, expert=4), sizes=sizes).shape["expert"] == 4
+    with pytest.raises(ValueError, match=r"mesh.expert=8: does not divide the model's expert \(4\). For example mesh.data=2 mesh.expert=4"):
+        sharding.make_mesh(MeshSection(expert=8), sizes=sizes)
+    odd = dataclasses.replace(tiny("qwen3_moe"), hidden_size=36)
+    with pytest.raises(ValueError, match=r"mesh.fsdp=2 mesh.expert=4: does not divide the model's embed \(36\)"):
+        sharding.make_mesh(MeshSection(fsdp=2, expert=4), sizes=axis_sizes(odd))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as JAX describes it."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+
+
+def chips(per_slice: int, slices: int) -> list[Chip]:
+    """Chips with two to a process, in an order in which none belongs."""
+    numbers = np.random.default_rng(0).permutation(per_slice * slices).tolist()
+    return [Chip(i, i // 2, i // per_slice) for i in numbers]
+
+
+def test_slices_lie_along_data_and_devices_of_a_process_side_by_side() -> None:
+    found = sharding.make_mesh(MeshSection(fsdp=2, tensor=2), chips(4, 2)).devices
+    assert np.vectorize(lambda chip: chip.slice_index)(found).tolist() == np.repeat([0, 1], 4).reshape(found.shape).tolist()
+    assert np.vectorize(lambda chip: chip.id)(found).ravel().tolist() == list(range(8))
+
+
+def test_what_talks_in_every_layer_stays_in_a_slice() -> None:
+    assert sharding.make_mesh(MeshSection(data=1, fsdp=4, tensor=2), chips(2, 4)).shape["fsdp"] == 4
+    for sizes in ({"tensor": 4}, {"tensor": 2, "context": 2}, {"expert": 4}):
+        with pytest.raises(ValueError, match=r"must lie in one slice, of which each has 2 devices. For example mesh.data=\d"):
+            sharding.make_mesh(MeshSection(**sizes), chips(2, 4))
 
 
 def test_every_weight_is_spread_as_its_axes_say() -> None:

@@ -71,9 +71,10 @@ def pairs(count: int, *, seed: int = 0, low: int = 3, high: int = 40, vocab: int
     return [pair(*rng.integers(low, high, 3).tolist(), rng=rng, vocab=vocab, id=str(i)) for i in range(count)]
 
 
-def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, expert: int = 1) -> jax.sharding.Mesh:
     """A mesh over the first devices."""
-    return sharding.make_mesh(MeshSection(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+    section = MeshSection(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
+    return sharding.make_mesh(section, jax.devices()[: data * fsdp * expert * context * tensor])
 
 
 def pack(some: Sequence[EncodedPair], *, layout: str = "shared", num_rows: int = 1, size: int = 1024, places: int = 0) -> Batch:
@@ -90,7 +91,8 @@ class Setup:
     config: ModelConfig = dataclasses.field(default_factory=model)
     layout: str = "shared"
     size: int = 1024
-    mesh: tuple[int, int, int] = (1, 1, 1)
+    mesh: tuple[int, ...] = (1, 1, 1)
+    """data, fsdp, tensor and perhaps context and expert."""
     attention: str = "blocks"
     compute_dtype: str = "float32"
     remat: str = "none"

@@ -8,6 +8,7 @@ Dimension names: B rows, T slots, S slots of a cache, N query heads, K key-value
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdpo.products import soft_cap, soft_cap_slope
-from jaxdpo.sharding import ROWS
+from jaxdpo.sharding import slots_spec
 
 BLOCK = 64
 MASKED = -1e30  # finite, so that a block without any allowed key gives exp(...) = 0 and not NaN
@@ -29,6 +30,13 @@ class Window(NamedTuple):
     """int32 scalar, which may differ between layers; beyond all positions for a layer without a window."""
     positions_BT: jax.Array
     """int32. Slots of a packed row are not in order of position, so the slots' distance does not tell."""
+    key_positions_BS: jax.Array | None = None
+    """int32: those of the keys, where the keys are of more slots than the queries."""
+
+    @property
+    def of_keys(self) -> jax.Array:
+        """int32 [B, S]: positions of the keys."""
+        return self.positions_BT if self.key_positions_BS is None else self.key_positions_BS
 
 
 def attention(
@@ -55,7 +63,7 @@ def attention(
         cap: scores become cap * tanh(score / cap).
         window: cuts the intervals further.
         sinks_N: float32 score of one more key with value 0, by head (2309.17453, as gpt-oss learns it).
-        mesh: rows are spread over data and fsdp, heads over tensor.
+        mesh: rows are spread over ROWS, slots over context, heads over tensor. Intervals are in slots of the whole row.
 
     Returns:
         float32 [B, T, N, H].
@@ -66,11 +74,31 @@ def attention(
     attend = functools.partial(IMPLEMENTATIONS[implementation], scale, cap)
     if mesh is None or mesh.size == 1:
         return attend(q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, window, sinks_N)
-    heads, slots = PartitionSpec(ROWS, None, "tensor", None), PartitionSpec(ROWS, None)
+    slots = slots_spec(mesh, q_BTNH.shape[1])
+    heads = PartitionSpec(*slots, "tensor", None)
     windows = None if window is None else jax.tree.map(lambda x: slots if x.ndim else PartitionSpec(), window)
     sinks = None if sinks_N is None else PartitionSpec("tensor")
-    local = jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, slots, slots, windows, sinks), out_specs=heads, check_vma=False)
+    here = attend if slots[1] is None else functools.partial(_to_whole_rows, attend, slots[1])
+    local = jax.shard_map(here, mesh=mesh, in_specs=(heads, heads, heads, slots, slots, windows, sinks), out_specs=heads, check_vma=False)
     return local(q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, window, sinks_N)
+
+
+def _to_whole_rows(
+    attend: Callable,
+    axis: str,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_start_BT: jax.Array,
+    k_end_BT: jax.Array,
+    window: Window | None,
+    sinks_N: jax.Array | None,
+) -> jax.Array:
+    """On one device of the mesh axis that shares slots: its queries attend to the keys of all. Backward, each key's gradients are added
+    up where it lives. Keys and values travel because they have the fewer heads."""
+    gather = functools.partial(jax.lax.all_gather, axis_name=axis, axis=1, tiled=True)
+    whole = None if window is None else window._replace(key_positions_BS=gather(window.positions_BT))
+    return attend(q_BTNH, gather(k_BTKH), gather(v_BTKH), k_start_BT, k_end_BT, whole, sinks_N)
 
 
 def dense(
@@ -84,15 +112,15 @@ def dense(
     window: Window | None,
     sinks_N: jax.Array | None,
 ) -> jax.Array:
-    """The reference: all T x T scores, then masked."""
+    """The reference: all T x S scores, then masked."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores = soft_cap(jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32) * scale, cap)
-    slots = jnp.arange(T, dtype=jnp.int32)[None, None, :]
+    slots = jnp.arange(k_BTKH.shape[1], dtype=jnp.int32)[None, None, :]
     allowed = (slots >= k_start_BT[..., None]) & (slots < k_end_BT[..., None])
     if window is not None:
-        allowed &= window.positions_BT[:, :, None] - window.positions_BT[:, None, :] < window.size
+        allowed &= window.positions_BT[:, :, None] - window.of_keys[:, None, :] < window.size
     weights = _softmax(jnp.where(allowed[:, None, None], scores, MASKED), sinks_N)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BTKH.dtype), v_BTKH, preferred_element_type=jnp.float32)
     return out.reshape(B, T, N, H)
@@ -144,20 +172,24 @@ def blocks(
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    pad = -T % BLOCK
-    slots = ((0, 0), (0, pad))
+    q, k, v = (_whole_blocks(x) for x in (q_BTNH, k_BTKH, v_BTKH))
     keys = _Keys(
-        jnp.pad(k_start_BT, slots),
-        jnp.pad(k_end_BT, slots, constant_values=1),
-        None if window is None else jnp.pad(window.positions_BT, slots),
+        _whole_blocks(k_start_BT, mode="edge"),  # slots behind the last see what it sees, so no further block is visited
+        _whole_blocks(k_end_BT, mode="edge"),
+        None if window is None else _whole_blocks(window.positions_BT),
+        None if window is None else _whole_blocks(window.of_keys),
         None if window is None else jnp.broadcast_to(window.size, (B,)),
     )
-    q, k, v = (jnp.pad(x, (*slots, (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
-    q = (q.astype(jnp.float32) * scale).astype(q.dtype).reshape(B, T + pad, K, N // K, H)
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype).reshape(B, -1, K, N // K, H)
     sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, N // K)
     row = functools.partial(jax.lax.map, lambda args: _attend_row(cap, *args, sinks_KG))
     out = row((q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), keys))
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T + pad, N, H)[:, :T]
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, H)[:, :T]
+
+
+def _whole_blocks(x_BT: jax.Array, mode: str = "constant") -> jax.Array:
+    """[B, T, ...] with slots behind (zeros, or as the last) until blocks are whole."""
+    return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % BLOCK)] + [(0, 0)] * (x_BT.ndim - 2), mode=mode)
 
 
 IMPLEMENTATIONS = {"dense": dense, "blocks": blocks}
@@ -169,6 +201,7 @@ class _Keys(NamedTuple):
     start_T: jax.Array
     end_T: jax.Array
     positions_T: jax.Array | None
+    key_positions_S: jax.Array | None
     window: jax.Array | None
 
 
@@ -203,8 +236,9 @@ def _scores(
     """
     slots = (key_start + jnp.arange(BLOCK, dtype=jnp.int32))[None, :]
     allowed = (slots >= block.k_start_b[:, None]) & (slots < block.k_end_b[:, None])
-    if keys.positions_T is not None and keys.window is not None:
-        q_positions, k_positions = (jax.lax.dynamic_slice_in_dim(keys.positions_T, at, BLOCK) for at in (block.start, key_start))
+    if keys.positions_T is not None and keys.key_positions_S is not None and keys.window is not None:
+        q_positions = jax.lax.dynamic_slice_in_dim(keys.positions_T, block.start, BLOCK)
+        k_positions = jax.lax.dynamic_slice_in_dim(keys.key_positions_S, key_start, BLOCK)
         allowed &= q_positions[:, None] - k_positions[None, :] < keys.window
     scores = soft_cap(jnp.einsum("KGqH,KkH->KGqk", q_KGbH, k_KbH, preferred_element_type=jnp.float32), cap)
     return jnp.where(allowed[None, None], scores, MASKED), soft_cap_slope(scores, cap)

@@ -22,7 +22,7 @@ from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.layers import ACTIVATIONS, gated, layer_norm, param, project, rms_norm, rope_tables, rotate, rounded
 from jaxdpo.models.moe import MoE, RouterLoad
 from jaxdpo.products import soft_cap
-from jaxdpo.sharding import ROWS, constrain
+from jaxdpo.sharding import constrain, constrain_slots
 
 Params = dict[str, Any]
 Rope = tuple[jax.Array, jax.Array] | None
@@ -329,7 +329,7 @@ def run_layers(
     ropes = _ropes(config, positions_BT)
 
     def layer(x_BTD: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, tuple]:
-        x_BTD = constrain(x_BTD, options.mesh, ROWS)
+        x_BTD = constrain_slots(x_BTD, options.mesh)
         rope = ropes[0]
         if ropes[1] is not None:
             rope = jax.tree.map(lambda far, near: jnp.where(inputs.window == NO_WINDOW, far, near), *ropes)
@@ -384,7 +384,7 @@ def _embed(params: Params, config: ModelConfig, tokens_BT: jax.Array, positions_
         x_BTD = x_BTD * rounded(jnp.asarray(config.embed_scale, jnp.float32), dtype)
     if config.positions == "learned":
         x_BTD = x_BTD + rounded(constrain(params["positions"]["weight"], mesh, None, None)[positions_BT], dtype)
-    return constrain(x_BTD, mesh, ROWS)
+    return constrain_slots(x_BTD, mesh)
 
 
 def head_weight(params: Params) -> jax.Array:

@@ -1,12 +1,14 @@
 """Mixture of experts: a router sends each token to a few of many MLPs.
 
-Tokens are sorted by expert, so that each expert's product is one run of rows (`jax.lax.ragged_dot`). The experts are spread over the
-mesh's tensor axis: each device computes its own experts for all its tokens, and the results are added up.
+Tokens are sorted by expert, so that each expert's product is one run of rows (`jax.lax.ragged_dot`). Experts are spread over the mesh's
+expert axis, whose devices exchange their tokens: each computes its own experts for the tokens of all, and every token's results are added
+up where it belongs. No token is dropped. Over the tensor axis each expert's inner dimension is shared.
 
 Dimension names: B rows, T slots, R = B T tokens, E experts, C choices of a token, D model, F mlp.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.layers import gated, param, project, rounded
-from jaxdpo.sharding import ROWS
+from jaxdpo.sharding import slots_spec
 
 
 class RouterLoad(NamedTuple):
@@ -41,6 +43,17 @@ class Experts(NamedTuple):
     down_bias_ED: jax.Array | None
 
 
+_PLACES: dict[str, PartitionSpec] = {
+    "gate_EDF": PartitionSpec("expert", None, "tensor"),
+    "up_EDF": PartitionSpec("expert", None, "tensor"),
+    "down_EFD": PartitionSpec("expert", "tensor", None),
+    "gate_bias_EF": PartitionSpec("expert", "tensor"),
+    "up_bias_EF": PartitionSpec("expert", "tensor"),
+    "down_bias_ED": PartitionSpec("expert", None),
+}
+"""What each device has of one layer's experts while it computes."""
+
+
 class MoE(nnx.Module):
     """A router and its experts (2401.04088). Holds all layers' weights, stacked."""
 
@@ -50,9 +63,9 @@ class MoE(nnx.Module):
         constant = functools.partial(param, rngs, std=None, dtype=dtype)
         self.router = normal((L, D, E), ("layer", "embed", "router"))
         self.router_bias = constant((L, E), ("layer", "router")) if config.router_bias else None
-        self.gate = normal((L, E, D, F), ("layer", "expert", "embed", "expert_mlp"))
-        self.up = normal((L, E, D, F), ("layer", "expert", "embed", "expert_mlp"))
-        self.down = normal((L, E, F, D), ("layer", "expert", "expert_mlp", "embed"))
+        self.gate = normal((L, E, D, F), ("layer", "expert", "expert_embed", "expert_mlp"))
+        self.up = normal((L, E, D, F), ("layer", "expert", "expert_embed", "expert_mlp"))
+        self.down = normal((L, E, F, D), ("layer", "expert", "expert_mlp", "expert_embed"))
         self.gate_bias = constant((L, E, F), ("layer", "expert", "expert_mlp")) if config.expert_bias else None
         self.up_bias = constant((L, E, F), ("layer", "expert", "expert_mlp")) if config.expert_bias else None
         self.down_bias = constant((L, E, D), ("layer", "expert", "norm")) if config.expert_bias else None
@@ -72,12 +85,13 @@ class MoE(nnx.Module):
         experts = Experts(self.gate[...], self.up[...], self.down[...], *biases)
         apply = functools.partial(_apply, config.activation, config.activation_limit, compute_dtype)
         if mesh is None or mesh.size == 1:
-            y_BTD = apply(x_BTD, weights_BTC, chosen_BTC, experts, axis=None)
+            y_BTD = apply(x_BTD, weights_BTC, chosen_BTC, experts)
         else:
-            spread, rows = jax.tree.map(lambda _: PartitionSpec("tensor"), experts), PartitionSpec(ROWS)
-            y_BTD = jax.shard_map(
-                functools.partial(apply, axis="tensor"), mesh=mesh, in_specs=(rows, rows, rows, spread), out_specs=rows, check_vma=False
-            )(x_BTD, weights_BTC, chosen_BTC, experts)
+            tokens = slots_spec(mesh, x_BTD.shape[1])
+            places: list[Any] = [None if value is None else _PLACES[name] for name, value in experts._asdict().items()]
+            here, taken = functools.partial(_exchange, apply), (tokens, tokens, tokens, Experts(*places))
+            spread = jax.shard_map(here, mesh=mesh, in_specs=taken, out_specs=tokens, check_vma=False)
+            y_BTD = spread(x_BTD, weights_BTC, chosen_BTC, experts)
         return y_BTD, _load(probs_BTE, chosen_BTC, real_BT)
 
 
@@ -138,6 +152,17 @@ def _of_runs(y_RO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     return jnp.where(inside_R[:, None], y_RO, 0.0)
 
 
+def _exchange(apply: Callable, x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: Experts) -> jax.Array:
+    """On one device of a mesh, with its rows and slots and its share of the experts: `apply` for the tokens of all devices that hold other
+    experts, results added up where the tokens come from."""
+    tokens = [jax.lax.all_gather(x, "expert", axis=0, tiled=True) for x in (x_BTD, weights_BTC, chosen_BTC)]
+    first = jax.lax.axis_index("expert") * experts.gate_EDF.shape[0]
+    if experts.down_bias_ED is not None:  # added once, not by each device that has a share of the products
+        experts = experts._replace(down_bias_ED=jnp.where(jax.lax.axis_index("tensor") == 0, experts.down_bias_ED, 0))
+    y_BTD = apply(*tokens, experts, first)
+    return jax.lax.psum(jax.lax.psum_scatter(y_BTD, "expert", scatter_dimension=0, tiled=True), "tensor")
+
+
 def _apply(
     activation: str,
     limit: float | None,
@@ -146,12 +171,11 @@ def _apply(
     weights_BTC: jax.Array,
     chosen_BTC: jax.Array,
     experts: Experts,
-    axis: str | None,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
-    """Each token through its experts, weighted and added up: float32 [B, T, D]. Along `axis` each device holds other experts."""
+    """Each token through those of its experts that are here, from number `first` on, weighted and added up: float32 [B, T, D]."""
     C, E = chosen_BTC.shape[-1], experts.gate_EDF.shape[0]
     x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    first = 0 if axis is None else jax.lax.axis_index(axis) * E
     expert_RC = chosen_BTC.reshape(-1) - first
     own_RC = (expert_RC >= 0) & (expert_RC < E)
     expert_RC = jnp.where(own_RC, expert_RC, E)  # other devices' experts come last, and belong to no group
@@ -167,5 +191,4 @@ def _apply(
     gate, up = product(rows, experts.gate_EDF, experts.gate_bias_EF), product(rows, experts.up_EDF, experts.up_bias_EF)
     out = product(gated(activation, limit, gate, up), experts.down_EFD, experts.down_bias_ED)
     out_RCD = jnp.where(own_RC[:, None], out[jnp.argsort(order_RC)], 0.0).reshape(-1, C, x_RD.shape[-1])
-    y_BTD = jnp.einsum("RCD,RC->RD", out_RCD, weights_BTC.reshape(-1, C)).reshape(x_BTD.shape)
-    return y_BTD if axis is None else jax.lax.psum(y_BTD, axis)
+    return jnp.einsum("RCD,RC->RD", out_RCD, weights_BTC.reshape(-1, C)).reshape(x_BTD.shape)

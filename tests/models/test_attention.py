@@ -138,10 +138,16 @@ def test_no_array_of_all_slots_by_all_slots() -> None:
         assert bool(max(np.prod(dims, dtype=int) for dims in sizes) >= T * T) is there
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
-def test_devices_that_share_rows_and_heads_give_the_same(sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 1, 4), (1, 1, 2, 2)])
+def test_devices_that_share_rows_heads_and_slots_give_the_same(sizes: tuple[int, ...]) -> None:
     qkv, bounds = inputs(200, B=8), any_intervals(200, B=8)
     spread = jax.jit(functools.partial(blocks, mesh=mesh(*sizes)))
+    np.testing.assert_allclose(spread(*qkv, *bounds), jax.jit(blocks)(*qkv, *bounds), atol=1e-6)
+
+
+def test_slots_that_a_mesh_does_not_divide_are_on_all_its_devices() -> None:
+    qkv, bounds = inputs(70), any_intervals(70)
+    spread = jax.jit(functools.partial(blocks, mesh=mesh(context=4)))
     np.testing.assert_allclose(spread(*qkv, *bounds), jax.jit(blocks)(*qkv, *bounds), atol=1e-6)
 
 
@@ -168,8 +174,9 @@ def test_window_cap_and_sinks_by_hand() -> None:
         np.testing.assert_allclose(attend(q, k, v, *bounds, **how), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
-def test_window_cap_and_sinks_have_the_same_gradients_in_blocks(sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("implementation", [blocks, dense], ids=["blocks", "dense"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 1, 2, 4), (2, 1, 1, 2)])
+def test_window_cap_and_sinks_have_the_same_gradients_on_every_mesh(implementation: Callable, sizes: tuple[int, ...]) -> None:
     qkv, (bounds, how) = inputs(200, B=4, size=2.0), everything(200)
     bounds = tuple(jnp.concatenate([x, x]) for x in bounds)
     positions = jnp.concatenate([how["window"].positions_BT] * 2)
@@ -182,6 +189,6 @@ def test_window_cap_and_sinks_have_the_same_gradients_in_blocks(sizes: tuple[int
         d_qkv, d_sinks = jax.jit(jax.grad(loss, argnums=(0, 1)))(qkv, how["sinks_N"])
         return *d_qkv, d_sinks
 
-    theirs, ours = gradients(dense), gradients(functools.partial(blocks, mesh=mesh(*sizes)))
+    theirs, ours = gradients(dense), gradients(functools.partial(implementation, mesh=mesh(*sizes)))
     for name, a, b in zip(("q", "k", "v", "sinks"), ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=4e-6 * max(1.0, float(jnp.abs(b).max())), err_msg=name)

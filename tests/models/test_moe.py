@@ -94,9 +94,13 @@ def test_tokens_through_their_experts_alone_are_all_experts_weighted(name: str) 
     check_equal(ours, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2), (1, 8, 1)])
-def test_experts_on_other_devices_give_the_same(sizes: tuple[int, int, int]) -> None:
-    config = FAMILIES["gpt_oss"]
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("gpt_oss", sizes) for sizes in ((1, 1, 8), (2, 2, 2), (1, 8, 1), (1, 1, 1, 1, 8), (1, 2, 1, 1, 4), (1, 1, 2, 2, 2))]
+    + [("qwen3_moe", (1, 1, 2, 2, 2))],  # without biases
+)
+def test_experts_on_other_devices_give_the_same(name: str, sizes: tuple[int, ...]) -> None:
+    config = FAMILIES[name]
     alone, spread = (value_and_grads(run, *inputs(config), config, where=where) for where in (None, mesh(*sizes)))
     check_equal(spread, alone, 1e-5)
 
