@@ -6,18 +6,18 @@
 
 A step is written as `<step>.saving` and renamed when its manifest is on disk, so a numeric folder with a manifest is a
 complete save and anything else is not looked at. Orbax does not checksum array data; the manifest does.
+
+Several processes save and restore one step together: each writes its own shards, the first one does the rest and decides, for all, which
+step is the newest good one.
 """
 
 import concurrent.futures
 import errno
-import hashlib
-import itertools
 import json
 import math
-import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,94 +26,55 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from jaxdpo import __version__
+from jaxdpo import __version__, hosts
+from jaxdpo.disk import make_writable
+from jaxdpo.manifest import MANIFEST, find_damage, move_aside, seal, sync_folder, write_json
 
 Tree = dict[str, Any]
 
-MANIFEST = "manifest.json"
 META = "meta.json"
 SAVING, DELETING, DAMAGED, UNKNOWN = ".saving", ".deleting", ".damaged", ".unknown"
 PIECE_BYTES = 2**22
 """Parameters are saved in pieces no larger than this, each of one layer, so that a reader can take a layer at a time."""
-
-FREE_FIELDS = (
-    "run_dir",
-    "checkpoint.",
-    "eval.",
-    "log.",
-    "train.compilation_cache",
-    # From here on: where and in which order the same sums are computed. The result is the same up to rounding.
-    "mesh.",
-    "model.attention",
-    "model.remat",
-    "data.layout",
-    "data.max_row_tokens",
-    "data.row_sizes",
-    # A guard that the run has passed already.
-    "data.max_dropped_fraction",
-)
-"""Options that may change between a run and its resume (those ending in a dot: the whole section)."""
-
-
-def changed_fields(saved: Tree, current: Tree) -> list[tuple[str, Any, Any]]:
-    """Options that differ between a checkpoint's config and the current one and change what is computed.
-
-    Args:
-        saved: the config in a checkpoint's meta, as nested dict.
-        current: the config of this run, as nested dict.
-
-    Returns:
-        (path, saved value, current value) of each, by path; "(absent)" stands for an option that one side lacks.
-    """
-    old, new = dict(_flat(saved)), dict(_flat(json.loads(json.dumps(current))))
-    pairs = [(path, old.get(path, "(absent)"), new.get(path, "(absent)")) for path in sorted(old.keys() | new.keys())]
-    return [(path, a, b) for path, a, b in pairs if a != b and not _is_free(path)]
-
-
-def _flat(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _is_free(path: str) -> bool:
-    return any(path.startswith(free) if free.endswith(".") else path == free for free in FREE_FIELDS)
 
 
 class Checkpoints:
     """The checkpoints of one run: saves in the background, restores the newest step that is undamaged.
 
     Keeps the `keep` newest steps and, besides, the `keep_best` with the lowest validation loss. Use it as a context
-    manager: leaving it waits for the save in progress.
+    manager: leaving it waits for the save in progress. Several processes call each method at the same places of the run.
 
     Attributes:
-        notes: what was found wrong with checkpoints on disk and done about it, one sentence each.
+        notes: what was found wrong with checkpoints on disk and done about it, one sentence each; for the reader to empty.
     """
 
     def __init__(self, run_dir: str | Path, keep: int = 2, keep_best: int = 1):
         """Open, or create, the folder `<run_dir>/checkpoints` and remove what an interrupted save left there.
 
         Raises:
-            ValueError: when the folder cannot be written to.
+            ValueError: when the folder cannot be written to, or is not the same for all processes.
         """
         self.folder = Path(run_dir).expanduser().resolve() / "checkpoints"
         self.notes: list[str] = []
         self._keep, self._keep_best = keep, keep_best
         self._good: set[int] = set()
         self._pending: concurrent.futures.Future[None] | None = None
+        hosts.on_first(lambda: self._open(run_dir))
+        _check_shared(self.folder, run_dir)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-        _make_writable(self.folder, run_dir)
-        if jax.process_index() == 0:
-            for leftover in [*self.folder.glob(f"*{SAVING}"), *self.folder.glob(f"*{DELETING}")]:
-                shutil.rmtree(leftover)
+
+    def _open(self, run_dir: str | Path) -> None:
+        make_writable(self.folder, run_dir)
+        for leftover in [*self.folder.glob(f"*{SAVING}"), *self.folder.glob(f"*{DELETING}")]:
+            shutil.rmtree(leftover)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # the others may be gone, and a save waits for them; this process is about to end
         try:
             self.wait()
         except Exception as failure:
@@ -124,7 +85,7 @@ class Checkpoints:
             self._pool.shutdown()
             self._orbax.close()
 
-    def save(self, step: int, state: Any, meta: Tree, eval_loss: float | None = None) -> None:
+    def save(self, step: int, state: Any, meta: Tree, eval_loss: float | None = None, then: Callable[[], object] = lambda: None) -> None:
         """Save in the background; first wait for the save before. A step that is saved already is left as it is.
 
         The caller may donate or delete the arrays as soon as this returns.
@@ -134,14 +95,16 @@ class Checkpoints:
             state: nested dict of arrays (a PRNG key as its key data); a named tuple is written as a dict.
             meta: what else a resume needs, as JSON values.
             eval_loss: validation loss at this step, for `keep_best`; None when it was not measured.
+            then: called, from another thread of the first process, when the step is complete on disk.
 
         Raises:
             OSError: the disk is full (of this save or the one before). Earlier steps are intact.
         """
         self.wait()
-        if step in _complete_steps(self.folder):
+        if hosts.from_first(step in _complete_steps(self.folder)):
+            then()
             return
-        size = _num_bytes(state)
+        size = num_bytes(state)
         saving = self.folder / f"{step}{SAVING}"
         try:
             with jax.transfer_guard("allow"):  # orbax copies to the host implicitly, which a guarded loop forbids
@@ -149,57 +112,73 @@ class Checkpoints:
         except Exception as error:
             raise self._explain(error, step, size) from error
         record = {"step": step, "eval_loss": eval_loss, "jaxdpo": __version__, **meta}
-        self._pending = self._pool.submit(self._finish, step, record, size)
+        self._pending = self._pool.submit(self._finish, step, record, size, then)
 
-    def _finish(self, step: int, record: Tree, size: int) -> None:
+    def _finish(self, step: int, record: Tree, size: int, then: Callable[[], object]) -> None:
         """In the background: wait for orbax, add meta and manifest, give the folder its name, delete old steps."""
         saving, final = self.folder / f"{step}{SAVING}", self.folder / str(step)
         try:
             self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
-                _write_json(saving / META, record)
-                _write_json(saving / MANIFEST, {"sha256": _digests(saving)})
+            if hosts.is_first():
+                write_json(saving / META, record)
+                seal(saving)
                 if final.exists():
-                    _move_aside(final, UNKNOWN)
+                    move_aside(final, UNKNOWN)
                 saving.rename(final)
+                sync_folder(self.folder)
                 self._good.add(step)
                 self._delete_old()
+                then()
         except Exception as error:
             raise self._explain(error, step, size) from error
 
     def _delete_old(self) -> None:
+        """Delete what `keep` and `keep_best` do not ask for, if one of those that stay is found good on the disk itself."""
         steps = _complete_steps(self.folder)
-        losses = {step: self.read_meta(step)["eval_loss"] for step in steps}
+        losses = {step: _read_meta(self.folder, step)["eval_loss"] for step in steps}
         scored = [step for step in steps if losses[step] is not None and math.isfinite(losses[step])]
         best = sorted(scored, key=lambda step: (losses[step], step))[: self._keep_best]
-        for step in set(steps[: -self._keep]) - set(best):
+        old = set(steps[: -self._keep]) - set(best)
+        if not old:
+            return
+        if all(find_damage(self.folder / str(step), from_disk=True) for step in reversed(steps) if step not in old):
+            self._good.clear()
+            self.notes.append(f"no checkpoint that is to be kept in {self.folder} is undamaged, so older ones are not deleted")
+            return
+        for step in old:
             doomed = self.folder / f"{step}{DELETING}"
             (self.folder / str(step)).rename(doomed)
             shutil.rmtree(doomed)
 
     def _explain(self, error: Exception, step: int, size: int) -> Exception:
         """Free the space of a failed save; say what is wrong where that is known to be a full disk."""
-        shutil.rmtree(self.folder / f"{step}{SAVING}", ignore_errors=True)
-        full = "RESOURCE_EXHAUSTED" in str(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+        if hosts.is_first():
+            shutil.rmtree(self.folder / f"{step}{SAVING}", ignore_errors=True)
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = "RESOURCE_EXHAUSTED" in str(error) or (isinstance(error, OSError) and error.errno in codes)
         if not full:
             return error
+        newest = max(_complete_steps(self.folder), default=None)
+        kept = "there is no earlier one" if newest is None else f"that of step {newest} is intact, and the same command resumes from it"
         return OSError(
             errno.ENOSPC,
             f"the disk is full: the checkpoint of step {step} takes up to {size:,} bytes "
-            f"and {shutil.disk_usage(self.folder).free:,} are free. "
-            "Free some space or lower checkpoint.keep; earlier checkpoints are intact, so the same command resumes from them",
+            f"and {shutil.disk_usage(self.folder).free:,} are free. Free some space or lower checkpoint.keep; {kept}",
             str(self.folder),
         )
 
     def wait(self) -> None:
-        """Wait until the save in progress is complete on disk.
+        """Wait until the save in progress is complete on disk, on all processes.
 
         Raises:
             OSError: the disk is full. Earlier steps are intact.
         """
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if pending is None:
+            return
+        error = pending.exception()
+        if hosts.any_of(error is not None):
+            raise error or OSError("the last save failed on another process, which says why. Earlier checkpoints are intact")
 
     def latest_step(self) -> int | None:
         """Newest step that is complete and undamaged; None when there is none.
@@ -208,20 +187,31 @@ class Checkpoints:
         (never deleted) and told in `notes`.
         """
         self.wait()
+        return hosts.from_first(self._newest_good() if hosts.is_first() else None)
+
+    def _newest_good(self) -> int | None:
         for step in reversed(_complete_steps(self.folder)):
             folder = self.folder / str(step)
             damage = None if step in self._good else find_damage(folder)
             if damage is None:
                 self._good.add(step)
                 return step
-            if jax.process_index() == 0:
-                aside = _move_aside(folder, DAMAGED)
-                self.notes.append(f"checkpoint {folder} is damaged ({damage}): renamed to {aside.name}, going back to the step before")
+            aside = move_aside(folder, DAMAGED)
+            self.notes.append(f"checkpoint {folder} is damaged ({damage}): renamed to {aside.name}, going back to the step before")
         return None
+
+    def count(self) -> int:
+        """How many checkpoints there are, as this process sees it."""
+        return len(_complete_steps(self.folder))
+
+    def incomplete(self) -> list[str]:
+        """Folders that are called like a step and are no checkpoint, as sentences."""
+        names = [path.name for path in self.folder.iterdir() if path.name.isdecimal() and not (path / MANIFEST).exists()]
+        return [f"{self.folder / name} has no {MANIFEST}: it is not a complete checkpoint and is ignored" for name in sorted(names)]
 
     def read_meta(self, step: int) -> Tree:
         """The JSON values saved with a step: those given to `save`, and step, eval_loss, jaxdpo (version)."""
-        return json.loads((self.folder / str(step) / META).read_text())
+        return hosts.from_first(_read_meta(self.folder, step) if hosts.is_first() else None)
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, Tree] | None:
         """Restore the newest undamaged step onto this run's devices, with the bits and types that were saved.
@@ -303,7 +293,7 @@ def _usable(run_dir: str | Path, step: int | None) -> tuple[int, Path, Tree]:
     for candidate in [step] if step is not None else reversed(steps):
         damage = find_damage(folder / str(candidate))
         if damage is None:
-            return candidate, folder / str(candidate), json.loads((folder / str(candidate) / META).read_text())
+            return candidate, folder / str(candidate), _read_meta(folder, candidate)
         reasons.append(f"step {candidate} is damaged ({damage})")
     raise ValueError(f"run_dir={run_dir}: no usable checkpoint in {folder}: {'; '.join(reasons) or 'none was saved'}")
 
@@ -337,56 +327,36 @@ def _check_same_form(folder: Path, saved: Tree, wanted: Any) -> None:
         raise ValueError(f"checkpoint {folder}: holds another state than this run needs. Use another run_dir.\n" + "\n".join(wrong))
 
 
-def find_damage(folder: Path) -> str | None:
-    """Compare the files of a saved step with its manifest: None when all are as written, else what is wrong."""
-    try:
-        expected = json.loads((folder / MANIFEST).read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    for name, digest in expected.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _sha256(path) != digest:
-            return f"{name} is not as it was written"
-    return None
-
-
 def _complete_steps(folder: Path) -> list[int]:
     """Steps with a manifest, oldest first; other folders, whatever their names, are no checkpoints."""
     return sorted(int(path.parent.name) for path in folder.glob(f"*/{MANIFEST}") if path.parent.name.isdecimal())
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+def _read_meta(folder: Path, step: int) -> Tree:
+    return json.loads((folder / str(step) / META).read_text())
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_shared(folder: Path, run_dir: str | Path) -> None:
+    """All processes must see what the first one writes.
 
-
-def _write_json(path: Path, content: Tree) -> None:
-    with path.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _move_aside(folder: Path, suffix: str) -> Path:
-    targets = (folder.with_name(f"{folder.name}{suffix}" + (f"-{number}" if number > 1 else "")) for number in itertools.count(1))
-    return folder.rename(next(target for target in targets if not target.exists()))
-
-
-def _make_writable(folder: Path, run_dir: str | Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
+    Raises:
+        ValueError: they do not.
+    """
+    if jax.process_count() == 1:
+        return
+    mark = folder / hosts.from_first(f".shared-{secrets.token_hex(8)}")
+    if hosts.is_first():
+        mark.touch()
+    hosts.any_of(False)  # nobody looks before it is there
+    apart = hosts.any_of(not mark.exists())
+    if hosts.is_first():
+        mark.unlink()
+    if apart:
         raise ValueError(
-            f"run_dir={run_dir}: cannot write to {folder} ({error.strerror}). Choose a folder that this user may write to"
-        ) from error
+            f"run_dir={run_dir}: not all {jax.process_count()} processes see the same folder. Choose one on a disk that all machines share"
+        )
 
 
-def _num_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+def num_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, or of arrays of such shapes."""
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

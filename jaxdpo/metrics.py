@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
+from jaxdpo import hosts
 from jaxdpo.config import LogSection
 from jaxdpo.console import Console, progress_bar, say, stdout
 
@@ -36,13 +37,17 @@ LINES_PER_RUN = 20
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with a "step"; every line reaches the system as it is written."""
+    """A file of JSON objects, one a line, each with a "step"; every line reaches the system as it is written.
+
+    Of several processes the first one writes, and for the others every method does nothing.
+    """
 
     def __init__(self, path: Path, resume_step: int | None = None):
         """Open for appending, keeping of an earlier run the rows up to `resume_step` (None: no rows)."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut(path, resume_step)
-        self._path = path
+        self._path, self._on = path, hosts.is_first()
+        if self._on:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut(path, resume_step)
 
     @functools.cached_property
     def _file(self) -> TextIO:
@@ -50,13 +55,31 @@ class JsonLines:
         return self._path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row. Numbers that are not finite become null, as JSON has none."""
+        """Append one row. Numbers that are not finite become null, as JSON has none.
+
+        Raises:
+            OSError: with the file's name; the disk is full.
+        """
+        if not self._on:
+            return
+        try:
+            self._append(row)
+        except OSError as error:
+            raise OSError(error.errno, f"a row could not be written: {error.strerror}", str(self._path)) from error
+
+    def _append(self, row: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({key: _finite_or_none(value) for key, value in row.items()}, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
         """Return when every row is on the disk, safe from a power cut."""
-        os.fsync(self._file.fileno())
+        if self._on:
+            os.fsync(self._file.fileno())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row, as it was written."""
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._on and self._path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def close(self) -> None:
         """Close the file, if a row has made one."""
@@ -177,9 +200,9 @@ class Logger:
         self._log, self._total = log, total_steps
         self._rows = JsonLines(folder / "metrics.jsonl", resume_step)
         first = 0 if resume_step is None else resume_step + 1
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first) if log.tensorboard else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first) if log.tensorboard and hosts.is_first() else None
         self._health = Health(total_steps, has_reference)
-        self._console = console or stdout()
+        self._console = console or (stdout() if hosts.is_first() else Console(quiet=True))
         self._progress = progress_bar(self._console, total_steps, resume_step or 0) if self._console.is_terminal else None
 
     def __enter__(self) -> "Logger":
@@ -202,6 +225,10 @@ class Logger:
         row = {key: _plain(value) for key, value in row.items()}
         self._write(step, {f"eval/{key}": value for key, value in row.items()})
         self.info(f"eval {step}/{self._total}  {_summary(row)}")
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the rows hold an evaluation after update `step`."""
+        return any(row["step"] == step and "eval/loss" in row for row in self._rows.rows())
 
     def warn(self, text: str) -> None:
         """Tell something that the user should act on."""

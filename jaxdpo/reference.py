@@ -4,7 +4,7 @@
                                               00003-<digest>.npy   float32 [pairs, 2] of some batches, and its own sha256
 
 A part is written as soon as it is computed, so an interrupted computation goes on where it was. A part whose bytes do not have the digest
-of its name is computed again.
+of its name is computed again. Of several processes the first one reads and writes, and the others get from it what it has read.
 """
 
 import hashlib
@@ -15,15 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-BATCHES_PER_PART = 64
+from jaxdpo import hosts
+from jaxdpo.signals import Interrupted
+
+BATCHES_PER_PART = 16
 _DIGITS = 32
-
-
-class Interrupted(Exception):
-    """A signal asked to stop; the parts that are complete are kept."""
 
 
 class CachedLogps(NamedTuple):
@@ -59,33 +57,49 @@ def cached_logps(
         batches: places of the pairs that are computed together.
         compute: places of a batch's pairs -> float32 [n, 2].
         tell: takes what happens.
-        stopping: asked after each part.
+        stopping: asked by all processes before each batch.
 
     Returns:
         float32 [num_pairs, 2].
 
     Raises:
-        Interrupted: `stopping` said so.
+        Interrupted: `stopping` said so; the parts that are complete are kept.
     """
-    identity = dict(identity) | {"batches": _digest(b"".join(np.append(-1, batch).astype(np.int64).tobytes() for batch in batches))}
+    identity = dict(identity) | {"batches a part": str(BATCHES_PER_PART)}
+    identity |= {"batches": _digest(b"".join(np.append(-1, batch).astype(np.int64).tobytes() for batch in batches))}
     folder = run_dir / "reference_cache" / f"{name}-{_digest(json.dumps(identity, sort_keys=True).encode())}"
     table = np.full((num_pairs, 2), np.nan, np.float32)
     parts = [batches[first : first + BATCHES_PER_PART] for first in range(0, len(batches), BATCHES_PER_PART)]
     missing = 0
     for number, part in enumerate(parts):
         places = np.concatenate(part)
-        logps = _read(folder, number, len(places), tell)
+        logps = _shared(_read(folder, number, len(places), tell) if hosts.is_first() else None, len(places))
         if logps is None:
             missing += 1
             tell(f"reference log-probs of {name}: computing part {number + 1} of {len(parts)}")
-            logps = np.concatenate([compute(batch) for batch in part])
-            _write(folder, number, logps, identity)
-            if stopping():
-                raise Interrupted
+            logps = _computed(part, compute, stopping)
+            if hosts.is_first():
+                _write(folder, number, logps, identity)
         table[places] = logps
     if parts:
         tell(f"reference log-probs of {name}: {len(parts) - missing} parts read and verified, {missing} computed; in {folder}")
     return table
+
+
+def _shared(logps: np.ndarray | None, count: int) -> np.ndarray | None:
+    """What the first process has read, for all."""
+    if not hosts.from_first(logps is not None):
+        return None
+    return hosts.array_from_first(np.empty((count, 2), np.float32) if logps is None else logps)
+
+
+def _computed(part: Sequence[np.ndarray], compute: Callable[[np.ndarray], np.ndarray], stopping: Callable[[], bool]) -> np.ndarray:
+    found = []
+    for batch in part:
+        if stopping():
+            raise Interrupted
+        found.append(compute(batch))
+    return np.concatenate(found)
 
 
 def _read(folder: Path, number: int, count: int, tell: Callable[[str], None]) -> np.ndarray | None:
@@ -97,14 +111,11 @@ def _read(folder: Path, number: int, count: int, tell: Callable[[str], None]) ->
             assert logps.shape == (count, 2) and logps.dtype == np.float32, f"{path}: {logps.shape}, {logps.dtype}"
             return logps
         tell(f"{path} is damaged: it is computed again")
-        if jax.process_index() == 0:
-            path.unlink()
+        path.unlink()
     return None
 
 
 def _write(folder: Path, number: int, logps: np.ndarray, identity: Mapping[str, str]) -> None:
-    if jax.process_index() != 0:
-        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "identity.json").write_text(json.dumps(identity, indent=1), encoding="utf-8")
     buffer = io.BytesIO()

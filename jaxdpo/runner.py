@@ -7,61 +7,31 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdpo import losses, options
-from jaxdpo.checkpoint import Checkpoints, changed_fields
+from jaxdpo import hosts, options
+from jaxdpo.checkpoint import Checkpoints
 from jaxdpo.config import Config
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.prepare import summary
+from jaxdpo.gate import Fault, check_closed_form, check_disk, check_processes_agree, check_same_run
 from jaxdpo.metrics import JsonLines, Logger
 from jaxdpo.models.decoder import Params
 from jaxdpo.models.hf_folder import copy_model_files
-from jaxdpo.reference import CachedLogps, Interrupted
-from jaxdpo.session import Session, checkpoint_tree
+from jaxdpo.program import checkpoint_tree
+from jaxdpo.reference import CachedLogps
+from jaxdpo.session import Session
+from jaxdpo.signals import Interrupted, Stop, stop_on_signals
 from jaxdpo.step import Fixed, TrainState, move_reference, needs_reference
+from jaxdpo.watch import Watch
 
 MAX_BAD_STEPS = 3
-CLOSED_FORM_TOLERANCE = 1e-3
-
-
-class Fault(Exception):
-    """The run cannot go on; the message says why and what to do."""
-
-
-class Stop:
-    """Set by SIGTERM or Ctrl-C: finish the step, save and leave. A second signal ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
-        del frame
-        signal.signal(number, signal.SIG_DFL)
-        self.requested = True
-        os.write(2, b"\nstopping after this step; signal again to stop at once\n")
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Within it SIGTERM and SIGINT ask for a stop instead of ending the process."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+SAVE, STOP = 1, 2  # what a process may want after a step; of several wishes the highest counts
 
 
 @dataclasses.dataclass
@@ -71,6 +41,7 @@ class Run:
     session: Session
     logger: Logger
     checkpoints: Checkpoints
+    stop: Stop
     samples: JsonLines
     """samples.jsonl: answers at each evaluation."""
     skipped: JsonLines
@@ -98,7 +69,7 @@ class Run:
         fixed = self.fixed_for(step, batch)
         self.state, metrics = self.session.train_step(self.state, fixed, self.session.put_batch(batch), apply)
         previous, self.pending = self.pending, (step, metrics, batch.tokens_MBT.size, waited)
-        self.step = step
+        self.step, self.stop.unsaved = step, True
         if self.fixed.reference is not None and _due(step, self.config.loss.tr_every):
             self.fixed = self.fixed._replace(reference=move_reference(self.fixed.reference, self.state.params, self.config.loss))
         self._report(previous)
@@ -151,19 +122,24 @@ class Run:
                 "Lower optim.learning_rate, set model.compute_dtype=float32, or look at the pairs in nonfinite.jsonl"
             )
 
-    def evaluate(self) -> float:
-        """Measure on the validation pairs and log it; returns the validation loss."""
+    def evaluate(self, poll: Callable[[], None]) -> float:
+        """Measure on the validation pairs and log it; returns the validation loss.
+
+        Raises:
+            Interrupted: by `poll`, which is called between the parts; nothing was logged then.
+        """
         self.flush()
         started = time.perf_counter()
-        means = self.session.evaluate(self.state.params, self.fixed, self.cached)
-        for sample in self.session.samples(self.state.params, self.fixed):
+        means = self.session.evaluate(self.state.params, self.fixed, self.cached, poll)
+        samples = self.session.samples(self.state.params, self.fixed, poll)
+        for sample in samples:
             self.samples.write({"step": self.step, **sample})
         self.logger.evaluation(self.step, means | {"seconds": time.perf_counter() - started})
         self.reported_at = time.perf_counter()
         return means["loss"]
 
-    def save(self, eval_loss: float | None) -> None:
-        """Save the step in the background, after all its metrics are on disk."""
+    def save(self, eval_loss: float | None, then: Callable[[], object] = lambda: None) -> None:
+        """Save the step in the background, after all its metrics are on disk; `then` is called when it is on disk itself."""
         self.flush()
         self.logger.flush()
         moving = self.fixed.reference if self.config.loss.tr_every else None
@@ -173,8 +149,14 @@ class Run:
             "position": {"step": self.step, "epoch": self.session.loader.epoch(self.step)},
             "counters": {"tokens": self.tokens},
         }
-        self.checkpoints.save(self.step, checkpoint_tree(self.state, moving), meta, eval_loss)
+        self.checkpoints.save(self.step, checkpoint_tree(self.state, moving), meta, eval_loss, then)
+        self.tell_notes()
         self.reported_at = time.perf_counter()
+
+    def tell_notes(self) -> None:
+        """Tell what was found wrong with checkpoints."""
+        while self.checkpoints.notes:
+            self.logger.warn(self.checkpoints.notes.pop(0))
 
     def close(self) -> None:
         """Close the files that a run opens itself."""
@@ -182,37 +164,54 @@ class Run:
         self.skipped.close()
 
 
-def train(config: Config) -> bool:
+def train(config: Config, leave: Callable[[int], object] | None = None) -> bool:
     """Train as the config says, from the newest checkpoint if there is one; False when a signal stopped it, saved.
+
+    Args:
+        leave: how a thread may end the process with a status: where a signal finds nothing to save (75), and where a step does not
+            end (70). None: signals are looked at between steps and other parts alone, and there is no watchdog.
 
     Raises:
         ValueError: model, data, mesh or checkpoint cannot be used.
+        OSError: the disk is full; earlier checkpoints are intact.
         Fault: training went wrong.
     """
-    run_dir = Path(config.run_dir).expanduser()
     keep_compiled_programs(config.train.compilation_cache)
-    session = Session.open(config)
-    with stop_on_signals() as stop, Checkpoints(run_dir, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints:
-        newest = checkpoints.latest_step()
-        if newest is not None:
-            check_same_run(session, checkpoints.read_meta(newest))
-        write_inputs(session, run_dir)
-        with Logger(run_dir, config.log, session.total_steps, newest, has_reference=needs_reference(config.loss)) as logger:
-            for note in [*checkpoints.notes, *session.warnings]:
-                logger.warn(note)
-            for line in describe(session):
-                logger.info(line)
-            try:
-                opened = begin(session, logger, checkpoints, stop)
-            except Interrupted:
-                logger.info("stopped; what was computed of the reference is kept")
-                return False
-            with contextlib.closing(opened) as run:
-                finished = loop(run, stop)
+    with stop_on_signals(leave) as stop:
+        session = Session.open(config)
+        if hosts.any_of(stop.requested):
+            return False
+        check_processes_agree(session)
+        with Checkpoints(config.run_dir, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints:
+            newest = checkpoints.latest_step()
+            if newest is not None:
+                check_same_run(session, checkpoints.read_meta(newest))
+            notes = [*checkpoints.incomplete(), *check_disk(session, checkpoints, newest), *session.warnings]
+            run_dir = Path(config.run_dir).expanduser()
+            write_inputs(session, run_dir)
+            with Logger(run_dir, config.log, session.total_steps, newest, has_reference=needs_reference(config.loss)) as logger:
+                for note in notes:
+                    logger.warn(note)
+                for line in describe(session):
+                    logger.info(line)
+                with Watch(run_dir, config.train.watchdog_minutes, leave) as watch:
+                    return _train(session, logger, checkpoints, stop, watch)
+
+
+def _train(session: Session, logger: Logger, checkpoints: Checkpoints, stop: Stop, watch: Watch) -> bool:
+    try:
+        with watch.paused("start"):
+            opened = begin(session, logger, checkpoints, stop)
+    except Interrupted:
+        logger.info("stopped; what was computed of the reference is kept")
+        return False
+    with contextlib.closing(opened) as run:
+        finished = loop(run, watch)
+        with watch.paused("save"):
             checkpoints.wait()
-            logger.info(
-                f"{'done' if finished else 'stopped and saved'}: step {run.step} of {session.total_steps}, checkpoints in {run_dir}"
-            )
+        run.tell_notes()
+    ending = "done" if finished else "stopped and saved" if stop.unsaved else "stopped; there was nothing new to save"
+    logger.info(f"{ending}: step {run.step} of {session.total_steps}, checkpoints in {checkpoints.folder}")
     return finished
 
 
@@ -230,21 +229,31 @@ def begin(session: Session, logger: Logger, checkpoints: Checkpoints, stop: Stop
     cached = None
     if weights.reference_kind == "cached":
         view = functools.partial(_start_view, session, params, base)
-        cached = session.cache_reference(view, logger.info, lambda: stop.requested)
-    run_dir = Path(session.config.run_dir).expanduser()
-    samples, skipped = (JsonLines(run_dir / f"{name}.jsonl", newest) for name in ("samples", "nonfinite"))
+        cached = session.cache_reference(view, logger.info, lambda: hosts.any_of(stop.requested))
     if params is not None:
-        run = Run(session, logger, checkpoints, samples, skipped, *session.start(params, base), cached)
-        check_closed_form(run)
+        files = _files(session, None, None)
+        run = Run(session, logger, checkpoints, stop, *files, *session.start(params, base), cached)
+        run.state = check_closed_form(session, run.state, run.fixed_for(1, session.loader.batch(1)))
         return run
     moves = bool(session.config.loss.tr_every)
     restored = checkpoints.restore(session.abstract_state(with_reference=moves))
     assert restored is not None, "the newest step was there a moment ago"
     step, tree, meta = restored
+    for note in checkpoints.notes:
+        logger.warn(note)
+    checkpoints.notes.clear()
+    evaluated = meta["eval_loss"] is not None or hosts.from_first(logger.evaluated(step))
+    files = _files(session, step, step if evaluated else step - 1)
     fixed = Fixed(base, tree.pop("reference") if moves else session.reference_again(base))
     logger.info(f"resuming after step {step}")
-    counters = {"step": step, "tokens": meta["counters"]["tokens"], "evaluated": meta["eval_loss"] is not None}
-    return Run(session, logger, checkpoints, samples, skipped, TrainState(**tree), fixed, cached, **counters)
+    counters = {"step": step, "tokens": meta["counters"]["tokens"], "evaluated": evaluated}
+    return Run(session, logger, checkpoints, stop, *files, TrainState(**tree), fixed, cached, **counters)
+
+
+def _files(session: Session, step: int | None, sampled_step: int | None) -> tuple[JsonLines, JsonLines]:
+    """samples.jsonl and nonfinite.jsonl, with the rows up to these steps."""
+    run_dir = Path(session.config.run_dir).expanduser()
+    return JsonLines(run_dir / "samples.jsonl", sampled_step), JsonLines(run_dir / "nonfinite.jsonl", step)
 
 
 def _start_view(session: Session, params: Params | None, base: Params | None) -> Params:
@@ -253,87 +262,62 @@ def _start_view(session: Session, params: Params | None, base: Params | None) ->
     return weights.start_view(weights.initial() if params is None else params, base)
 
 
-def loop(run: Run, stop: Stop) -> bool:
+def loop(run: Run, watch: Watch) -> bool:
     """Train to the last step; False when a signal asked to stop before."""
-    config, total = run.config, run.session.total_steps
+    config, total, stop, votes = run.config, run.session.total_steps, run.stop, hosts.Votes()
     apply = run.session.put_scalar(True, np.bool_)
     with jax.transfer_guard("disallow"):
-        if _due(run.step, config.eval.every) and not run.evaluated:  # the first state, or one that a signal left no time for
-            run.evaluate()
+        # The first state, or one that a signal left no time for.
+        if (_due(run.step, config.eval.every) or (run.step == total and config.eval.every)) and not run.evaluated:
+            try:
+                _evaluate(run, watch)
+            except Interrupted:
+                return False
         batches = run.session.loader.stream(run.step + 1, total)
         run.reported_at = time.perf_counter()
         for step in range(run.step + 1, total + 1):
+            watch.beat(step - 1, "train")
             asked = time.perf_counter()
             batch = next(batches)
             run.advance(step, batch, apply, time.perf_counter() - asked)
+            wish = votes.cast(STOP if stop.requested else SAVE if watch.save_wanted() else 0)
             last = step == total
-            stopping = stop.requested and not last  # looked at once: a signal after this line is the next step's
-            due = (last and config.eval.every > 0) or (_due(step, config.eval.every) and not stopping)
-            eval_loss = run.evaluate() if due else None
-            if last or stopping or _due(step, config.checkpoint.save_every):
-                run.save(eval_loss)
+            stopping = wish == STOP and not last  # looked at once: a signal after this line is the next step's
+            eval_loss = None
+            if (last and config.eval.every > 0) or (_due(step, config.eval.every) and not stopping):
+                try:
+                    eval_loss = _evaluate(run, watch)
+                except Interrupted:
+                    stopping = True
+            if last or stopping or wish == SAVE or _due(step, config.checkpoint.save_every):
+                with watch.paused("save"):
+                    run.save(eval_loss, watch.saved if wish == SAVE else lambda: None)
             if stopping:
                 return False
     return True
+
+
+def _evaluate(run: Run, watch: Watch) -> float:
+    """The validation loss of the run's state.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+
+    def poll() -> None:
+        watch.beat(run.step, "evaluation")
+        run.stop.poll()
+
+    return run.evaluate(poll)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_closed_form(run: Run) -> None:
-    """Before the first update, policy and reference agree: the loss then has a known value and rewards are 0.
-
-    Raises:
-        Fault: they differ, so the run would train on something else than it should.
-    """
-    section, session = run.config.loss, run.session
-    if not needs_reference(section):
-        return
-    batch = session.loader.batch(1)
-    apply = session.put_scalar(False, np.bool_)
-    run.state, metrics = session.train_step(run.state, run.fixed_for(1, batch), session.put_batch(batch), apply)
-    values = {key: value.item() for key, value in jax.device_get(metrics).items()}
-    forms, weights = losses.closed_forms(section), section.weights or [1.0] * len(section.names)
-    expected = (
-        sum(weight * forms[name] for name, weight in zip(section.names, weights, strict=True)) if len(forms) == len(weights) else None
-    )
-    known = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}
-    if expected is not None and not section.wpo:
-        balance = (section.router_aux_coef or 0.0) * values.get("router/balance", 0.0)
-        known = {"loss": expected + balance} | known
-    near = {key: abs(values[key] - value) <= CLOSED_FORM_TOLERANCE * max(1.0, abs(value)) for key, value in known.items()}
-    off = [f"{key} is {values[key]:.6g}, not {known[key]:.6g}" for key in known if not near[key]]  # a NaN is near nothing
-    if off:
-        raise Fault(
-            f"policy and reference should agree before the first step, but {', '.join(off)}. Likely causes: weights that hold NaN or "
-            "overflow in model.compute_dtype (try float32), or memory damaged on this machine. Nothing was trained"
-        )
-
-
-def check_same_run(session: Session, meta: dict[str, Any]) -> None:
-    """Refuse to resume a run with another config, model or data.
-
-    Raises:
-        ValueError: with every difference.
-    """
-    changed = changed_fields(meta["config"], options.to_dict(session.config))
-    lines = [f"{path}: {old} in the checkpoint, {new} now" for path, old, new in changed]
-    lines += [
-        f"{key}: not what the checkpoint was trained with (hash {before[:12]}, now {now[:12]})"
-        for key, now in session.identity.items()
-        if (before := meta["identity"].get(key, "none")) != now
-    ]
-    if lines:
-        listed = "\n".join(f"  {line}" for line in lines)
-        raise ValueError(
-            f"run_dir={session.config.run_dir}: holds checkpoints of a different run:\n{listed}\nSet these back, or use another run_dir"
-        )
-
-
 def write_inputs(session: Session, run_dir: Path) -> None:
     """config.yaml, data_report.json and model/ (config and tokenizer) of the run folder."""
-    if jax.process_index() != 0:
+    if not hosts.is_first():
         return
     template = session.config.data.chat_template
     (run_dir / "config.yaml").write_text(options.to_yaml(session.config), encoding="utf-8")

@@ -1,21 +1,28 @@
 """`python -m jaxdpo.train [--config file.yaml] [section.field=value ...]`: preference training, from a model and pairs to checkpoints.
 
 Without any argument it runs the demo. Running the same command again resumes. Exit status: 0 done, 1 fault, 2 wrong options,
-75 stopped by a signal and saved.
+70 ended by the watchdog, 75 stopped by a signal and saved, or left alone by another process (docs/faults.md).
+
+The same command on several machines, or several times on one, is one run: hosts.py says how processes find each other.
 """
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from jaxdpo import losses, options
+import jax
+
+from jaxdpo import hosts, losses, options
 from jaxdpo.checks import cross_check
 from jaxdpo.config import Config
 from jaxdpo.demo import demo
 from jaxdpo.dryrun import dry_run
-from jaxdpo.runner import Fault, train
+from jaxdpo.gate import Fault
+from jaxdpo.runner import train
 from jaxdpo.session import Session
+from jaxdpo.signals import REQUEUE
 
-DONE, FAULT, REQUEUE = 0, 1, 75
+DONE, FAULT = 0, 1
 
 
 def check_loss(config: Config) -> list[str]:
@@ -23,21 +30,34 @@ def check_loss(config: Config) -> list[str]:
     return losses.check(config.loss, config.reference)
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit status."""
+def main(argv: Sequence[str], leave: Callable[[int], object] | None = None) -> int:
+    """The command; returns its exit status.
+
+    Args:
+        leave: see runner.train.
+    """
     flags = {"--dry-run": "Show the first pairs as the model will see them, sizes, memory and time, and stop before the first step."}
     try:
+        hosts.connect()
         if not argv:
             return DONE if demo() else REQUEUE
         config, given = options.load(Config, argv, command="train", checks=[cross_check, check_loss], flags=flags)
         if "--dry-run" in given:
             dry_run(Session.open(config))
             return DONE
-        return DONE if train(config) else REQUEUE
+        return DONE if train(config, leave) else REQUEUE
     except (ValueError, OSError, Fault) as error:
         print(f"jaxdpo.train: {error}", file=sys.stderr)
-        return FAULT
+        return hosts.end(FAULT)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        print(
+            f"jaxdpo.train: another process of this run is gone; the same command resumes from the newest checkpoint. {error}",
+            file=sys.stderr,
+        )
+        return hosts.end(REQUEUE)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main(sys.argv[1:], leave=os._exit))

@@ -18,8 +18,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxdpo import checkpoint
-from jaxdpo.checkpoint import FREE_FIELDS, Checkpoints, changed_fields, find_damage, open_params, restore_params
+from jaxdpo.checkpoint import Checkpoints, open_params, restore_params
 from jaxdpo.config import Config
+from jaxdpo.gate import FREE_FIELDS, changed_fields
+from jaxdpo.manifest import find_damage
 
 P = jax.sharding.PartitionSpec
 ROOT = Path(__file__).parent.parent
@@ -273,12 +275,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_full_disk_says_folder_and_bytes_and_leaves_earlier_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def full(folder: Path) -> dict[str, str]:
+    def full(folder: Path) -> None:
         raise error
 
     save_steps(tmp_path, {1: None})
     with Checkpoints(tmp_path) as checkpoints:
-        monkeypatch.setattr(checkpoint, "_digests", full)
+        monkeypatch.setattr(checkpoint, "seal", full)
         checkpoints.save(2, make_state(2), {})
         with pytest.raises(OSError, match=r"disk is full.*step 2 takes up to 2,\d\d\d bytes.*checkpoint.keep") as raised:
             checkpoints.wait()
@@ -288,10 +290,10 @@ def test_a_full_disk_says_folder_and_bytes_and_leaves_earlier_steps(
 
 
 def test_a_failed_save_is_told_when_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(folder: Path) -> dict[str, str]:
+    def fail(folder: Path) -> None:
         raise RuntimeError("a broken disk")
 
-    monkeypatch.setattr(checkpoint, "_digests", fail)
+    monkeypatch.setattr(checkpoint, "seal", fail)
     with pytest.raises(RuntimeError, match="a broken disk"), Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(), {})
     with pytest.raises(KeyError) as error, Checkpoints(tmp_path) as checkpoints:

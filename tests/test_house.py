@@ -16,7 +16,21 @@ ROOT = Path(__file__).parent.parent
 Modules = dict[str, ast.Module]
 
 FLOORS = [
-    ["sections", "config", "checks", "options", "sharding", "collectives", "products", "console", "report"],
+    [
+        "hosts",
+        "signals",
+        "disk",
+        "manifest",
+        "sections",
+        "config",
+        "checks",
+        "options",
+        "sharding",
+        "collectives",
+        "products",
+        "console",
+        "report",
+    ],
     ["pairs", "loss_functions", "losses", "logprobs", "optim"],
     ["models"],
     ["data"],
@@ -57,6 +71,7 @@ ROOMS = {
     "transformers": "data.chat",
     "datasets": "data.sources",
     "grain": "data.loader",
+    "matplotlib": "report",
 }
 """The one module that may import a heavy package."""
 

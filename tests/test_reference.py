@@ -1,5 +1,6 @@
 """The store of a cached reference's log-probs: computed once, kept part by part, verified when read."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,14 @@ class Model:
         return np.stack([-places, -10 - places], axis=1).astype(np.float32)
 
 
-def fill(folder: Path, model: Model, said: list[str] | None = None, stop: bool = False, **changes: Any) -> np.ndarray:
+def fill(folder: Path, model: Model, said: list[str] | None = None, stop_after: int = 99, **changes: Any) -> np.ndarray:
+    """Asked before each batch whether to stop; so does the `stop_after`th question."""
+    asked = itertools.count(1)
     batches: Sequence[np.ndarray] = changes.pop("batches", BATCHES)
     said = [] if said is None else said
-    return cached_logps(folder, "train", IDENTITY | changes, 7, batches, model, tell=said.append, stopping=lambda: stop)
+    return cached_logps(
+        folder, "train", IDENTITY | changes, 7, batches, model, tell=said.append, stopping=lambda: next(asked) >= stop_after
+    )
 
 
 def parts(folder: Path) -> list[Path]:
@@ -63,7 +68,7 @@ def test_anything_else_has_another_fingerprint(tmp_path: Path, change: dict[str,
 
 def test_an_interrupted_computation_goes_on_where_it_was(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        fill(tmp_path, Model(), stop=True)
+        fill(tmp_path, Model(), stop_after=3)
     assert len(parts(tmp_path)) == 1
     model, said = Model(), []
     whole = fill(tmp_path, model, said)

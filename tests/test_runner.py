@@ -37,7 +37,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_files_of_a_run_folder(shared: Path) -> None:
     run_dir = whole(shared)
     found = {path.name for path in run_dir.iterdir()}
-    assert found == {"config.yaml", "metrics.jsonl", "data_report.json", "checkpoints", "model"}
+    assert found == {"config.yaml", "metrics.jsonl", "data_report.json", "checkpoints", "model", "heartbeat.json"}
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} >= {"6", "8"}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= {path.name for path in (run_dir / "model").iterdir()}
     report = json.loads((run_dir / "data_report.json").read_text())
