@@ -44,6 +44,7 @@ FLOORS = [
         "runner",
         "dryrun",
         "train",
+        "preflight",
         "runfolder",
         "modelcard",
         "hub",

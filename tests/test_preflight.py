@@ -1,0 +1,116 @@
+"""preflight: what it finds on a machine that is ready, and each thing that may be wrong with one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxdpo import disk, preflight
+from tests.tiny import config, rows, write_model, write_rows
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_model(folder / "model")
+    write_rows(folder / "rows.jsonl", rows(8))
+    return folder
+
+
+def findings(folder: Path, **changes: object) -> dict[str, preflight.Finding]:
+    return {finding.about: finding for finding in preflight.preflight(config(folder, **changes))}
+
+
+def test_a_machine_that_is_ready(inputs: Path, tmp_path: Path) -> None:
+    found = findings(inputs, run_dir=str(tmp_path / "run"), train__compilation_cache=str(tmp_path / "cache"))
+    assert list(found) == ["versions", "devices", "memory", "model", "data", "run_dir", "cache"]
+    assert [finding for finding in found.values() if not finding.ok] == []
+    assert f"jax {jax.__version__}" in found["versions"].text
+    assert found["devices"].text.startswith(f"{jax.device_count()} x ")
+    assert "data 8" in found["model"].text
+    assert "64 MiB written and read back" in found["run_dir"].text
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["cache", "checkpoints", "run"], "nothing is left but the folders"
+
+
+PROBLEMS = [
+    ("model", {"model": {"path": "/nowhere"}}, "model.path=/nowhere: neither a folder here nor a model that the hub gives"),
+    ("model", {"mesh": {"fsdp": 3}}, "mesh.fsdp=3"),
+    ("data", {"data": {"train": ["/nowhere.jsonl"]}}, "data.train=/nowhere.jsonl"),
+    ("run_dir", {"run_dir": "/proc/run"}, "run_dir=/proc/run: cannot write to /proc/run/checkpoints"),
+    ("cache", {"train__compilation_cache": "/proc/cache"}, "train.compilation_cache=/proc/cache: cannot write there"),
+]
+
+
+@pytest.mark.parametrize(("about", "changes", "message"), PROBLEMS, ids=[message.split(":")[0] for *_, message in PROBLEMS])
+def test_each_problem_is_told_with_its_option(
+    inputs: Path, tmp_path: Path, about: str, changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "PROBE_BYTES", 1000)
+    found = findings(inputs, **({"run_dir": str(tmp_path / "run")} | changes))
+    assert [name for name, finding in found.items() if not finding.ok] == [about]
+    assert message in found[about].text
+
+
+def test_weights_that_are_cut_off(inputs: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    found = findings(inputs, model={"path": str(tmp_path / "model")}, run_dir=str(tmp_path / "run"))
+    assert not found["model"].ok and "model.safetensors" in found["model"].text
+
+
+def test_rows_of_which_none_can_be_used(inputs: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "same.jsonl", [{"prompt": "w1", "chosen": " w2", "rejected": " w2"}])
+    found = findings(inputs, data__train=[path], run_dir=str(tmp_path / "run"))
+    assert not found["data"].ok and "no row that can be used" in found["data"].text
+
+
+def test_a_disk_without_room(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = disk.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    found = findings(inputs, run_dir=str(tmp_path / "run"), train__compilation_cache=str(tmp_path / "cache"))
+    assert [name for name, finding in found.items() if not finding.ok] == ["run_dir", "cache"]
+    assert "1,000" in found["run_dir"].text and "1,000" in found["cache"].text
+
+
+def test_an_accelerator_that_jax_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "ACCELERATORS", {str(tmp_path): "a machine that is not used"})
+    assert "8 x" in preflight.devices()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(ValueError, match="a machine that is not used"):
+        preflight.devices()
+
+
+def test_memory_that_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "LEAST_MEMORY", 1 << 60)
+    with pytest.raises(ValueError, match="are free: end what takes it"):
+        preflight.memory()
+
+
+IN_A_FOLDER_EACH = """#!/bin/sh
+[ "$1" = -m ] || exec {python} "$@"
+mkdir -p {folder}/$JAX_PROCESS_ID && cd {folder}/$JAX_PROCESS_ID
+exec {python} -c "import sys; from jaxdpo import preflight as p; p.SEEN_SECONDS = 1; sys.exit(p.main(sys.argv[3:]))" "$@"
+"""
+
+
+@pytest.mark.slow
+def test_the_command_in_two_processes_with_a_folder_each(inputs: Path, tmp_path: Path) -> None:
+    """run_dir is relative, and the processes have different working folders: what one saved the other would not find."""
+    arguments = [f"model.path={inputs}/model", f"data.train=[{inputs}/rows.jsonl]", "run_dir=run", "data.eval_fraction=0.2"]
+    arguments.append("train.compilation_cache=null")
+    fake = tmp_path / "python"
+    fake.write_text(IN_A_FOLDER_EACH.format(python=sys.executable, folder=tmp_path))
+    fake.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(fake), "MODULE": "jaxdpo.preflight", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [ROOT / "launch" / "local_processes.sh", "2", *arguments], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "process 1: PROBLEM shared    run_dir=run: is not the folder that the first process writes to" in done.stdout
+    assert "process 0: ok      shared" in done.stdout
