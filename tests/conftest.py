@@ -1,6 +1,9 @@
 """What every test runs under: eight CPU devices, strict types and shapes, no network."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +25,10 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "JAXDPO_TEST_HOME" not in os.environ:  # caches below ~ start empty; processes that tests start share them
+    os.environ["JAXDPO_TEST_HOME"] = tempfile.mkdtemp(prefix="jaxdpo-home-")
+    atexit.register(shutil.rmtree, os.environ["JAXDPO_TEST_HOME"], ignore_errors=True)
+os.environ["HOME"] = os.environ["JAXDPO_TEST_HOME"]
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ the encoded prompt and the encoded prompt + answer part.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -97,6 +98,16 @@ class Encoder:
         assert section.max_length > section.max_prompt_length > 0, "automatic lengths are resolved from the model first"
         template = read_template(tokenizer, section.chat_template)
         return cls(tokenizer, template, section.max_length, section.max_prompt_length)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """All that the ids of a text depend on, by the names that users know."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+        special = sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items())
+        known = {"tokenizer": [type(self.tokenizer).__name__, rules, special], "chat template": self.template}
+        hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in known.items()}
+        return {**hashes, "truncation": f"{self.max_length}, {self.max_prompt_length}"}
 
     def encode(self, records: Sequence[Preference]) -> list[EncodedPair | Dropped]:
         """Encode many records at once, each to a pair or to the reason why it is of no use."""
@@ -300,13 +311,12 @@ def read_template(tokenizer: Tokenizer, path: str | None) -> str | None:
     return template
 
 
-def check_vocabulary(tokens: np.ndarray, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Check that the model has a row for every token id.
+def check_vocabulary(largest: int, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Check that the model has a row for every token id, of which this is the largest.
 
     Raises:
-        ValueError: some id is not below vocab_size; names the token, the tokenizer and the model's size.
+        ValueError: it is not below vocab_size; names the token, the tokenizer and the model's size.
     """
-    largest = int(tokens.max(initial=-1))
     if largest >= vocab_size:
         token = printable(str(tokenizer.convert_ids_to_tokens(largest)))
         raise ValueError(

@@ -4,6 +4,7 @@ import codecs
 import csv
 import difflib
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -45,6 +46,21 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
             yield from READERS[kind](stream, str(path))  # type: ignore[arg-type]
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip file ({error}). Copy it again") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def file_hash(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(_not_readable(path))
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
 

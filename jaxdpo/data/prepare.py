@@ -1,23 +1,26 @@
 """From data options to encoded pairs: read, encode, split, check, report."""
 
 import dataclasses
-import itertools
+import functools
+import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxdpo.config import DataSection
+from jaxdpo.data.cache import TableWriter, load_or_make
 from jaxdpo.data.chat import Encoder, Tokenizer, check_vocabulary
-from jaxdpo.data.records import DataReport, Dropped, Preference, describe_counts
+from jaxdpo.data.encoding import encode_records
+from jaxdpo.data.records import DataReport, describe_counts
 from jaxdpo.data.repeats import settle_overlap, settle_repeats
-from jaxdpo.data.sources import read_set
-from jaxdpo.data.table import EncodedPair, PairTable
+from jaxdpo.data.sources import READING_OPTIONS, read_set, set_identity
+from jaxdpo.data.table import PairTable
 
 logger = logging.getLogger(__name__)
-
-ROWS_AT_ONCE = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +41,9 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
             a token id has no row in the model.
     """
     encoder = Encoder.create(tokenizer, section)
-    train, train_reports, train_repeats = _read_sets(section, "data.train", section.train, encoder)
-    check_vocabulary(train.tokens, tokenizer, vocab_size)
+    train, train_reports, train_repeats = _read_sets(section, "data.train", section.train, encoder, vocab_size)
     if section.eval:
-        held_out, eval_reports, eval_repeats = _read_sets(section, "data.eval", section.eval, encoder)
-        check_vocabulary(held_out.tokens, tokenizer, vocab_size)
+        held_out, eval_reports, eval_repeats = _read_sets(section, "data.eval", section.eval, encoder, vocab_size)
         held_out = settle_overlap(held_out, train, section, eval_reports)
         for item in eval_reports:
             _check_kept(item, "data.eval")
@@ -85,15 +86,24 @@ def summary(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _read_sets(section: DataSection, option: str, names: list[str], encoder: Encoder) -> tuple[PairTable, list[DataReport], dict[str, int]]:
+def _read_sets(
+    section: DataSection, option: str, names: list[str], encoder: Encoder, vocab_size: int
+) -> tuple[PairTable, list[DataReport], dict[str, int]]:
     """The pairs of all sets of an option, a report for each set, and the number of pairs that repeat or contradict others."""
-    opened = [read_set(name, section, option) for name in names]
-    table = PairTable.from_pairs(
-        dataclasses.replace(pair, source=source)
-        for source, (report, records) in enumerate(opened)
-        for pair in _encoded(records, report, encoder)
-    )
-    reports = [report for report, _ in opened]
+
+    def make(writer: TableWriter) -> dict[str, Any]:
+        reports, largest = [], -1
+        for source, name in enumerate(names):
+            report, records = read_set(name, section, option)
+            for columns in encode_records(records, report, encoder, source, section.processes):
+                writer.append(columns)
+                largest = max(largest, int(columns["tokens"].max(initial=-1)))
+            reports.append(dataclasses.asdict(report))
+        return {"reports": reports, "largest_id": largest}
+
+    table, notes = load_or_make(section.cache, _identity(section, option, names, encoder), make)
+    check_vocabulary(notes["largest_id"], encoder.tokenizer, vocab_size)
+    reports = [DataReport(**note) for note in notes["reports"]]
     for report in reports:
         _check_kept(report, option)
         _check_dropped(report, option, section.max_dropped_fraction)
@@ -103,17 +113,23 @@ def _read_sets(section: DataSection, option: str, names: list[str], encoder: Enc
     return table, reports, repeats
 
 
-def _encoded(records: Iterable[Preference], report: DataReport, encoder: Encoder) -> Iterator[EncodedPair]:
-    records = iter(records)
-    while chunk := list(itertools.islice(records, ROWS_AT_ONCE)):
-        report.special_text += sum(map(encoder.spells_special, chunk))
-        report.verbatim += sum(isinstance(record.prompt, str) for record in chunk)
-        for record, result in zip(chunk, encoder.encode(chunk), strict=True):
-            if isinstance(result, Dropped):
-                report.drop(result, record.id)
-            else:
-                report.kept += 1
-                yield result
+def _identity(section: DataSection, option: str, names: list[str], encoder: Encoder) -> dict[str, Any]:
+    """All that the encoded pairs of an option depend on, each part named as the user knows it."""
+    return {
+        "data": [set_identity(name, option) for name in names],
+        "options": {name: getattr(section, name) for name in READING_OPTIONS} | {"option": option},
+        **encoder.identity,
+        "code": _code(),
+    }
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the code that reads and encodes, and the versions of what it stands on."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest() + "".join(f" {name} {version(name)}" for name in ("tokenizers", "transformers"))
 
 
 def _check_kept(report: DataReport, option: str) -> None:

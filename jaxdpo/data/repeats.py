@@ -59,9 +59,9 @@ def _settle(
     if how == "keep" or not mask.any():
         return table
     if how == "error":
-        first = ", ".join(printable(str(name)) for name in table.ids[mask][:3])
+        first = ", ".join(printable(str(name)) for name in table.ids.take(np.flatnonzero(mask)[:3]))
         raise ValueError(f"{option}: {mask.sum()} pairs: {reason} (the first: {first}). Mend the sets, or set {setting}=drop or keep")
-    for place in np.flatnonzero(mask):
+    for place in np.flatnonzero(mask).tolist():
         report = reports[table.sources[place]]
         report.drop(Dropped(reason, by_rule=True), table.ids[place])
         report.kept -= 1

@@ -12,13 +12,14 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import datasets.exceptions
 
 from jaxdpo.config import DataSection
 from jaxdpo.data import hh, oasst, preference, ranked, shp
-from jaxdpo.data.files import file_kind, read_rows
+from jaxdpo.data.files import file_hash, file_kind, read_rows
 from jaxdpo.data.folders import split_files
 from jaxdpo.data.records import DataReport, Dropped, Preference, printable
 from jaxdpo.data.rows import EMPTY, IDENTICAL, OPTIONAL, Parser, Row
@@ -29,6 +30,9 @@ PlacedRows = Iterator[tuple[str, Row]]
 """Rows with where they stand: pairs.jsonl:3."""
 
 ROWS_TO_DETECT = 16
+
+READING_OPTIONS = ("format", "pairs", "min_score_ratio", "max_pairs_per_prompt", "languages", "synthetic", "identical", "empty")
+"""Options of the data section that decide which records a set gives."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +168,21 @@ def _known_set(name: str, spec: SetSpec) -> tuple[HubSet, str | None]:
 # --- reading ---
 
 
+def set_identity(text: str, option: str) -> list[Any]:
+    """JSON values that change when the rows of an entry do: its name, and hashes of its files or the hub set's own fingerprint.
+
+    Raises:
+        ValueError: the set cannot be opened.
+    """
+    spec = parse_spec(text, option)
+    try:
+        if spec.path is None:
+            return [text, _hub_set(spec)._fingerprint]
+        return [text, *([file.name, file_hash(file)] for file in _files(spec, spec.path))]
+    except ValueError as error:
+        raise ValueError(f"{spec.place}: {error}") from None
+
+
 def read_set(text: str, section: DataSection, option: str) -> tuple[DataReport, Iterator[Preference]]:
     """Open one entry of data.train or data.eval.
 
@@ -199,12 +218,21 @@ def _placed_rows(spec: SetSpec) -> PlacedRows:
 
 
 def _local_rows(spec: SetSpec, path: Path) -> PlacedRows:
-    usual = ("test", "validation", "test_prefs") if spec.option == "data.eval" else ("train", "train_prefs")
-    for file in split_files(path, spec.split, usual) if path.is_dir() else [path]:
+    for file in _files(spec, path):
         yield from ((f"{file.name}:{number}", row) for number, row in read_rows(file))
 
 
+def _files(spec: SetSpec, path: Path) -> list[Path]:
+    usual = ("test", "validation", "test_prefs") if spec.option == "data.eval" else ("train", "train_prefs")
+    return list(split_files(path, spec.split, usual)) if path.is_dir() else [path]
+
+
 def _hub_rows(spec: SetSpec) -> PlacedRows:
+    name = spec.hub + (f"/{spec.subset}" if spec.subset else "")
+    yield from ((f"{name}:{spec.split}:{number}", row) for number, row in enumerate(_hub_set(spec), start=1))  # type: ignore[misc]
+
+
+def _hub_set(spec: SetSpec) -> datasets.Dataset:
     try:
         rows = datasets.load_dataset(spec.hub, data_dir=spec.subset, split=spec.split, revision=spec.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -212,8 +240,8 @@ def _hub_rows(spec: SetSpec) -> PlacedRows:
             f"the hub set {spec.hub} could not be loaded ({printable(str(error))}). "
             "Check the name, split and network, or download it and name the folder"
         ) from None
-    name = spec.hub + (f"/{spec.subset}" if spec.subset else "")
-    yield from ((f"{name}:{spec.split}:{number}", row) for number, row in enumerate(rows, start=1))  # type: ignore[misc]
+    assert isinstance(rows, datasets.Dataset), "one split was asked for"
+    return rows
 
 
 def _records(rows: PlacedRows, form: Format, section: DataSection, report: DataReport, place: str) -> Iterator[Preference]:

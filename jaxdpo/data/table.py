@@ -1,14 +1,16 @@
-"""Encoded pairs, held flat: one array of token ids and the places where prompts and answers begin. NumPy only."""
+"""Encoded pairs, held flat: a few long columns that may lie in files. NumPy only."""
 
-import array
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 LENGTHS = ("prompt", "chosen", "rejected")
+
+Columns = Mapping[str, np.ndarray]
+"""Columns of pairs by the names of COLUMNS; those of several lots of pairs are joined end to end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +23,14 @@ class EncodedPair:
     """int32, at least one token; with the end marker, if the text has one and was not cut."""
     rejected_ids: np.ndarray
     """int32, as chosen_ids."""
+    chosen_scored: np.ndarray | None = None
+    """bool, which tokens of the chosen answer are scored: not those of the turns of others within it. None: all."""
+    rejected_scored: np.ndarray | None = None
+    """bool, as chosen_scored."""
     id: str = ""
     weight: float = 1.0
+    margin: float = 0.0
+    """By how much the chosen answer should win, in units of the logit."""
     truncated_prompt: bool = False
     truncated_chosen: bool = False
     truncated_rejected: bool = False
@@ -40,8 +48,82 @@ class EncodedPair:
         """Tokens of prompt + chosen + rejected."""
         return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
+    @property
+    def answers(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """Of the chosen and of the rejected answer: token ids, and which of them are scored."""
+        sides = ((self.chosen_ids, self.chosen_scored), (self.rejected_ids, self.rejected_scored))
+        chosen, rejected = ((ids, np.ones(len(ids), bool) if scored is None else scored) for ids, scored in sides)
+        return chosen, rejected
+
 
 FLAGS = ("truncated_prompt", "truncated_chosen", "truncated_rejected", "ended_chosen", "ended_rejected")
+
+COLUMNS: dict[str, Any] = {
+    "tokens": np.int32,
+    "scored": np.bool_,
+    "sizes": np.int32,
+    "names": np.uint8,
+    "name_sizes": np.int32,
+    "weights": np.float32,
+    "margins": np.float32,
+    "flags": np.uint8,
+    "prompt_keys": np.uint64,
+    "pair_keys": np.uint64,
+    "orders": np.bool_,
+    "sources": np.int32,
+    "digests": np.uint64,
+}
+"""What is kept of pairs, and its type. tokens and scored: prompt, chosen and rejected of one pair after another, `sizes` of each;
+names: ids in UTF-8, name_sizes bytes of each; flags: one bit for each of FLAGS; digests: of all that training sees of a pair."""
+
+
+def to_columns(pairs: Iterable[EncodedPair]) -> dict[str, np.ndarray]:
+    """The columns of some pairs."""
+    lists: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    for pair in pairs:
+        (chosen, chosen_scored), (rejected, rejected_scored) = pair.answers
+        tokens = np.concatenate([pair.prompt_ids, chosen, rejected], dtype=np.int32)
+        scored = np.concatenate([np.zeros(len(pair.prompt_ids), bool), chosen_scored, rejected_scored])
+        sizes = [len(pair.prompt_ids), len(chosen), len(rejected)]
+        name = pair.id.encode()
+        row = (tokens, scored, sizes, np.frombuffer(name, np.uint8), len(name), pair.weight, pair.margin)
+        bits = sum(getattr(pair, flag) << bit for bit, flag in enumerate(FLAGS))
+        digest = _digest(tokens, scored, sizes, pair)
+        for column, value in zip(lists.values(), (*row, bits, pair.prompt_key, *pair.pair_key, pair.source, digest), strict=True):
+            column.append(value)
+    joined = {name: np.concatenate(lists[name]) if lists[name] else np.zeros(0) for name in ("tokens", "scored", "sizes", "names")}
+    return {name: np.asarray(joined.get(name, lists[name]), dtype) for name, dtype in COLUMNS.items()}
+
+
+def _digest(tokens: np.ndarray, scored: np.ndarray, sizes: list[int], pair: EncodedPair) -> int:
+    """64 bits of a hash."""
+    numbers = np.array([pair.weight, pair.margin], np.float32).tobytes()
+    data = b"".join([np.array(sizes, np.int32).tobytes(), tokens.tobytes(), scored.tobytes(), numbers])
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """Many strings in one array of bytes."""
+
+    text: np.ndarray
+    """uint8: UTF-8."""
+    bounds: np.ndarray
+    """int64 [N, 2]: where each begins and ends."""
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, index: int) -> str:
+        start, end = self.bounds[index]
+        return self.text[start:end].tobytes().decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def take(self, index: np.ndarray) -> "Names":
+        """Those that an integer or boolean index picks."""
+        return Names(self.text, self.bounds[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +132,15 @@ class PairTable:
 
     tokens: np.ndarray
     """int32: prompt, chosen, rejected of one pair after another. May hold pairs that `bounds` does not name (see take)."""
+    scored: np.ndarray
+    """bool: whether each token is scored; a prompt's never are."""
     bounds: np.ndarray
     """int64 [N, 4]: where in tokens each pair's prompt, chosen and rejected begin, and its end."""
-    ids: np.ndarray
-    """object [N]: each pair's name."""
+    ids: Names
+    """Each pair's name."""
     weights: np.ndarray
+    """float32 [N]."""
+    margins: np.ndarray
     """float32 [N]."""
     flags: np.ndarray
     """bool [N, len(FLAGS)]."""
@@ -66,37 +152,28 @@ class PairTable:
     """bool [N]: differs between a pair and its contradiction."""
     sources: np.ndarray
     """int32 [N]: which of the sets each pair comes from."""
+    digests: np.ndarray
+    """uint64 [N]: hashes of each pair's tokens, weight and margin."""
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[EncodedPair]) -> "PairTable":
-        """Collect pairs, one at a time, into a table."""
-        tokens, ends = array.array("i"), array.array("q", [0])
-        ids, weights, flags, sources = [], array.array("f"), array.array("B"), array.array("i")
-        keys, pair_keys, orders = array.array("Q"), array.array("Q"), array.array("B")
-        for pair in pairs:
-            for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
-                tokens.frombytes(np.asarray(part, np.int32).tobytes())
-                ends.append(len(tokens))
-            ids.append(pair.id)
-            weights.append(pair.weight)
-            flags.append(sum(getattr(pair, name) << bit for bit, name in enumerate(FLAGS)))
-            keys.append(pair.prompt_key)
-            pair_keys.append(pair.pair_key[0])
-            orders.append(pair.pair_key[1])
-            sources.append(pair.source)
-        edges = np.array(ends, np.int64)
-        bounds = np.lib.stride_tricks.sliding_window_view(edges, 4)[::3] if len(ids) else np.zeros((0, 4), np.int64)
-        bits = np.array(flags, np.uint8)[:, None] >> np.arange(len(FLAGS), dtype=np.uint8) & 1
+        """A table in memory."""
+        return cls.from_columns(to_columns(pairs))
+
+    @classmethod
+    def from_columns(cls, columns: Columns) -> "PairTable":
+        """The table of all of COLUMNS."""
+        edges = _edges(columns["sizes"])
+        bounds = np.lib.stride_tricks.sliding_window_view(edges, 4)[::3] if len(edges) > 1 else np.zeros((0, 4), np.int64)
+        name_edges = _edges(columns["name_sizes"])
+        plain = ("weights", "margins", "prompt_keys", "pair_keys", "orders", "sources", "digests")
         return cls(
-            tokens=np.frombuffer(tokens, np.int32),
+            tokens=columns["tokens"],
+            scored=columns["scored"],
             bounds=np.ascontiguousarray(bounds),
-            ids=np.array(ids, object),
-            weights=np.array(weights, np.float32),
-            flags=bits.astype(bool),
-            prompt_keys=np.array(keys, np.uint64),
-            pair_keys=np.array(pair_keys, np.uint64),
-            orders=np.array(orders, bool),
-            sources=np.array(sources, np.int32),
+            ids=Names(columns["names"], np.stack([name_edges[:-1], name_edges[1:]], axis=1)),
+            flags=(columns["flags"][:, None] >> np.arange(len(FLAGS), dtype=np.uint8) & 1).astype(bool),
+            **{name: columns[name] for name in plain},
         )
 
     def __len__(self) -> int:
@@ -109,8 +186,11 @@ class PairTable:
             prompt_ids=self.tokens[start:chosen],
             chosen_ids=self.tokens[chosen:rejected],
             rejected_ids=self.tokens[rejected:end],
+            chosen_scored=self.scored[chosen:rejected],
+            rejected_scored=self.scored[rejected:end],
             id=self.ids[index],
             weight=float(self.weights[index]),
+            margin=float(self.margins[index]),
             prompt_key=int(self.prompt_keys[index]),
             pair_key=(int(self.pair_keys[index]), bool(self.orders[index])),
             source=int(self.sources[index]),
@@ -119,8 +199,8 @@ class PairTable:
 
     def take(self, index: np.ndarray) -> "PairTable":
         """The pairs that an integer or boolean index picks; the tokens are shared, not copied."""
-        rows = (self.bounds, self.ids, self.weights, self.flags, self.prompt_keys, self.pair_keys, self.orders, self.sources)
-        return PairTable(self.tokens, *(row[index] for row in rows))
+        names = ("bounds", "weights", "margins", "flags", "prompt_keys", "pair_keys", "orders", "sources", "digests")
+        return dataclasses.replace(self, ids=self.ids.take(index), **{name: getattr(self, name)[index] for name in names})
 
     @property
     def lengths(self) -> np.ndarray:
@@ -128,11 +208,8 @@ class PairTable:
         return np.diff(self.bounds, axis=1)
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the tokens, lengths and weights in order: two tables are equal to training if this is."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes() + self.weights.tobytes())
-        for start, _, _, end in self.bounds:
-            digest.update(self.tokens[start:end].tobytes())
-        return digest.hexdigest()
+        """Hex SHA-256 of the pairs' digests in order: two tables are equal to training if this is."""
+        return hashlib.sha256(np.ascontiguousarray(self.digests).tobytes()).hexdigest()
 
     def statistics(self) -> dict[str, Any]:
         """Counts for the data report: pairs, prompts, truncations, lengths in tokens, shares of longer and of ended answers."""
@@ -150,6 +227,11 @@ class PairTable:
             "ended": _share(ended),
             "fingerprint": self.fingerprint(),
         }
+
+
+def _edges(sizes: np.ndarray) -> np.ndarray:
+    """int64 [N + 1]: where items of these sizes begin, and the end."""
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
 def _quantiles(values: np.ndarray) -> dict[str, int]:

@@ -108,9 +108,9 @@ def test_a_system_prompt_that_is_empty_is_none(monkeypatch: pytest.MonkeyPatch) 
 def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def load_dataset(*args: Any, **options: Any) -> list[dict[str, str]]:
+    def load_dataset(*args: Any, **options: Any) -> datasets.Dataset:
         calls.append((args, options))
-        return [hh(" a", " b"), hh(" c", " d")]
+        return datasets.Dataset.from_list([hh(" a", " b"), hh(" c", " d")])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     report, pairs = collect("hh-rlhf/helpful-base@abc123:test:1")

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -18,8 +20,8 @@ PAIRS = [
 def test_pairs_come_back_as_they_went_in() -> None:
     table = PairTable.from_pairs(iter(PAIRS))
     assert len(table) == 3
-    for index, expected in enumerate(PAIRS):
-        found = table[index]
+    for index, pair in enumerate(PAIRS):
+        found, expected = table[index], dataclasses.replace(pair, chosen_scored=pair.answers[0][1], rejected_scored=pair.answers[1][1])
         assert {name: str(value) for name, value in vars(found).items()} == {name: str(value) for name, value in vars(expected).items()}
         assert found.prompt_ids.dtype == np.int32 and np.shares_memory(found.prompt_ids, table.tokens)
     assert table.lengths.tolist() == [[2, 1, 2], [1, 3, 1], [3, 1, 1]]

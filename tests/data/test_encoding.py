@@ -1,0 +1,88 @@
+import logging
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from jaxdpo.config import DataSection
+from jaxdpo.data import encoding
+from jaxdpo.data.chat import Encoder
+from jaxdpo.data.encoding import Workers, encode_records, usable_cores
+from jaxdpo.data.prepare import prepare
+from jaxdpo.data.records import DataReport, Preference
+from jaxdpo.data.table import COLUMNS
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def encoder(byte_tokenizer: PreTrainedTokenizerFast) -> Encoder:
+    return Encoder.create(byte_tokenizer, DataSection(max_length=40, max_prompt_length=20))
+
+
+def records(count: int) -> list[Preference]:
+    """Some of them useless, some that spell a special token."""
+    return [
+        Preference(f"question {i}", " same" if i % 7 == 0 else f" good {i}", " same" if i % 7 == 0 else f" <|end|> {i}", id=f"r:{i}")
+        for i in range(count)
+    ]
+
+
+def encoded(count: int, encoder: Encoder, processes: int) -> tuple[dict[str, np.ndarray], DataReport]:
+    report = DataReport("a.jsonl", "preference")
+    lots = list(encode_records(records(count), report, encoder, 3, processes))
+    return {name: np.concatenate([lot[name] for lot in lots]) for name in COLUMNS}, report
+
+
+def test_processes_change_nothing(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "RECORDS_AT_ONCE", 16)
+    monkeypatch.setattr(encoding, "ALONE", 32)
+    alone, counted = encoded(250, encoder, processes=1)
+    shared, counted_too = encoded(250, encoder, processes=2)
+    assert counted == counted_too and counted.kept == 214 and counted.verbatim == 250 and counted.special_text == 214
+    assert counted.dropped == {"identical answers": 36} and set(alone["sources"]) == {3}
+    for name, column in alone.items():
+        np.testing.assert_array_equal(column, shared[name], err_msg=name)
+
+
+def test_small_sets_start_no_process(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "Workers", pytest.fail)
+    assert encoded(encoding.ALONE, encoder, processes=8)[1].verbatim == encoding.ALONE
+
+
+def test_a_process_that_dies_is_told(encoder: Encoder) -> None:
+    with Workers(encoder, 1) as workers:
+        assert workers.submit(records(3), 0).result().kept == 2
+        (process,) = workers._started
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with pytest.raises(ValueError, match=r"ended with status -9, perhaps for want of memory\. Set data\.processes=1"):
+            workers.submit(records(3), 0).result()
+
+
+def test_long_work_tells_how_far_it_is(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(encoding, "TELL_EVERY", 0.0)
+    caplog.set_level(logging.INFO)
+    encoded(600, encoder, processes=1)
+    assert "data: a.jsonl: 438 pairs encoded" in caplog.text
+
+
+def test_the_default_leaves_a_core_for_reading(
+    write: Write, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def note(lots: Any, encoder: Any, source: int, processes: int) -> Any:
+        asked.append(processes)
+        yield encoding.encode_lot(encoder, next(lots), source)
+
+    monkeypatch.setattr(encoding, "_encoded", note)
+    monkeypatch.setattr(encoding, "usable_cores", lambda: 100)
+    path = write("a.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    for processes in (0, 5):
+        prepare(DataSection(train=[path], max_length=40, max_prompt_length=20, processes=processes, cache=None), byte_tokenizer, 1000)
+    assert asked == [32, 5] and usable_cores() >= 1
