@@ -50,7 +50,7 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
     """Show a table on the console; columns of numbers are aligned right, others left."""
     table = Table(title=Text(clean(title)), title_justify="left", title_style="bold")
     for index, name in enumerate(header):
-        numeric = all(_NUMBER.fullmatch(row[index]) for row in rows)
+        numeric = all(_NUMBER.fullmatch(row[index]) for row in rows if row[index])
         table.add_column(Text(clean(name)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))

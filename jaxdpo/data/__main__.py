@@ -1,33 +1,37 @@
-"""`python -m jaxdpo.data data.train=[pairs.jsonl] [model.path=...] [out=ours.jsonl]`: what a model would learn from, before it does.
+"""`python -m jaxdpo.data data.train=[pairs.jsonl] [model.path=...] [page=report.html] [out=ours.jsonl]`: what a model would learn from.
 
-Counts what is read and dropped, shows pairs and, with a tokenizer, what is scored and how long it is; converts any source to our
-JSON lines. Exit status: 0 done, 1 fault, 2 wrong options.
+Counts what is read and dropped, shows pairs and, with a tokenizer, what is scored and how long it is; tells what is almost the same
+and what is odd; converts any source to our JSON lines. Exit status: 0 done, 1 fault, 2 wrong options.
 """
 
 import contextlib
 import dataclasses
-import itertools
+import io
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
-from jaxdpo import options
+from jaxdpo import options, report
 from jaxdpo.config import STRICT_KEYS, DataSection
-from jaxdpo.data.chat import describe_pair, load_tokenizer
-from jaxdpo.data.prepare import prepare, summary
-from jaxdpo.data.records import DataReport, Preference, Text, describe_counts, printable, strings
+from jaxdpo.console import Console, say, show_table, stdout
+from jaxdpo.data import neighbours
+from jaxdpo.data.chat import Encoder, Tokenizer, load_tokenizer
+from jaxdpo.data.prepare import Prepared, prepare
+from jaxdpo.data.preview import example_of_record, example_of_tokens, show
+from jaxdpo.data.records import Preference, Text, printable
 from jaxdpo.data.sources import read_set
-from jaxdpo.data.table import PairTable
+from jaxdpo.data.survey import NAMED, Survey, Texts, read_texts, survey_tokens
+from jaxdpo.data.table import LENGTHS, EncodedPair
+from jaxdpo.data.tables import bars, tables
 
-DONE, FAULT = 0, 1
-MAX_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+DONE, FAULT, STOPPED = 0, 1, 130
 UNCUT = 2**24
 """A length in tokens that cuts nothing."""
+USUAL_LENGTH = 1024
+"""What data.max_length=0 means for a model that has so many positions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,13 @@ class DataConfig:
     data: DataSection = dataclasses.field(default_factory=DataSection)
     model: TokenizerSection = TokenizerSection()
     show: int = 3
-    """Pairs of data.train to show."""
+    """Pairs to show: the first of data.train."""
+    odd: int = 0
+    """Odd pairs of each kind to show, besides naming them: the longest, those that are cut, ... At most 5."""
+    near: float = neighbours.USUAL
+    """How alike two texts are that count as almost the same: share of common runs of three words, 0.6 to 1. 0: do not search."""
+    page: str | None = None
+    """HTML file to write the report and the shown pairs to. It must not exist, or be a page that was written before."""
     out: str | None = None
     """File to write the pairs of data.train to, as JSON lines of {prompt, chosen, rejected, weight, id}. It must not exist."""
 
@@ -59,15 +69,19 @@ class DataConfig:
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_Once())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not in UTF-8
     config, _ = options.load(DataConfig, argv, command="data", checks=[_check])
     try:
-        if config.out is not None or config.model.path is None:
-            _read(config)
-        if config.model.path is not None:
-            _encode(config)
+        _look(config)
     except (ValueError, OSError) as error:
         print(f"jaxdpo.data: {error}", file=sys.stderr)
         return FAULT
+    except KeyboardInterrupt:
+        print("jaxdpo.data: stopped", file=sys.stderr)
+        return STOPPED
     return DONE
 
 
@@ -82,30 +96,64 @@ def to_row(record: Preference) -> dict[str, Any]:
     return {**row, **tools, "weight": record.weight, "id": record.id}
 
 
+class _Once(logging.Filter):
+    """Passes what was not told before: sets are read as text, and for their tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is to be told."""
+        told = record.getMessage() in self._told
+        self._told.add(record.getMessage())
+        return not told
+
+
 def _check(config: DataConfig) -> list[str]:
+    least = neighbours.LEAST
     checks = [
         (bool(config.data.train), "data.train=[]: name at least one set, e.g. data.train=[pairs.jsonl]"),
         (config.show >= 0, f"show={config.show}: must not be negative"),
-        (config.out is None or not Path(config.out).expanduser().exists(), f"out={config.out}: exists. Name a new file, or remove it"),
+        (0 <= config.odd <= NAMED, f"odd={config.odd}: must lie between 0 and {NAMED}"),
+        (config.near == 0 or least <= config.near <= 1, f"near={config.near}: must be 0 (no search) or lie between {least} and 1"),
     ]
-    return [message for ok, message in checks if not ok]
+    problems = [message for ok, message in checks if not ok]
+    for option, text in (("out", config.out), ("page", config.page)):
+        path = None if text is None else Path(text).expanduser()
+        if path is not None and not path.parent.is_dir():
+            problems.append(f"{option}={text}: there is no folder {path.parent}. Make it, or name another")
+        elif path is not None and not (report.may_write(path) if option == "page" else not path.exists()):
+            problems.append(f"{option}={text}: exists. Name a new file, or remove it")
+    if config.page is not None and config.page == config.out:
+        problems.append(f"page={config.page}: is the same file as out. Name two")
+    return problems
 
 
-def _read(config: DataConfig) -> None:
-    """Read every set as text; show the first pairs and, where asked to, write all of data.train."""
-    opened = [read_set(name, config.data, "data.train") for name in config.data.train]
+def _look(config: DataConfig) -> None:
+    first: list[Preference] = []
+    tokenizer = None if config.model.path is None else load_tokenizer(config.model.path, config.model.revision)
+    uncut = dataclasses.replace(config.data, max_length=UNCUT, max_prompt_length=UNCUT // 2, max_row_tokens=2 * UNCUT)
+    texts = Texts(config.near, None if tokenizer is None else Encoder.create(tokenizer, uncut).spells_special)
     with _new_file(config.out) as out:
-        records = _written(itertools.chain.from_iterable(records for _, records in opened), out)
-        shown = list(itertools.islice(records, 0 if config.model.path else config.show))
-        for record in shown:
-            print(describe_record(record))
-        lengths = _lengths(itertools.chain(shown, records))
-    _tell([report for report, _ in opened])
-    _tell_lengths("train", lengths, "characters")
-    held_out = [read_set(name, config.data, "data.eval") for name in config.data.eval]
-    lengths = _lengths(itertools.chain.from_iterable(records for _, records in held_out))
-    _tell([report for report, _ in held_out])
-    _tell_lengths("eval", lengths, "characters")
+
+        def take(record: Preference) -> None:
+            if len(first) < config.show:
+                first.append(record)
+            if out is not None:
+                out.write(json.dumps(to_row(record), ensure_ascii=False) + "\n")
+
+        survey = read_texts(config.data, texts, take)
+    if tokenizer is None:
+        examples = [example_of_record(record) for record in first] + _odd_records(config, survey)
+    else:
+        done = prepare(uncut, tokenizer, vocab_size=2**31)
+        survey = survey_tokens(survey, texts.odd_by_words(), done, _limits(config.data))
+        examples = [example_of_tokens(done.train[i], tokenizer) for i in range(min(config.show, len(done.train)))]
+        examples += _odd_pairs(config, survey, done, tokenizer)
+    if config.page is not None:
+        report.write_whole(Path(config.page).expanduser(), _page(config, survey, examples))
+    _tell(survey, examples, stdout())
 
 
 @contextlib.contextmanager
@@ -116,67 +164,88 @@ def _new_file(path: str | None) -> Iterator[TextIO | None]:
         return
     target = Path(path).expanduser()
     partial = target.with_name(target.name + ".partial")
-    with partial.open("w", encoding="utf-8") as out:
-        yield out
-    partial.rename(target)
+    try:
+        with partial.open("w", encoding="utf-8") as out:
+            yield out
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _written(records: Iterable[Preference], out: TextIO | None) -> Iterator[Preference]:
-    for record in records:
-        if out is not None:
-            out.write(json.dumps(to_row(record), ensure_ascii=False) + "\n")
-        yield record
+def _limits(section: DataSection) -> tuple[int, int]:
+    """data.max_length and data.max_prompt_length as a model of enough positions would have them."""
+    length = section.max_length or max(USUAL_LENGTH, section.max_prompt_length + 1)
+    return length, section.max_prompt_length or length // 2
 
 
-def _encode(config: DataConfig) -> None:
-    """Prepare the sets as training would, without cutting anything; show the first pairs and what lengths there are."""
-    tokenizer = load_tokenizer(str(config.model.path), config.model.revision)
-    section = dataclasses.replace(config.data, max_length=UNCUT, max_prompt_length=UNCUT // 2, max_row_tokens=2 * UNCUT)
-    done = prepare(section, tokenizer, vocab_size=2**31)
-    for index in range(min(config.show, len(done.train))):
-        print(describe_pair(done.train[index], tokenizer))
-    print("\n".join(summary(done.report)))
-    for name, table in (("train", done.train), ("eval", done.eval)):
-        _tell_lengths(name, table.lengths, "tokens")
-        if len(table):
-            _tell_cuts(name, table)
+def _wanted(config: DataConfig, survey: Survey) -> dict[str, str]:
+    """Ids of the odd pairs that are to be shown, and what is odd about each."""
+    wanted: dict[str, str] = {}
+    for item in survey.odd:
+        for name in item.ids[: config.odd]:
+            wanted[name] = f"{wanted[name]}; {item.kind}" if name in wanted else item.kind
+    return wanted
 
 
-def _lengths(records: Iterable[Preference]) -> np.ndarray:
-    """int64 [N, 3]: characters of prompt, chosen and rejected."""
-    sizes = [[sum(map(len, strings(text))) for text in (r.prompt, r.chosen, r.rejected)] for r in records]
-    return np.array(sizes, np.int64).reshape(-1, 3)
+def _odd_records(config: DataConfig, survey: Survey) -> list[report.Example]:
+    """The odd pairs that are to be shown, read again: texts are not kept."""
+    wanted = _wanted(config, survey)
+    found: dict[str, Preference] = {}
+    sets = (("data.train", config.data.train), ("data.eval", config.data.eval))
+    for option, names in sets if wanted else ():
+        for name in names:
+            found.update({record.id: record for record in read_set(name, config.data, option)[1] if record.id in wanted})
+    return [example_of_record(found[name], why) for name, why in wanted.items()]
 
 
-def _tell(reports: Sequence[DataReport]) -> None:
-    for report in reports:
-        print(describe_counts(dataclasses.replace(report, kept=report.parsed).to_json()))
+def _odd_pairs(config: DataConfig, survey: Survey, done: Prepared, tokenizer: Tokenizer) -> list[report.Example]:
+    """The odd pairs that are to be shown, but for those that are dropped."""
+    wanted = _wanted(config, survey)
+    found: dict[str, EncodedPair] = {}
+    for table in (done.train, done.eval) if wanted else ():
+        found.update({name: table[place] for place, name in enumerate(table.ids) if name in wanted})
+    return [example_of_tokens(found[name], tokenizer, why) for name, why in wanted.items() if name in found]
 
 
-def _tell_lengths(name: str, lengths: np.ndarray, unit: str) -> None:
-    """Lengths, and how well the rule that the longer answer is the better one would do."""
-    if not len(lengths):
-        return
-    quantiles = np.percentile(lengths, (50, 95, 100), axis=0, method="higher").T.astype(int).tolist()
-    each = ", ".join(f"{part} {'/'.join(map(str, row))}" for part, row in zip(("prompt", "chosen", "rejected"), quantiles, strict=True))
-    longer, equal = (lengths[:, 1] > lengths[:, 2]).mean(), (lengths[:, 1] == lengths[:, 2]).mean()
-    print(
-        f"{name}: {len(lengths)} pairs; {unit} p50/p95/max: {each}; the longer answer is the chosen one in {longer:.1%}, equal {equal:.1%}"
-    )
+def _tell(survey: Survey, examples: Sequence[report.Example], console: Console) -> None:
+    for example in examples:
+        show(example, console)
+        say(console, "")
+    blocks = _can_print(console, "█▏")
+    for table in tables(survey):
+        show_table(table.title, table.header, table.rows, console)
+        for note in table.notes:
+            say(console, note)
+        say(console, "")
+        if table.title.startswith("Lengths"):
+            drawn = bars(survey.parts[0], survey.unit, blocks)
+            show_table(drawn.title, drawn.header, drawn.rows, console)
+            say(console, "")
 
 
-def _tell_cuts(name: str, table: PairTable) -> None:
-    longest = table.lengths[:, 0] + table.lengths[:, 1:].max(axis=1)
-    shares = ", ".join(f"{limit}: {(longest > limit).mean():.1%}" for limit in MAX_LENGTHS if (longest > limit).any())
-    print(f"{name}: pairs that data.max_length would cut: {shares or f'none from {MAX_LENGTHS[0]} on'}")
+def _can_print(console: Console, text: str) -> bool:
+    try:
+        text.encode(console.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def describe_record(record: Preference) -> str:
-    """A pair as text, for a terminal."""
-    prompt = [("", record.prompt)] if isinstance(record.prompt, str) else [(f"{turn.role}: ", turn.content) for turn in record.prompt]
-    answers = [(f"{name}: ", strings(text)[-1]) for name, text in (("chosen", record.chosen), ("rejected", record.rejected))]
-    lines = "\n".join(label + text for label, text in [*prompt, *answers])
-    return f"pair {printable(record.id)}, weight {record.weight:g}\n" + "\n".join("  " + line for line in printable(lines).split("\n"))
+def _page(config: DataConfig, survey: Survey, examples: Sequence[report.Example]) -> str:
+    sections: list[report.Section] = []
+    for table in tables(survey):
+        sections.append(table)
+        if table.title.startswith("Lengths"):
+            for part in survey.parts:
+                drawing = report.histogram(dict(zip(LENGTHS, part.lengths.T, strict=True)), survey.unit, part.name)
+                caption = f"Shares of the {len(part.lengths):,} pairs by {survey.unit}, on a scale that doubles."
+                sections.append(report.Picture(f"How long the {part.name} texts are", drawing, caption))
+    note = "Underlined on a coloured ground: what is scored, and so learned. The rest is context."
+    if examples:
+        sections.append(report.Examples("Some of the pairs", note, examples))
+    names = ", ".join(map(printable, (*config.data.train, *config.data.eval)))
+    lengths = "in characters; no tokenizer was given" if config.model.path is None else f"in tokens of {printable(config.model.path)}"
+    return report.html_page("Preference data", f"What {names} would teach a model. Lengths are {lengths}.", sections)
 
 
 if __name__ == "__main__":

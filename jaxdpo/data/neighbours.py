@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -30,7 +30,8 @@ _RANDOM = np.random.Generator(np.random.PCG64(2305_18290))
 _FACTORS = _RANDOM.integers(0, 2**31, HASHES, np.uint32) * np.uint32(2) + np.uint32(1)
 _OFFSETS = _RANDOM.integers(0, 2**32, HASHES, np.uint32)
 _SIDES = (np.uint32(0x5BD1E995), np.uint32(0x1B873593))
-_MIX = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
+_SHIFT = np.uint64(29)
 _AT_ONCE = 1 << 14
 
 
@@ -73,12 +74,10 @@ class Neighbours:
 def runs_of_words(text: str) -> np.ndarray:
     """uint32, sorted, distinct: hashes of a text's runs of three words; of all its words if it has fewer, of the text if it has none."""
     words = _WORD.findall(text.lower()) or [text]
-    hashes = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint64)
-    runs = max(len(hashes) - 2, 1)
-    mixed = np.zeros(runs, np.uint64)
-    for start in range(min(3, len(hashes))):
-        mixed = (mixed ^ hashes[start : start + runs]) * _MIX
-        mixed ^= mixed >> np.uint64(29)
+    hashes = np.zeros(max(len(words), 3), np.uint64)
+    hashes[: len(words)] = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words]
+    mixed = hashes[:-2] * _MIX[0] ^ hashes[1:-1] * _MIX[1] ^ hashes[2:] * _MIX[2]
+    mixed = (mixed ^ mixed >> _SHIFT) * _MIX[1]
     return np.unique((mixed >> np.uint64(32)).astype(np.uint32))
 
 
@@ -113,7 +112,7 @@ class Sketchbook:
         answers = np.concatenate([chosen ^ _SIDES[0], rejected ^ _SIDES[1]])  # so that swapped answers are others
         self._answers.frombytes(sketch(answers).tobytes())
 
-    def search(self, ids: Sequence[str], copies: np.ndarray, held_out: np.ndarray, threshold: float = USUAL) -> Neighbours:
+    def search(self, ids: list[str], copies: np.ndarray, held_out: np.ndarray, threshold: float = USUAL) -> Neighbours:
         """What is almost the same.
 
         Args:
@@ -125,7 +124,7 @@ class Sketchbook:
         prompts, answers = (np.frombuffer(kept, np.uint32).reshape(-1, HASHES) for kept in (self._prompts, self._answers))
         prompt_of = np.array(self._prompt_of, np.int64)
         _, first = np.unique(prompt_of, return_index=True)
-        names = [ids[place] for place in first]
+        names = [ids[int(place)] for place in first]
         train = np.flatnonzero(~held_out & ~copies)
         trained, tested = (np.unique(prompt_of[side]) for side in (~held_out, held_out))
 
@@ -185,8 +184,8 @@ def _candidates(sketches: np.ndarray, anchors: np.ndarray | None) -> Iterator[tu
     for band in range(0, HASHES, IN_BAND):
         keys = np.zeros(len(sketches), np.uint64)
         for column in sketches[:, band : band + IN_BAND].T:
-            keys = (keys ^ column) * _MIX
-            keys ^= keys >> np.uint64(29)
+            keys = (keys ^ column) * _MIX[0]
+            keys ^= keys >> _SHIFT
         order = np.argsort(keys, kind="stable")
         fresh = np.diff(keys[order], prepend=~keys[order[:1]]) != 0
         start = np.maximum.accumulate(np.where(fresh, places, 0))
