@@ -82,6 +82,16 @@ create() {
   options+=("--image-family=$IMAGE_FAMILY" "--image-project=$IMAGE_PROJECT")
   [[ $SPOT == 1 ]] && options+=(--provisioning-model=SPOT --instance-termination-action=STOP) # stopped, not deleted: the disk has the run
   act gcloud compute instances create "$NAME" "${WHERE[@]}" "${options[@]}"
+  until_reached
+}
+
+until_reached() { # a VM that has just been started does not answer yet
+  for ((try = 0; try < 30; try++)); do
+    first_host true && return 0
+    sleep 10
+  done
+  say "$NAME does not answer"
+  return 1
 }
 
 push() {
@@ -102,6 +112,7 @@ push() {
 resume() {
   if ((${#WHERE[@]})); then
     act gcloud compute instances start "$NAME" "${WHERE[@]}"
+    until_reached
   fi
   everywhere "$(on_host restart "$@")"
 }

@@ -45,8 +45,12 @@ mount_share() {
   fi
 }
 
+is_running() { # by its arguments too: after a restart of the machine its number may be another's
+  [[ -f $STATE/pid ]] && ps -o args= -p "$(cat "$STATE/pid")" 2>/dev/null | grep -q jaxdpo.train
+}
+
 status() {
-  if [[ -f $STATE/pid ]] && kill -0 "$(cat "$STATE/pid")" 2>/dev/null; then
+  if is_running; then
     echo running
   elif [[ -f $STATE/exit ]]; then
     echo "exit $(cat "$STATE/exit")"
@@ -58,12 +62,12 @@ status() {
 }
 
 stop() {
-  [[ $(status) == running ]] || return 0
+  is_running || return 0
   local pid
   pid=$(cat "$STATE/pid")
   kill -TERM "$pid"
   for ((second = 0; second < STOP_SECONDS; second++)); do
-    kill -0 "$pid" 2>/dev/null || return 0
+    is_running || return 0
     sleep 1
   done
   echo "on_host.sh: still running after $STOP_SECONDS s: ending it" >&2
@@ -71,7 +75,7 @@ stop() {
 }
 
 start() {
-  if [[ $(status) == running ]]; then
+  if is_running; then
     echo "on_host.sh: a run is going on: $0 logs, $0 stop, or $0 restart" >&2
     exit 1
   fi

@@ -93,6 +93,8 @@ def test_a_run_of_which_nothing_is_left_was_killed(tmp_path: Path) -> None:
     wait_for(lambda: host.status() == "exit 75")
     (host.state / "exit").unlink()  # as after a power cut: a number, and no process that has it
     assert host.status() == "exit 137"
+    (host.state / "pid").write_text(str(os.getpid()))  # or one that belongs to another by now
+    assert host.status() == "exit 137"
 
 
 def test_a_run_that_does_not_stop_is_ended(tmp_path: Path) -> None:

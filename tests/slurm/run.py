@@ -32,8 +32,8 @@ from tests.tiny import rows, write_model, write_rows  # noqa: E402
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 STEPS = 120
 SAVE_EVERY = 50
-LIMIT_SECONDS = 120
-"""The time limit, SLURM's least but one; its warning comes up to a minute early."""
+LIMIT_MINUTES = 2
+"""The time limit of --limit; SLURM's warning may come a minute earlier than asked for."""
 PATIENCE = 900.0
 CONFIG = """
 ClusterName=test
@@ -100,7 +100,7 @@ def check(folder: Path, limit: bool) -> dict[str, Any]:
         subprocess.run(straight, env=environment, check=True, cwd=folder, timeout=PATIENCE)
         per_step = sorted(row["step_seconds"] for row in metrics(folder / "straight") if "step_seconds" in row)[10]
         shutil.rmtree(folder / "straight")
-    steps = max(STEPS, round(LIMIT_SECONDS / per_step)) if limit else STEPS
+    steps = max(STEPS, round(60 * LIMIT_MINUTES / per_step)) if limit else STEPS
     straight[2:] = arguments(folder, "straight", steps)
     subprocess.run(straight, env=environment, check=True, cwd=folder, timeout=PATIENCE)
     alone = time.monotonic() - started
@@ -191,7 +191,7 @@ def submit(folder: Path, environment: dict[str, str], name: str, steps: int, *mo
 
 def interrupted(folder: Path, environment: dict[str, str], steps: int, limit: bool) -> dict[str, Any]:
     """A job that gets SIGTERM, goes back into the queue and comes to its end; what was seen of it."""
-    times = [f"--time=0:{LIMIT_SECONDS}", "--signal=TERM@20"] if limit else ["--time=30"]
+    times = [f"--time={LIMIT_MINUTES}", "--signal=TERM@20"] if limit else ["--time=30"]
     began = time.monotonic()
     job = submit(folder, environment, "queued", steps, *times)
     if not limit:
