@@ -23,6 +23,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
 _COUNTED_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+_MESH_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?(?:=(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 
@@ -101,7 +103,7 @@ def _collective(line: str, result: str, kind: str, times: int, mesh: Mesh) -> Co
         arrays = arrays[-max(1, len(arrays) // 2) :]
     whole = sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays)
     groups = _groups(line)
-    size = groups.shape[1] if groups.size else 1
+    size = groups.shape[1]
     if kind == "collective-permute":
         share = float(whole)
     else:
@@ -115,15 +117,37 @@ def _groups(line: str) -> np.ndarray:
     """The devices that talk to each other, one group a row, as numbers in the order of the mesh."""
     if match := _COUNTED_GROUPS.search(line):
         count, size, dims, order = match.groups()
-        numbers = np.arange(int(count) * int(size)).reshape([int(dim) for dim in dims.split(",")])
-        return (numbers.transpose([int(dim) for dim in order.split(",")]) if order else numbers).reshape(int(count), int(size))
+        return _numbers(dims, order).reshape(int(count), int(size))
+    if match := _MESH_GROUPS.search(line):
+        return _groups_of_axes(*match.groups())
     if match := _GROUPS.search(line) or _PAIRS.search(line):
         return np.array([[int(number) for number in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", match.group(1))])
-    return np.zeros((0, 0), int)
+    raise ValueError(f"a collective whose groups are not understood: {line.strip()}")
+
+
+def _numbers(dims: str, order: str | None) -> np.ndarray:
+    """Numbers from 0 on in an array of these dimensions, which are then put in another order."""
+    sizes = [int(dim) for dim in dims.split(",")]
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers.transpose([int(dim) for dim in order.split(",")]) if order else numbers
+
+
+def _groups_of_axes(sizes: str, dims: str | None, order: str | None, among: str) -> np.ndarray:
+    """Groups told as axes of the compiler's own mesh, or as parts of them: 'a':(2)4 are the 4 in the middle of 2 x 4 x what is left."""
+    split, places = [], {}
+    parts = {name: (int(before), int(size)) for name, before, size, _ in _MESH_AXIS.findall(among) if size}
+    for name, _, _, size in _MESH_AXIS.findall(sizes):
+        before, part = parts.get(name, (1, int(size)))
+        places[name] = len(split) + 1
+        split += [before, part, int(size) // (before * part)]
+    numbers = np.arange(math.prod(split)) if dims is None else _numbers(dims, order)
+    talking = [places[name] for name, *_ in _MESH_AXIS.findall(among)]
+    groups = np.moveaxis(numbers.reshape(split), talking, range(-len(talking), 0))
+    return groups.reshape(-1, math.prod(split[place] for place in talking))
 
 
 def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     """The mesh axes along which the devices of a group differ."""
     places = np.stack(np.unravel_index(groups, mesh.devices.shape), axis=-1)
-    differ = np.any(places != places[:, :1], axis=(0, 1)) if groups.size else np.zeros(mesh.devices.ndim, bool)
+    differ = np.any(places != places[:, :1], axis=(0, 1))
     return tuple(axis for axis, some in zip(mesh.axis_names, differ, strict=True) if some)

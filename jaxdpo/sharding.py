@@ -136,7 +136,7 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
 def _arranged(slices: list[list[Any]], shape: tuple[int, ...]) -> np.ndarray:
     """The devices in the mesh's shape: slices outermost, and inside a TPU slice as its network runs."""
     data, *inner = shape
-    if slices[0][0].platform != "tpu" or data % len(slices) or len(set(map(len, slices))) > 1:
+    if not hasattr(slices[0][0], "coords") or slices[0][0].platform != "tpu" or data % len(slices) or len(set(map(len, slices))) > 1:
         return np.asarray(list(itertools.chain(*slices))).reshape(shape)
     layout = functools.partial(mesh_utils.create_device_mesh, (data // len(slices), *inner), allow_split_physical_axes=True)
     return np.concatenate([layout(devices=part) for part in slices])
@@ -179,12 +179,17 @@ def _mesh_axes(shape: Mapping[str, int], name: str) -> tuple[str, ...]:
     return tuple(axis for axis in rule if shape[axis] > 1) or rule[:1]
 
 
+def shared_axes(mesh: Mesh, name: str) -> tuple[str, ...]:
+    """The mesh axes of more than one device that share a logical axis: none, one or several."""
+    return tuple(axis for axis in _mesh_axes(mesh.shape, name) if mesh.shape[axis] > 1)
+
+
 def _sharding(mesh: Mesh, name: str, axes: tuple[str, ...], shape: tuple[int, ...], problems: list[str]) -> NamedSharding:
     shares = [_mesh_axes(mesh.shape, axis) for axis in axes]
     used = list(itertools.chain(*shares))
-    spec = [over if len(over) > 1 else (*over, None)[0] for over in shares]
+    spec = PartitionSpec(*(over if len(over) > 1 else over[0] if over else None for over in shares))
     if len(axes) != len(shape) or len(set(used)) != len(used):
-        problems.append(f"weight {name} {shape}: its axes {axes} do not fit the mesh rules {spec}")
+        problems.append(f"weight {name} {shape}: its axes {axes} do not fit the mesh rules {tuple(spec)}")
         return replicated(mesh)  # a stand-in: the problem is raised before anyone uses it
     for axis, size, over in zip(axes, shape, shares, strict=True):
         sizes = {axis: mesh.shape[axis] for axis in over}
@@ -192,7 +197,7 @@ def _sharding(mesh: Mesh, name: str, axes: tuple[str, ...], shape: tuple[int, ..
             problems.append(
                 f"{_written(sizes)}: does not divide the {size} of dimension {axis} of weight {name} {shape}. Use a divisor of {size}"
             )
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(mesh, spec)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -208,7 +213,8 @@ def rows(mesh: Mesh, dim: int) -> NamedSharding:
 def slots_spec(mesh: Mesh, num_slots: int) -> PartitionSpec:
     """How [B, T, ...] lies: rows over ROWS, slots over context. Slots that context does not divide (the one new token of an answer)
     are on all its devices."""
-    return PartitionSpec(ROWS, None if num_slots % mesh.shape["context"] else "context")
+    shares = mesh.shape["context"]
+    return PartitionSpec(ROWS, "context" if shares > 1 and num_slots % shares == 0 else None)
 
 
 def constrain_slots(x_BT: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -229,6 +235,7 @@ def put(tree: Any, shardings: Any) -> Any:
     def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable:
             return jax.device_put(value, sharding)
-        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+        with jax.transfer_guard("allow"):  # it is meant, and has no other form that a guarded loop would take for it
+            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     return jax.tree.map(place, tree, shardings)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from jaxdpo import logprobs
+from tests.tiny import mesh, pack, pairs
 
 B, S, D, V = 2, 96, 16, 37
 Arrays = dict[str, jax.Array]
+EIGHT = logprobs.Head(8, jnp.dtype("float32"))
 
 
 def inputs(seed: int = 0, size: float = 0.5) -> Arrays:
@@ -28,7 +30,7 @@ def ours(x: Arrays, chunks: jax.Array, chunk: int, dtype: str = "float32") -> tu
     """Log-probs, and the gradients of their weighted sum."""
 
     def loss(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logps: Any = logprobs.token_logps(hidden, head, x["targets"], chunks, chunk, jnp.dtype(dtype))
+        logps: Any = logprobs.token_logps(hidden, head, x["targets"], chunks, logprobs.Head(chunk, jnp.dtype(dtype)))
         return jnp.vdot(logps, x["pull"]), logps
 
     (_, logps), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x["hidden"], x["head"])
@@ -102,9 +104,7 @@ def test_gradients_against_finite_differences() -> None:
 
 def test_token_kl_is_exact() -> None:
     x = inputs()
-    kl = jax.jit(logprobs.token_kl, static_argnums=(5, 6))(
-        x["hidden"], x["head"], x["ref_hidden"], x["ref_head"], jnp.int32(11), 8, jnp.dtype("float32")
-    )
+    kl = jax.jit(logprobs.token_kl, static_argnums=5)(x["hidden"], x["head"], x["ref_hidden"], x["ref_head"], jnp.int32(11), EIGHT)
     p, q = (np.asarray(x[h], np.float64) @ np.asarray(x[w], np.float64).T for h, w in (("hidden", "head"), ("ref_hidden", "ref_head")))
     p, q = (a - np.log(np.exp(a).sum(-1, keepdims=True)) for a in (p, q))
     exact = np.sum(np.exp(p) * (p - q), axis=-1)
@@ -114,17 +114,61 @@ def test_token_kl_is_exact() -> None:
 
 def test_token_kl_of_a_model_with_itself_is_zero() -> None:
     x = inputs()
-    kl = logprobs.token_kl(x["hidden"], x["head"], x["hidden"], x["head"], jnp.int32(12), 8, jnp.dtype("float32"))
+    kl = logprobs.token_kl(x["hidden"], x["head"], x["hidden"], x["head"], jnp.int32(12), EIGHT)
     assert not kl.any()
 
 
 def test_token_collisions_are_the_chance_that_two_samples_agree() -> None:
     x = inputs()
-    got = jax.jit(logprobs.token_collisions, static_argnums=(3, 4))(x["hidden"], x["head"], jnp.int32(11), 8, jnp.dtype("float32"))
+    got = jax.jit(logprobs.token_collisions, static_argnums=3)(x["hidden"], x["head"], jnp.int32(11), EIGHT)
     logits = np.asarray(x["hidden"], np.float64) @ np.asarray(x["head"], np.float64).T
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(got[:, :88], np.log(np.sum(probs**2, -1))[:, :88], rtol=1e-5)
     assert not got[:, 88:].any()
+
+
+@pytest.mark.parametrize("sizes", [(8,), (1, 2, 2, 2), (1, 1, 4, 1, 2)], ids=str)
+@pytest.mark.parametrize(("size", "cap", "digits"), [(0.5, 20.0, 3e-6), (30.0, None, 1e-4)])  # as above: logits of several thousand
+def test_devices_that_share_rows_vocabulary_and_head_give_the_same(
+    sizes: tuple[int, ...], size: float, cap: float | None, digits: float
+) -> None:
+    x = {name: value[:36] if "head" in name else jnp.tile(value, (4, 1, 1)[: value.ndim]) for name, value in inputs(size=size).items()}
+    x |= {"targets": x["targets"] % 36, "hidden": x["hidden"] + x["hidden"][::-1]}
+    spread = logprobs.Head(8, jnp.dtype("float32"), cap, mesh(*sizes))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def everything(x: Arrays, head: logprobs.Head) -> Any:
+        def loss(hidden: jax.Array, weight: jax.Array) -> Any:
+            logps: Any = logprobs.token_logps(hidden, weight, x["targets"], jnp.int32(11), head)
+            return jnp.vdot(logps, x["pull"]), logps
+
+        (_, logps), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x["hidden"], x["head"])
+        kl = logprobs.token_kl(x["hidden"], x["head"], x["ref_hidden"], x["ref_head"], jnp.int32(11), head)
+        return logps, grads, kl, logprobs.token_collisions(x["hidden"], x["head"], jnp.int32(11), head)
+
+    for a, b in zip(jax.tree.leaves(everything(x, spread)), jax.tree.leaves(everything(x, spread._replace(mesh=None))), strict=True):
+        np.testing.assert_allclose(a, b, atol=digits * max(1.0, float(jnp.abs(b).max())))
+
+
+def test_scored_tokens_by_the_share_that_holds_their_slots() -> None:
+    slots = jnp.array([[3, 2, 3, 4, 5, 0, 0, 0], [6, 5, 6, 7, 1, 0, 2, 0]], jnp.int32)  # 3 predicts two tokens, and 6 does
+    sides = jnp.array([[0, 0, 1, 1, 1, -1, -1, -1], [0, 0, 1, 1, 2, 2, 3, -1]], jnp.int32)
+    order, own = logprobs.scored_by_share(slots, sides, num_slots=8, num_places=2, shares=2)
+    assert order.shape == (4, 6)  # 4 slots, and 2 more for those that predict two
+    found = [row[mine].tolist() for row, mine in zip(np.asarray(order), np.asarray(own), strict=True)]
+    assert found == [[0, 1, 2], [3, 4], [4, 5, 6], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+@pytest.mark.parametrize("shares", [2, 8, 64])
+def test_every_scored_token_of_packed_rows_is_in_one_share(layout: str, shares: int) -> None:
+    batch = pack([*pairs(6, low=1, high=20), *pairs(9, seed=1, low=1, high=3)], layout=layout, num_rows=2, size=448)
+    slots, sides = batch.slots_MBS[0], batch.sides_MBS[0]
+    order, own = (np.asarray(x) for x in logprobs.scored_by_share(jnp.asarray(slots), jnp.asarray(sides), 448, 15, shares))
+    for row, share in np.ndindex(2, shares):
+        found = order[row * shares + share][own[row * shares + share]]
+        expected = np.flatnonzero((sides[row] >= 0) & (slots[row] * shares // 448 == share))
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_num_chunks_counts_those_with_a_scored_token_in_any_row() -> None:

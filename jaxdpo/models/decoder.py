@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxdpo.models.attention import Window, attention
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.layers import ACTIVATIONS, gated, layer_norm, param, project, rms_norm, rope_tables, rotate, rounded
+from jaxdpo.models.layers import ACTIVATIONS, gated, layer_norm, look_up, param, project, rms_norm, rope_tables, rotate, rounded
 from jaxdpo.models.moe import MoE, RouterLoad
 from jaxdpo.products import soft_cap
 from jaxdpo.sharding import constrain, constrain_slots
@@ -378,8 +378,7 @@ def _ropes(config: ModelConfig, positions_BT: jax.Array) -> tuple[Rope, Rope]:
 def _embed(params: Params, config: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, options: ForwardOptions) -> jax.Array:
     """Token vectors, with positions where those are learned: float32 [B, T, D]."""
     mesh, dtype = options.mesh, options.dtype
-    table_VD = constrain(params["embed"]["weight"], mesh, "tensor", None)  # gathering from a table cut along D too is slow
-    x_BTD = rounded(table_VD[tokens_BT], dtype)
+    x_BTD = rounded(look_up(params["embed"]["weight"], tokens_BT, mesh), dtype)
     if config.embed_scale != 1.0:
         x_BTD = x_BTD * rounded(jnp.asarray(config.embed_scale, jnp.float32), dtype)
     if config.positions == "learned":

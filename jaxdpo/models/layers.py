@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxdpo.models.config import RopeScaling
 from jaxdpo.products import sum_of_outer_products
+from jaxdpo.sharding import shared_axes, slots_spec
 
 Adapter = Mapping[str, jax.Array]
 """One weight's low-rank update: "a" [*inputs, R] and "b" [R, *outputs]."""
@@ -93,6 +95,31 @@ def _low_rank(equation: str, x: jax.Array, adapter: Adapter, compute_dtype: jnp.
     summed = "".join(dim for dim in weight_dims if dim in x_dims)
     x_BTR = product(f"{x_dims},{summed}R->BTR", compute_dtype, x, adapter["a"])
     return product(f"BTR,R{weight_dims.removeprefix(summed)}->{y_dims}", compute_dtype, x_BTR, adapter["b"])
+
+
+def look_up(table_VD: jax.Array, ids_BT: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Vectors of token ids: [B, T, D], of the table's type.
+
+    On a mesh each device looks up its share of D, in its share of the vocabulary, for the rows of all that share D. So token ids and
+    vectors travel, and not the table nor, backward, its gradient: gigabytes where vocabulary and D are large.
+    """
+    if mesh is None or mesh.size == 1:
+        return table_VD[ids_BT]
+    vocab, embed, slots = shared_axes(mesh, "vocab"), shared_axes(mesh, "embed"), slots_spec(mesh, ids_BT.shape[1])
+
+    def here(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        if embed:
+            ids_BT = jax.lax.all_gather(ids_BT, embed, axis=0, tiled=True)
+        if not vocab:
+            x_BTD = table_VD[ids_BT]
+        else:
+            ids_BT = ids_BT - jax.lax.axis_index(vocab) * table_VD.shape[0]
+            own_BT = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
+            x_BTD = jax.lax.psum(jnp.where(own_BT[..., None], table_VD[jnp.where(own_BT, ids_BT, 0)], 0), vocab)
+        return jax.lax.all_to_all(x_BTD, embed, split_axis=0, concat_axis=2, tiled=True) if embed else x_BTD
+
+    places = (PartitionSpec(vocab or None, embed or None), slots)
+    return jax.shard_map(here, mesh=mesh, in_specs=places, out_specs=slots, check_vma=False)(table_VD, ids_BT)
 
 
 def rounded(weight: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:

@@ -89,7 +89,7 @@ class MoE(nnx.Module):
         else:
             tokens = slots_spec(mesh, x_BTD.shape[1])
             places: list[Any] = [None if value is None else _PLACES[name] for name, value in experts._asdict().items()]
-            here, taken = functools.partial(_exchange, apply), (tokens, tokens, tokens, Experts(*places))
+            here, taken = functools.partial(_exchange, apply, mesh), (tokens, tokens, tokens, Experts(*places))
             spread = jax.shard_map(here, mesh=mesh, in_specs=taken, out_specs=tokens, check_vma=False)
             y_BTD = spread(x_BTD, weights_BTC, chosen_BTC, experts)
         return y_BTD, _load(probs_BTE, chosen_BTC, real_BT)
@@ -152,15 +152,19 @@ def _of_runs(y_RO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     return jnp.where(inside_R[:, None], y_RO, 0.0)
 
 
-def _exchange(apply: Callable, x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: Experts) -> jax.Array:
+def _exchange(apply: Callable, mesh: Mesh, x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: Experts) -> jax.Array:
     """On one device of a mesh, with its rows and slots and its share of the experts: `apply` for the tokens of all devices that hold other
     experts, results added up where the tokens come from."""
-    tokens = [jax.lax.all_gather(x, "expert", axis=0, tiled=True) for x in (x_BTD, weights_BTC, chosen_BTC)]
-    first = jax.lax.axis_index("expert") * experts.gate_EDF.shape[0]
+    tokens, first = (x_BTD, weights_BTC, chosen_BTC), 0
+    if mesh.shape["expert"] > 1:
+        tokens = [jax.lax.all_gather(x, "expert", axis=0, tiled=True) for x in tokens]
+        first = jax.lax.axis_index("expert") * experts.gate_EDF.shape[0]
     if experts.down_bias_ED is not None:  # added once, not by each device that has a share of the products
         experts = experts._replace(down_bias_ED=jnp.where(jax.lax.axis_index("tensor") == 0, experts.down_bias_ED, 0))
     y_BTD = apply(*tokens, experts, first)
-    return jax.lax.psum(jax.lax.psum_scatter(y_BTD, "expert", scatter_dimension=0, tiled=True), "tensor")
+    if mesh.shape["expert"] > 1:
+        y_BTD = jax.lax.psum_scatter(y_BTD, "expert", scatter_dimension=0, tiled=True)
+    return jax.lax.psum(y_BTD, "tensor") if mesh.shape["tensor"] > 1 else y_BTD
 
 
 def _apply(
