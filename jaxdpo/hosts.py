@@ -205,6 +205,12 @@ class Votes:
         return 0 if before is None else int(jax.device_get(before))
 
 
+def is_lost(error: Exception) -> bool:
+    """Whether an error of the devices means that another process is gone: what its connections say, or the service that counts heartbeats."""
+    said = ("gloo", "nccl", "connection", "unavailable", "aborted", "deadline_exceeded", "cancelled", "heartbeat")
+    return jax.process_count() > 1 and any(word in str(error).lower() for word in said)
+
+
 def end(code: int) -> int:
     """The exit status of a process that failed or lost the others. Where there are others, it ends here: waiting for them might not end.
 

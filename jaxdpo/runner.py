@@ -122,16 +122,16 @@ class Run:
                 "Lower optim.learning_rate, set model.compute_dtype=float32, or look at the pairs in nonfinite.jsonl"
             )
 
-    def evaluate(self, poll: Callable[[], None]) -> float:
+    def evaluate(self, poll: Callable[[str], None]) -> float:
         """Measure on the validation pairs and log it; returns the validation loss.
 
         Raises:
-            Interrupted: by `poll`, which is called between the parts; nothing was logged then.
+            Interrupted: by `poll`, which is called between the parts with what is being done; nothing was logged then.
         """
         self.flush()
         started = time.perf_counter()
-        means = self.session.evaluate(self.state.params, self.fixed, self.cached, poll)
-        samples = self.session.samples(self.state.params, self.fixed, poll)
+        means = self.session.evaluate(self.state.params, self.fixed, self.cached, lambda: poll("evaluation"))
+        samples = self.session.samples(self.state.params, self.fixed, lambda: poll("samples"))
         for sample in samples:
             self.samples.write({"step": self.step, **sample})
         self.logger.evaluation(self.step, means | {"seconds": time.perf_counter() - started})
@@ -304,8 +304,8 @@ def _evaluate(run: Run, watch: Watch) -> float:
         Interrupted: a signal came.
     """
 
-    def poll() -> None:
-        watch.beat(run.step, "evaluation")
+    def poll(phase: str) -> None:
+        watch.beat(run.step, phase)
         run.stop.poll()
 
     return run.evaluate(poll)

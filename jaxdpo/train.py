@@ -50,7 +50,7 @@ def main(argv: Sequence[str], leave: Callable[[int], object] | None = None) -> i
         print(f"jaxdpo.train: {error}", file=sys.stderr)
         return hosts.end(FAULT)
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+        if not hosts.is_lost(error):
             raise
         print(
             f"jaxdpo.train: another process of this run is gone; the same command resumes from the newest checkpoint. {error}",
