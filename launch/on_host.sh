@@ -20,13 +20,12 @@ STOP_SECONDS=${STOP_SECONDS:-180}
 mkdir -p "$STATE"
 
 install() {
-  local extra=${1:?say for what: cpu, cuda12, cuda13 or tpu} found
-  found=$(for name in python3.13 python3.12 python3.11; do command -v "$name" && break; done || true)
-  if [[ -x $VENV/bin/python ]]; then
-    echo "on_host.sh: using $VENV"
-  elif [[ -n $found ]] && "$found" -m venv "$VENV" 2>/dev/null; then
-    echo "on_host.sh: made $VENV with $found"
-  else # TPU images bring Python 3.10, and Ubuntu's Python comes without venv: let uv fetch one
+  local extra=${1:?say for what: cpu, cuda12, cuda13 or tpu} name
+  for name in python3.13 python3.12 python3.11 python3; do
+    [[ -x $VENV/bin/pip ]] && break
+    "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && "$name" -m venv "$VENV" >/dev/null 2>&1
+  done || true
+  if [[ ! -x $VENV/bin/pip ]]; then # TPU images bring Python 3.10, and Ubuntu's Python comes without venv: let uv fetch one
     rm -rf "$VENV"
     python3 -m pip install --quiet --user uv || python3 -m pip install --quiet --user --break-system-packages uv
     python3 -m uv venv --quiet --seed --python 3.12 "$VENV"
