@@ -178,6 +178,8 @@ def _explain(schema: type, place: tuple[str, ...], errors: list) -> list[str]:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         inner = error["input"] if isinstance(error["input"], dict) else {}
         return [_unknown(schema, name) for name in ([f"{key}.{name}" for name in inner] or [key])]
+    if error["type"] == "list_type" and isinstance(error["input"], str | int | float):
+        return [f"{key}={_show(error['input'])}: must be a list. Write {key}=[{_show(error['input'])}]"]
     reasons = " or ".join(dict.fromkeys(error["msg"][0].lower() + error["msg"][1:] for error in errors))
     return [f"{key}={_show(error['input'])}: {reasons}"]
 

@@ -210,7 +210,7 @@ article h4 { font-size: .85rem; font-weight: 600; margin: .8rem 0 .2rem; }
 article h4 span { font-weight: 400; color: var(--faint); }
 pre { margin: 0; padding: .6rem .8rem; background: var(--band); border-radius: .3rem; white-space: pre-wrap;
   font: .85rem/1.5 ui-monospace, monospace; max-height: 22rem; overflow-y: auto; }
-mark { color: inherit; background: none; text-decoration: underline; text-decoration-thickness: 1px; text-underline-offset: .2em; }
+mark { color: inherit; background: none; text-decoration: underline; text-decoration-thickness: 1px; text-underline-offset: .3em; }
 .chosen h4 { color: var(--chosen); }
 .rejected h4 { color: var(--rejected); }
 .chosen mark { background: var(--chosen-ground); text-decoration-color: var(--chosen); }

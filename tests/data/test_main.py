@@ -177,6 +177,7 @@ def test_cuts_are_those_of_training(write: Write, byte_tokenizer: PreTrainedToke
     ("arguments", "status", "message"),
     [
         ([], 2, "data.train=[]: name at least one set"),
+        (["data.train=x.jsonl"], 2, "data.train=x.jsonl: must be a list. Write data.train=[x.jsonl]"),
         (["data.train=[x.jsonl]", "show=-1"], 2, "show=-1: must not be negative"),
         (["data.train=[x.jsonl]", "odd=6"], 2, "odd=6: must lie between 0 and 5"),
         (["data.train=[x.jsonl]", "near=0.5"], 2, "near=0.5: must be 0 (no search) or lie between 0.6 and 1"),
