@@ -29,8 +29,9 @@ class ModelSection:
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     """What the backward pass recomputes. none: nothing. dots: all but matrix products and attention. full: all but attention.
     auto: full."""
-    attention: Literal["auto", "blocks", "dense"] = "auto"
-    """Attention implementation. blocks skips what no token may see; dense is the O(T^2) reference. auto: blocks."""
+    attention: Literal["auto", "blocks", "splash", "dense"] = "auto"
+    """Attention implementation. blocks skips what no token may see, splash does so on TPUs; dense is the O(T^2) reference.
+    auto: splash on TPUs, but for sliding windows in shared rows; else blocks."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Hold the projections of LoRA's base in 8 bits or in 4 (QLoRA): a quarter or an eighth of float32's memory."""
 

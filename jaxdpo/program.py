@@ -17,6 +17,7 @@ from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params
 from jaxdpo.models.lora import Lora
 from jaxdpo.runweights import RunWeights, state_shardings
+from jaxdpo.settle import attention_of
 from jaxdpo.step import Fixed, TrainState, compile_steps, init_state
 
 
@@ -51,7 +52,7 @@ class Program:
         Raises:
             ValueError: the mesh does not divide the model.
         """
-        forward = _forward(config, mesh, 1.0 if lora is None else lora.scale)
+        forward = _forward(config, mesh, model, 1.0 if lora is None else lora.scale)
         options = StepOptions(model=model, loss=config.loss, optim=config.optim, forward=forward, total_steps=total_steps)
         weights = RunWeights(config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=start)
         shardings = state_shardings(model, mesh, lora)
@@ -102,12 +103,12 @@ def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
 
 
-def _forward(config: Config, mesh: Mesh, lora_scale: float) -> ForwardOptions:
+def _forward(config: Config, mesh: Mesh, model: ModelConfig, lora_scale: float) -> ForwardOptions:
     """The forward options, with each `auto` settled for this platform."""
     section = config.model
     return ForwardOptions(
         compute_dtype=section.compute_dtype,
-        attention="blocks" if section.attention == "auto" else section.attention,
+        attention=attention_of(config, mesh, model),
         remat="full" if section.remat == "auto" else section.remat,
         lora_scale=lora_scale,
         mesh=mesh,

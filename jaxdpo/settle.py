@@ -24,6 +24,7 @@ def settle(config: Config, mesh: Mesh, model: ModelConfig, raw: Mapping[str, Any
         ValueError: an option does not fit the model.
     """
     config = settle_router(settle_reference(settle_lengths(settle_dtype(config, mesh), model)), model, raw)
+    check_attention(config, mesh, model)
     if config.data.max_length > model.max_positions:
         raise ValueError(
             f"data.max_length={config.data.max_length}: the model knows {model.max_positions} positions. "
@@ -38,6 +39,36 @@ def settle_dtype(config: Config, mesh: Mesh) -> Config:
         return config
     dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+
+
+def attention_of(config: Config, mesh: Mesh, model: ModelConfig) -> str:
+    """What model.attention=auto means for these devices and this model. A resume elsewhere may compute otherwise."""
+    if config.model.attention != "auto":
+        return config.model.attention
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    return "splash" if on_tpu and not _windows_in_shared_rows(config, model) else "blocks"
+
+
+def check_attention(config: Config, mesh: Mesh, model: ModelConfig) -> None:
+    """Refuse an attention that cannot do what it is asked for.
+
+    Raises:
+        ValueError: splash away from TPUs, or with windows that are no intervals of slots.
+    """
+    if config.model.attention != "splash":
+        return
+    if mesh.devices.flat[0].platform != "tpu":
+        raise ValueError("model.attention=splash: is a TPU's kernel, and these devices are none. Use model.attention=auto")
+    if _windows_in_shared_rows(config, model):
+        raise ValueError(
+            "model.attention=splash: the model has sliding windows, which shared rows cut into more than one interval. "
+            "Use model.attention=blocks, or data.layout=separate"
+        )
+
+
+def _windows_in_shared_rows(config: Config, model: ModelConfig) -> bool:
+    """Whether a window may cut what a chosen answer's token sees, which lies in two runs of slots then."""
+    return model.sliding_window is not None and config.data.layout == "shared" and model.sliding_window < config.data.max_length
 
 
 def settle_lengths(config: Config, model: ModelConfig) -> Config:

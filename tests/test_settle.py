@@ -2,14 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from jaxdpo.config import Config, LoraSection, LossSection, ModelSection
+from jaxdpo.config import Config, DataSection, LoraSection, LossSection, ModelSection
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.peft import write_peft
-from jaxdpo.settle import settle, settle_lora
+from jaxdpo.settle import attention_of, check_attention, settle, settle_lora
 from tests.families import tiny
 from tests.models.test_lora import random_adapter
 from tests.tiny import mesh, model
@@ -85,3 +87,31 @@ def test_the_platform_chooses_the_type() -> None:
     some: Any = OnGpu()
     assert settle(Config(), some, model(), {}).model.compute_dtype == "bfloat16"
     assert settle(Config(model=ModelSection(compute_dtype="float32")), some, model(), {}).model.compute_dtype == "float32"
+
+
+# --- attention ---
+
+WINDOW, WIDE = ({"model_type": "mistral", "sliding_window": size} for size in (9, 512))
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "platform", "chosen"),
+    [
+        ({}, "shared", "tpu", "splash"),
+        ({}, "shared", "cpu", "blocks"),
+        (WINDOW, "shared", "tpu", "blocks"),
+        (WINDOW, "separate", "tpu", "splash"),
+        (WIDE, "shared", "tpu", "splash"),
+    ],
+)
+def test_tpus_have_an_attention_of_their_own(family: dict[str, Any], layout: Any, platform: str, chosen: str) -> None:
+    devices: Any = SimpleNamespace(devices=np.asarray([SimpleNamespace(platform=platform)]))
+    data = DataSection(layout=layout, max_length=64)
+    asked = Config(data=data, model=ModelSection(attention="splash"))
+    assert attention_of(Config(data=data), devices, model(**family)) == chosen
+    assert attention_of(asked, devices, model(**family)) == "splash"
+    if chosen == "splash":
+        check_attention(asked, devices, model(**family))
+    else:
+        with pytest.raises(ValueError, match=r"model.attention=splash: .* Use model.attention="):
+            check_attention(asked, devices, model(**family))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxdpo.models.splash import splash
 from jaxdpo.products import soft_cap, soft_cap_slope
 from jaxdpo.sharding import slots_spec
 
@@ -192,7 +193,23 @@ def _whole_blocks(x_BT: jax.Array, mode: str = "constant") -> jax.Array:
     return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % BLOCK)] + [(0, 0)] * (x_BT.ndim - 2), mode=mode)
 
 
-IMPLEMENTATIONS = {"dense": dense, "blocks": blocks}
+def on_tpu(
+    scale: float,
+    cap: float | None,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_start_BT: jax.Array,
+    k_end_BT: jax.Array,
+    window: Window | None,
+    sinks_N: jax.Array | None,
+) -> jax.Array:
+    """splash.splash. A window is in the intervals already, since every slot looks back (settle.check_attention sees to that)."""
+    del window
+    return splash(scale, cap, q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, sinks_N)
+
+
+IMPLEMENTATIONS = {"dense": dense, "blocks": blocks, "splash": on_tpu}
 
 
 class _Keys(NamedTuple):

@@ -72,7 +72,7 @@ def by_hand(qkv: Arrays, bounds: Arrays) -> np.ndarray:
 
 
 def test_every_implementation_is_tested() -> None:
-    assert set(IMPLEMENTATIONS) == {"dense", "blocks"}
+    assert set(IMPLEMENTATIONS) == {"dense", "blocks", "splash"}  # tests/models/test_splash.py has the last
 
 
 @pytest.mark.parametrize("attend", [dense, blocks], ids=["dense", "blocks"])
