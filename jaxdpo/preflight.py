@@ -56,8 +56,9 @@ def main(argv: Sequence[str]) -> int:
     config, _ = options.load(Config, argv, command="preflight", checks=[cross_check, check_loss])
     try:
         hosts.connect()
-    except (ValueError, RuntimeError) as error:
-        print(f"jaxdpo.preflight: the processes of the run did not find each other: {error}", file=sys.stderr)
+        jax.devices()
+    except (ValueError, RuntimeError) as error:  # the processes did not find each other, or there is no such device
+        print(f"jaxdpo.preflight: JAX cannot start here: {error}", file=sys.stderr)
         return 1
     findings = list(preflight(config))
     others = jax.process_count() > 1
@@ -115,7 +116,6 @@ def devices() -> str:
 
     Raises:
         ValueError: it is the CPU, beside an accelerator that JAX does not see.
-        RuntimeError: JAX cannot use what it was told to use.
     """
     kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(device.device_kind for device in jax.devices()).items())
     unused = [remedy for path, remedy in ACCELERATORS.items() if Path(path).exists()]

@@ -92,6 +92,31 @@ def test_memory_that_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
         preflight.memory()
 
 
+def test_the_command_on_a_machine_that_is_ready_and_on_one_that_is_not(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"model.path={inputs}/model", f"data.train=[{inputs}/rows.jsonl]", f"run_dir={tmp_path}/run", "data.eval_fraction=0.2"]
+    assert preflight.main([*arguments, "train.compilation_cache=null"]) == 0
+    assert "\nok      model     llama, 19,616 parameters" in capsys.readouterr().out
+    assert preflight.main([*arguments, "train.compilation_cache=/proc/cache"]) == 1
+    assert "\nPROBLEM cache     train.compilation_cache=/proc/cache: cannot write there" in capsys.readouterr().out
+
+
+def test_a_machine_on_which_jax_cannot_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["model.path=x", "data.train=[y]", "eval.every=0"]
+
+    def no_devices() -> None:
+        raise RuntimeError("there is no such backend")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "devices", no_devices)
+        assert preflight.main(arguments) == 1
+    assert capsys.readouterr().err == "jaxdpo.preflight: JAX cannot start here: there is no such backend\n"
+    monkeypatch.setenv("NNODES", "2")
+    assert preflight.main(arguments) == 1
+    assert "JAX_PROCESS_ID or NODE_RANK" in capsys.readouterr().err
+
+
 IN_A_FOLDER_EACH = """#!/bin/sh
 [ "$1" = -m ] || exec {python} "$@"
 mkdir -p {folder}/$JAX_PROCESS_ID && cd {folder}/$JAX_PROCESS_ID
