@@ -3,7 +3,7 @@
 A text is the set of its runs of three words. How alike two texts are is the share of runs that both have among those that either has
 (Jaccard). Of each text HASHES numbers are kept: the least value that each of as many hash functions takes on its runs. Two
 texts agree in any one of them with the probability that they are alike, so the share of agreeing ones estimates it (standard
-deviation 0.04 at 0.8). Only texts that agree in all numbers of some band are compared: 99.99% of those that are 0.8 alike, 1 in 15
+deviation 0.04 at 0.8). Only texts that agree in all numbers of some band are compared: 99.99% of those that are 0.8 alike, 1 in 18
 of those at 0.3. Everything is the same in every run and on every machine.
 """
 

@@ -64,6 +64,7 @@ class Survey:
     neighbours: Neighbours | None
     limits: tuple[int, int] | None = None
     """data.max_length and data.max_prompt_length as they are set; None where lengths are not in tokens."""
+    warnings: Sequence[str] = ()
 
 
 # --- one pass over the text ---
@@ -176,7 +177,7 @@ def survey_tokens(texts: Survey, words: Sequence[Odd], done: Prepared, limits: t
         *words,
     ]
     sets = (*done.report["sets"]["train"], *done.report["sets"]["eval"])
-    return Survey("tokens", sets, parts, odd, texts.neighbours, limits)
+    return Survey("tokens", sets, parts, odd, texts.neighbours, limits, tuple(done.report["warnings"]))
 
 
 def cuts(lengths: np.ndarray, max_length: int, max_prompt_length: int) -> tuple[np.ndarray, Any, int]:

@@ -21,7 +21,7 @@ def tables(survey: Survey) -> list[Table]:
     """What became of the rows, how many pairs there are and how long, what would be cut, what is almost the same, what is odd."""
     found = [_rows(item) for item in survey.sets]
     if survey.parts:
-        found += [_pairs(survey.parts), _lengths(survey.parts, survey.unit)]
+        found += [_pairs(survey), _lengths(survey.parts, survey.unit)]
     if survey.parts and survey.limits is not None:
         found.append(_cuts(survey.parts[0], survey.limits))
     if survey.neighbours is not None:
@@ -61,7 +61,8 @@ def _rows(item: Mapping[str, Any]) -> Table:
     return Table(f"Rows of {printable(item['name'])} (form {item['format']})", ["", "number", "first ids"], rows, notes)
 
 
-def _pairs(parts: Sequence[Part]) -> Table:
+def _pairs(survey: Survey) -> Table:
+    parts = survey.parts
     rows: list[list[str]] = [
         ["pairs"],
         ["prompts (oasst: trees)"],
@@ -75,7 +76,9 @@ def _pairs(parts: Sequence[Part]) -> Table:
         rows.append(["answers that end in an end marker", *(f"{part.ended:.1%}" for part in parts)])
     part = parts[0]
     baseline = f"A judge that always prefers the longer answer is right in {_longer(part):.1%} of the {part.name} pairs: compare with that."
-    return Table("Pairs", ["", *(part.name for part in parts)], rows, [baseline])
+    return Table(
+        "Pairs", ["", *(part.name for part in parts)], rows, [baseline, *(f"Warning: {printable(text)}." for text in survey.warnings)]
+    )
 
 
 def _longer(part: Part) -> float:

@@ -103,6 +103,7 @@ def test_odd_pairs_are_named_and_shown(
     assert main([*options, f"model.path={tmp_path / 'tokenizer'}", "data.max_length=96", "data.max_prompt_length=90"]) == 0
     by_tokens = capsys.readouterr().out
     assert row(by_tokens, "cut by data.max_length=96") == ["1", "long"]
+    assert "a.jsonl: 1 rows spell a special token in their text" in by_tokens
     assert row(by_tokens, "text that spells a special token") == ["1", "steers"]
     assert row(by_tokens, "an answer without an end marker") == ["0", ""]
     assert "pair long, the longest, prompt and answer; cut by data.max_length=96" in by_tokens and "pair steers" not in by_tokens
