@@ -229,6 +229,7 @@ def test_the_sky_task_restarts_what_was_saved() -> None:
     (mounted,) = task["file_mounts"]
     assert f'run_dir="{mounted}/$RUN"' in task["run"]
     run("bash", "-n", "-c", task["run"])
+    assert set(re.findall(r"\$\{?([A-Z]+)\b", task["run"])) <= set(task["envs"])
 
 
 @pytest.mark.slow
