@@ -2,12 +2,13 @@
 
     python -m benchmarks.faults [--kills 50] [--terms 20] [--flips 200] [--lanes 3] [--seed 0]
 
-A tiny model is trained for several hundred steps, a hundred epochs. Runs of the same command are ended by SIGKILL at random moments of their
-progress, among them saves, restores and the time before the first step, and are started again until they are through; others get
-SIGTERM. All must end with the bits of a run that nobody touched: every array of the last checkpoint, every row of metrics.jsonl but for
-the keys that depend on the clock. The same comparison must see what a resume without moments, position or seed gets wrong. Then bits
-are flipped, files cut, emptied and deleted in copies of a run. Writes results/faults-<date>.json; the exit status is the number of
-failures. tests/test_faults.py does a little of each.
+A tiny model is trained for several hundred steps, a hundred epochs. Runs of the same command are ended by SIGKILL at random moments
+of their progress, among them saves, restores and the time before the first step, and are started again until they are through; others
+get SIGTERM. (All but those that are ended at any time of their start share their imports: forks.py.) All must end with the bits of a
+run that nobody touched: every array of the last checkpoint, every row of metrics.jsonl but for the keys that depend on the clock. The
+same comparison must see what a resume without moments, position or seed gets wrong. Then bits are flipped, files cut, emptied and
+deleted in copies of a run. Writes results/faults-<date>.json; the exit status is the number of failures. tests/test_faults.py does a
+little of each.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.forks import Forked, Server
 from benchmarks.kill_and_resume import different_arrays, different_rows
 from jaxdpo.checkpoint import restore_params
 from jaxdpo.manifest import find_damage
@@ -38,6 +40,13 @@ RESULTS = Path(__file__).parent / "results"
 SAVE_EVERY = 7
 PATIENCE = 300.0
 """Seconds after which a process that does nothing is a failure."""
+
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "1",
+    "HF_HUB_OFFLINE": "1",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+}
 
 MUTATIONS = {
     "moments": "import jax\nfrom jaxdpo.checkpoint import Checkpoints\nrestore = Checkpoints.restore\n"
@@ -66,38 +75,23 @@ class Runs:
         process = self.start(self.untouched)
         assert process.wait() == 0, told(self.untouched)
 
-    def start(self, run: Path, mutation: str = "", *more: str) -> subprocess.Popen[bytes]:
-        """The command for this run folder, printing into it."""
+    def start(self, run: Path, server: Server | None = None, mutation: str = "") -> subprocess.Popen[bytes] | Forked:
+        """The command for this run folder, printing into it: as it is typed, or in a fork of the server, perhaps changed."""
         places = [f"run_dir={run}", f"model.path={self.folder / 'model'}", f"data.train=[{self.folder / 'rows.jsonl'}]"]
         caches = [f"train.compilation_cache={self.folder / 'programs'}", f"data.cache={self.folder / 'pairs'}"]
         sizes = ["data.max_length=32", "data.max_row_tokens=64", "data.row_sizes=1", "data.eval_fraction=0.3", "train.pairs_per_step=2"]
-        often = [
-            f"train.steps={self.total}",
-            f"checkpoint.save_every={SAVE_EVERY}",
-            "eval.every=25",
-            "eval.samples=1",
-            "eval.sample_tokens=4",
-        ]
-        program = f"{mutation}\nimport os, sys\nfrom jaxdpo.train import main\nraise SystemExit(main(sys.argv[1:], leave=os._exit))"
-        words = ["-c", program] if mutation else ["-m", "jaxdpo.train"]
-        environment = {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "1",
-            "HF_HUB_OFFLINE": "1",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        }
+        often = [f"train.steps={self.total}", f"checkpoint.save_every={SAVE_EVERY}"]
+        often += ["eval.every=25", "eval.samples=1", "eval.sample_tokens=4", "optim.learning_rate=1e-3", "log.tensorboard=false"]
+        words = [*places, *caches, *sizes, *often]
         run.mkdir(exist_ok=True, parents=True)
-        return subprocess.Popen(
-            [sys.executable, *words, *places, *caches, *sizes, *often, "optim.learning_rate=1e-3", "log.tensorboard=false", *more],
-            cwd=ROOT,
-            env=os.environ | environment,
-            stdout=(run / "out.txt").open("ab"),
-            stderr=subprocess.STDOUT,
-        )
+        if server is not None:
+            return server.start(words, mutation, run / "out.txt")
+        out = (run / "out.txt").open("ab")
+        return subprocess.Popen([sys.executable, "-m", "jaxdpo.train", *words], cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out)
 
-    def finish(self, run: Path, mutation: str = "", *more: str) -> int:
+    def finish(self, run: Path, server: Server | None = None, mutation: str = "") -> int:
         """Run the command to its end; its exit status."""
-        return self.start(run, mutation, *more).wait(PATIENCE)
+        return self.start(run, server, mutation).wait(PATIENCE)
 
     def differences(self, run: Path) -> list[str]:
         """What is not as in the untouched run."""
@@ -192,16 +186,18 @@ MOMENTS: dict[str, Moment] = {
 }
 
 
-def interrupt(runs: Runs, run: Path, number: signal.Signals, kind: str, mark: int, draw: random.Random) -> dict[str, Any]:
-    """Start the command, and signal it at a moment; what came of it."""
+def interrupt(
+    runs: Runs, run: Path, number: signal.Signals, kind: str, mark: int, draw: random.Random, server: Server | None = None
+) -> dict[str, Any]:
+    """Start the command, and signal it at a moment; what came of it. With a server, imports can be interrupted at the start alone."""
     saved_before = newest(run)
-    process = runs.start(run)
+    process = runs.start(run, None if kind == "start" else server)
     until = time.monotonic() + PATIENCE
     for come in MOMENTS[kind](run, mark, draw):
         if come or process.poll() is not None:
             break
         assert time.monotonic() < until, told(run)
-        time.sleep(0.002)
+        time.sleep(0.003)
     logged = last_step(run)
     process.send_signal(number)
     started = time.monotonic()
@@ -213,10 +209,11 @@ def interrupt(runs: Runs, run: Path, number: signal.Signals, kind: str, mark: in
 def lane(runs: Runs, run: Path, number: signal.Signals, kinds: list[str], seed: int) -> dict[str, Any]:
     """One run that is interrupted at these moments, one after the other, spread over its steps, and then goes to its end."""
     draw, events = random.Random(seed), []
-    for count, kind in enumerate(kinds):
-        mark = 1 + (runs.total - 60) * count // len(kinds) + draw.randrange(10)
-        events.append(interrupt(runs, run, number, kind, mark, draw))
-    code = runs.finish(run)
+    with contextlib.closing(Server(ENVIRONMENT)) as server:
+        for count, kind in enumerate(kinds):
+            mark = 1 + (runs.total - 60) * count // len(kinds) + draw.randrange(10)
+            events.append(interrupt(runs, run, number, kind, mark, draw, server))
+        code = runs.finish(run, server)
     failures = [f"seed {seed}: {name}" for name in runs.differences(run)] + ([f"seed {seed}: ended with {code}"] if code else [])
     for event in events:
         if number == signal.SIGKILL and event["code"] != -signal.SIGKILL:
@@ -237,7 +234,7 @@ def lanes(runs: Runs, name: str, number: signal.Signals, kinds: list[str], count
     events = [event for part in found for event in part["events"]]
     return {
         "interruptions": len(events),
-        "by moment": {kind: sum(event["at"] == kind for event in events) for kind in kinds},
+        "by moment": {kind: sum(event["at"] == kind for event in events) for kind in dict.fromkeys(kinds)},
         "after the first epoch": sum(event["logged"] > 5 for event in events),
         "most seconds to the end": max((event["seconds"] for event in events), default=0),
         "failures": [failure for part in found for failure in part["failures"]],
@@ -245,13 +242,13 @@ def lanes(runs: Runs, name: str, number: signal.Signals, kinds: list[str], count
     }
 
 
-def mutations(runs: Runs, stopped: Path) -> dict[str, Any]:
+def mutations(runs: Runs, stopped: Path, server: Server) -> dict[str, Any]:
     """A resume that lacks something must not pass for one that does not: what the comparison sees of each."""
     seen = {}
     for number, (name, program) in enumerate(MUTATIONS.items()):
         run = runs.folder / f"mutated{number}"
         shutil.copytree(stopped, run)
-        code = runs.finish(run, program)
+        code = runs.finish(run, server, program)
         seen[name] = f"{len(runs.differences(run))} differences" if code == 0 else f"ended with {code}"
     failures = [f"left out and not noticed: {name}" for name, found in seen.items() if not found[:1].isdigit() or found.startswith("0 ")]
     return {"seen": seen, "failures": failures}
@@ -272,16 +269,15 @@ def flips(run: Path, count: int, seed: int) -> dict[str, Any]:
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
         path.write_bytes(bad)
-        if find_damage(folder) is None or restored_anyway(run):
+        if find_damage(folder) is None or restored_anyway(run, int(folder.name)):
             silent.append(f"{path.relative_to(folder)}, bit {bit}")
         path.write_bytes(good)
     assert find_damage(folder) is None
     return {"flips": count, "files": len(files), "silent": silent, "failures": silent}
 
 
-def restored_anyway(run: Path) -> bool:
-    """Whether a reader takes the newest checkpoint for good."""
-    step = newest(run)
+def restored_anyway(run: Path, step: int) -> bool:
+    """Whether a reader takes the checkpoint for good."""
     try:
         return restore_params(run)[0] == step
     except ValueError:
@@ -298,7 +294,7 @@ def empty(path: Path) -> None:
     os.truncate(path, 0)
 
 
-def broken_files(runs: Runs, stopped: Path, *, every: bool) -> dict[str, Any]:
+def broken_files(runs: Runs, stopped: Path, server: Server, *, every: bool) -> dict[str, Any]:
     """Cut, empty and delete a file of the newest checkpoint, add junk, and run the command to its end.
 
     Args:
@@ -313,14 +309,14 @@ def broken_files(runs: Runs, stopped: Path, *, every: bool) -> dict[str, Any]:
         for path in files if every else []:
             good = path.read_bytes()
             harm(path)
-            if restored_anyway(run):
+            if restored_anyway(run, int(folder.name)):
                 failures.append(f"{harm.__name__} {path.relative_to(folder)}: nobody noticed")
             path.write_bytes(good)
         harm(max(files, key=lambda path: path.stat().st_size))
         for junk in ("999999", "-1", "12.saving", "x"):
             (run / "checkpoints" / junk).mkdir()
         (run / "checkpoints" / "88").write_text("junk")
-        code, words = runs.finish(run), told(run)
+        code, words = runs.finish(run, server), told(run)
         problems = [] if code == 0 and not runs.differences(run) else [f"ended with {code}: {runs.differences(run)}"]
         problems += [] if ".damaged" in words and "999999 has no manifest.json" in words else ["nothing was told"]
         failures += [f"{harm.__name__}: {problem}" for problem in problems]
@@ -333,19 +329,19 @@ def main() -> int:
     for name, default in {"kills": 50, "terms": 20, "flips": 200, "lanes": 3, "seed": 0, "steps": 500}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args, started = parser.parse_args(), time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, contextlib.closing(Server(ENVIRONMENT)) as server:
         runs = Runs(Path(name), args.steps)
         stopped = runs.folder / "stopped"
         stop = interrupt(runs, stopped, signal.SIGTERM, "step", args.steps // 2, random.Random(args.seed))
-        kill_moments = ["step", "save", "before the first step", "start"]
+        kill_moments = ["step", "save", "before the first step"] * 3 + ["start"]
         term_moments = ["step", "save", "before the first step", "evaluation", "generation"]
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "steps": args.steps,
             "stopped at": stop["saved"],
-            "left out of a resume": mutations(runs, stopped),
+            "left out of a resume": mutations(runs, stopped, server),
             "bit flips": flips(stopped, args.flips, args.seed),
-            "cut, empty and deleted files, junk": broken_files(runs, stopped, every=True),
+            "cut, empty and deleted files, junk": broken_files(runs, stopped, server, every=True),
             "SIGTERM": lanes(runs, "term", signal.SIGTERM, term_moments, args.terms, args.lanes, args.seed),
             "SIGKILL": lanes(runs, "kill", signal.SIGKILL, kill_moments, args.kills, args.lanes, args.seed),
         }

@@ -206,7 +206,7 @@ class Votes:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether an error of the devices means that another process is gone: what its connections say, or the service that counts heartbeats."""
+    """Whether an error of the devices means that another process is gone: its connections say so, or who counts heartbeats."""
     said = ("gloo", "nccl", "connection", "unavailable", "aborted", "deadline_exceeded", "cancelled", "heartbeat")
     return jax.process_count() > 1 and any(word in str(error).lower() for word in said)
 
