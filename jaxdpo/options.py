@@ -217,17 +217,18 @@ def fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]
 
 @functools.cache
 def field_docs(schema: type) -> dict[str, str]:
-    """The strings below a dataclass's fields, by field name."""
-    (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(schema))).body if isinstance(node, ast.ClassDef))
+    """The strings below a dataclass's fields, and below those that it inherits, by field name."""
     docs = {}
-    for field, below in itertools.pairwise(body):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-        ):
-            docs[field.target.id] = " ".join(str(below.value.value).split())
+    for base in reversed([base for base in schema.__mro__ if dataclasses.is_dataclass(base)]):
+        (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(base))).body if isinstance(node, ast.ClassDef))
+        for field, below in itertools.pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                docs[field.target.id] = " ".join(str(below.value.value).split())
     return docs
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -126,5 +126,18 @@ def fetch_model(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=twice))
     except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these kinds
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model.path={name}: neither a folder here nor a model that the hub gives ({reason})") from None
+
+
+def fetch_config(name: str, revision: str | None) -> dict[str, Any]:
+    """The parsed config.json of a hub model, and nothing else of it.
+
+    Raises:
+        ValueError: the hub cannot be reached and the cache does not hold it, or there is no such model.
+    """
+    try:
+        return read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
+    except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model.path={name}: neither a folder here nor a model that the hub gives ({reason})") from None

@@ -7,6 +7,7 @@ Dimension names: B rows, T slots, N query heads, K key-value heads, H head dim; 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,8 @@ def _attend_row(
         mask_function=_inside,
         interpret=interpret,
     )
-    return kernel(q_NTH, k_KTH, v_KTH, sinks=sinks_N)
+    out: Any = kernel(q_NTH, k_KTH, v_KTH, sinks=sinks_N)
+    return out
 
 
 def _inside(interval: jax.Array, slot: jax.Array) -> jax.Array:

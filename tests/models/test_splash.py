@@ -1,6 +1,7 @@
 """The TPU's attention kernel, interpreted on the CPU: equal to the dense form in value and gradient."""
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,8 @@ from jaxdpo.models.attention import dense
 from jaxdpo.models.splash import _tables, splash
 from tests.models.test_attention import any_intervals, inputs, packed_intervals, value_and_grads
 
-interpreted = functools.partial(splash, 8**-0.5, interpret=True)
-wanted = functools.partial(dense, 8**-0.5)
+interpreted: Callable = functools.partial(splash, 8**-0.5, interpret=True)
+wanted: Callable = functools.partial(dense, 8**-0.5)
 
 
 def close(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:

@@ -1,0 +1,118 @@
+"""Which meshes, remat policies and row lengths fit a machine, and which of them is fastest."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from jaxdpo.config import Config
+from jaxdpo.planning.memory import Memory, estimate
+from jaxdpo.planning.rows import Rows
+from jaxdpo.planning.speed import Speed, roofline
+from jaxdpo.planning.target import Target
+from jaxdpo.program import Program
+from jaxdpo.sharding import num_row_shards
+
+T = TypeVar("T")
+
+REMATS = ("none", "dots", "full")
+ROW_TOKENS = (2048, 4096, 8192, 16384)
+LARGEST_CONTEXT = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One way to run."""
+
+    config: Config
+    program: Program
+    rows: Rows
+    memory: Memory
+    speed: Speed
+    fits: bool
+
+    @classmethod
+    def of(cls, target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> "Choice":
+        """The plan of a config without data.
+
+        Raises:
+            ValueError: the mesh or an option does not fit the machine or the model.
+        """
+        program = target.program(config)
+        rows = Rows.filled(program.config.data, pair_tokens, config.train.pairs_per_step, num_row_shards(program.mesh))
+        return cls.with_rows(target, config, program, rows)
+
+    @classmethod
+    def with_rows(cls, target: Target, config: Config, program: Program, rows: Rows) -> "Choice":
+        """The plan of a program on these rows."""
+        memory, speed = estimate(program, rows), roofline(program, rows, target.topology)
+        fits = memory.peak <= target.topology.chip.memory
+        return cls(config=config, program=program, rows=rows, memory=memory, speed=speed, fits=fits)
+
+    @property
+    def options(self) -> str:
+        """What was chosen, as options of the command line."""
+        sizes = dataclasses.asdict(self.config.mesh) | {"data": self.program.mesh.shape["data"]}
+        mesh = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1 or axis == "data"]
+        return " ".join([*mesh, f"model.remat={self.config.model.remat}", f"data.max_row_tokens={self.config.data.max_row_tokens}"])
+
+
+def search(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> list[Choice]:
+    """All settings that fit, fastest first; of equally fast ones those that take less memory."""
+    found = [choice for choice in choices(target, config, pair_tokens) if choice.fits]
+    return sorted(found, key=lambda choice: (round(choice.speed.seconds, 4), choice.memory.peak))
+
+
+def choices(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> Iterator[Choice]:
+    """Every mesh, remat policy and row length that may make sense, whether it fits or not."""
+    shortest = 2 * (config.data.max_length or min(1024, target.model.max_positions))
+    sizes = sorted({size for size in ROW_TOKENS if size >= shortest} | {config.data.max_row_tokens})
+    remats = [remat for remat in REMATS if remat != "none" or config.model.quantize == "none"]
+    for mesh in _meshes(target):
+        try:
+            program = target.program(changed(config, mesh=mesh))
+        except ValueError:  # it does not divide the model
+            continue
+        for remat, size in itertools.product(remats, sizes):
+            options = changed(program.options, forward={"remat": remat})
+            section = dataclasses.replace(program.config.data, max_row_tokens=size)
+            rows = Rows.filled(section, pair_tokens, config.train.pairs_per_step, num_row_shards(program.mesh))
+            asked = changed(config, mesh=mesh, model={"remat": remat}, data={"max_row_tokens": size})
+            yield Choice.with_rows(target, asked, dataclasses.replace(program, options=options), rows)
+
+
+def _meshes(target: Target) -> Iterator[dict[str, int]]:
+    count, model = target.topology.num_chips, target.model
+    sizes = [size for size in range(1, count + 1) if count % size == 0]
+    for fsdp, expert, context, tensor in itertools.product(sizes, repeat=4):
+        if count % (fsdp * expert * context * tensor):
+            continue
+        divides = model.num_kv_heads % tensor == 0 and (expert == 1 or (model.num_experts and model.num_experts % expert == 0))
+        if divides and context <= LARGEST_CONTEXT and tensor <= target.topology.chip.per_host:
+            yield {"data": -1, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
+
+
+REMEDIES: dict[str, dict[str, Any]] = {
+    "reference=cached": {"reference": "cached"},
+    "optim.moments_dtype=bfloat16": {"optim": {"moments_dtype": "bfloat16"}},
+    "reference=cached optim.moments_dtype=bfloat16": {"reference": "cached", "optim": {"moments_dtype": "bfloat16"}},
+    "lora.rank=16": {"reference": "auto", "lora": {"rank": 16}},
+    "lora.rank=16 model.quantize=nf4": {"reference": "auto", "lora": {"rank": 16}, "model": {"quantize": "nf4"}},
+}
+"""What makes a run smaller, from what changes it least to what changes it most."""
+
+
+def remedy(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> tuple[str, Choice] | None:
+    """The mildest of REMEDIES with which something fits, and the fastest way to run it; None where none helps."""
+    for name, change in REMEDIES.items():
+        if config.lora.enabled and "reference" in change and "lora" not in change:
+            continue
+        if found := search(target, changed(config, **change), pair_tokens):
+            return name, found[0]
+    return None
+
+
+def changed(config: T, **changes: Any) -> T:
+    """A tree of dataclasses with other values: of its own fields, or of fields of its sections."""
+    fields = {name: dataclasses.replace(getattr(config, name), **new) if isinstance(new, dict) else new for name, new in changes.items()}
+    return dataclasses.replace(config, **fields)  # type: ignore[type-var]

@@ -1,0 +1,59 @@
+"""What is planned: a run's program for a machine that may be elsewhere, from its config and the model's config.json alone."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxdpo import sharding
+from jaxdpo.config import Config
+from jaxdpo.models.config import ModelConfig
+from jaxdpo.models.hfconfig import from_hf
+from jaxdpo.planning.topologies import Topology
+from jaxdpo.program import Program
+from jaxdpo.runweights import axis_sizes
+from jaxdpo.settle import settle, settle_lora
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """A device in name only, for shapes and places that no compiler looks at."""
+
+    id: int
+    platform: str
+    device_kind: str
+    process_index: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A model and a machine."""
+
+    topology: Topology
+    model: ModelConfig
+    raw: dict[str, Any]
+    """The model's config.json."""
+
+    @classmethod
+    def of(cls, topology: Topology, raw: dict[str, Any]) -> "Target":
+        """The target for a parsed config.json.
+
+        Raises:
+            ValueError: config.json cannot be used.
+        """
+        return cls(topology=topology, model=from_hf(raw), raw=raw)
+
+    def stand_ins(self) -> list[Any]:
+        """The machine's devices, in name only."""
+        chip = self.topology.chip
+        return [StandIn(i, chip.platform, chip.kind, i // chip.per_host) for i in range(self.topology.num_chips)]
+
+    def program(self, config: Config, devices: Sequence[Any] | None = None) -> Program:
+        """The run's program on these devices; by default on stand-ins.
+
+        Raises:
+            ValueError: the mesh or an option does not fit the machine or the model.
+        """
+        mesh = sharding.make_mesh(config.mesh, devices or self.stand_ins(), sizes=axis_sizes(self.model))
+        config, lora, _ = settle_lora(settle(config, mesh, self.model, self.raw), self.model)
+        return Program.of(config, mesh, self.model, Path(), lora=lora, start=None, total_steps=config.train.steps or 1000)

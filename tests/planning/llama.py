@@ -1,0 +1,36 @@
+"""A model that is large enough for its memory to be about weights and activations, and small enough to compile quickly."""
+
+from typing import Any
+
+from jaxdpo.config import Config
+from jaxdpo.planning.search import Choice, changed
+from jaxdpo.planning.target import Target
+from jaxdpo.planning.topologies import topology
+from tests.tiny import HF
+
+LLAMA: dict[str, Any] = HF | {
+    "vocab_size": 8000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+}
+"""config.json of 60M weights."""
+PAIR = (256, 256, 256)
+
+
+def target(machine: str = "cpu-1", **changes: Any) -> Target:
+    """The model on a machine."""
+    return Target.of(topology(machine), LLAMA | changes)
+
+
+def config(pairs: int = 5, **changes: Any) -> Config:
+    """A run's config; its sections' fields may be changed."""
+    return changed(Config(), train={"pairs_per_step": pairs}, **changes)
+
+
+def planned(some: Target, pairs: int = 5, **changes: Any) -> Choice:
+    """The plan of a run."""
+    return Choice.of(some, config(pairs, **changes), PAIR)

@@ -1,0 +1,73 @@
+"""The roofline."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxdpo.config import DataSection
+from jaxdpo.planning.ahead import compile_step, compiler_devices
+from jaxdpo.planning.rows import Rows
+from jaxdpo.planning.speed import roofline
+from jaxdpo.planning.topologies import topology
+from tests.planning.llama import config, planned, target
+
+BIG = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+def test_useful_work_is_that_of_the_weights() -> None:
+    """8 FLOPs for each weight and token (FIELD: 8N), the embedding aside, and a little attention."""
+    choice = planned(target("h100-1", **BIG), 16)
+    layers = 32 * (2 * 4096 * (32 + 8) * 128 + 3 * 4096 * 14336)
+    tokens, answers = 16 * 768, 16 * 512
+    assert choice.speed.useful == pytest.approx(8 * (layers * tokens + 8000 * 4096 * answers), rel=0.02)
+    assert choice.speed.products > choice.speed.useful / choice.speed.peak  # the layers are computed twice
+    assert 0.6 < choice.speed.mfu < 0.85
+
+
+def test_what_is_not_computed_takes_no_time() -> None:
+    some = target("h100-1", **BIG)
+    plain, cached, kept = (planned(some, 16, **change).speed for change in ({}, {"reference": "cached"}, {"model": {"remat": "none"}}))
+    assert cached.products < plain.products and kept.products < plain.products
+    assert kept.useful == plain.useful > cached.useful
+
+
+def test_twice_the_chips_take_half_the_time() -> None:
+    one, two = (planned(target(f"v5p-{cores}", **BIG), 64, mesh={"fsdp": cores // 2}).speed for cores in (8, 16))
+    assert two.products == pytest.approx(one.products / 2, rel=0.05)
+    assert two.useful == one.useful
+
+
+def test_activations_of_a_shared_product_are_waited_for() -> None:
+    some = target("v5p-8", **BIG)
+    tensor, fsdp = (planned(some, 64, mesh=mesh).speed for mesh in ({"tensor": 4}, {"fsdp": 4}))
+    assert tensor.exposed > 0 == fsdp.exposed
+    assert tensor.seconds == pytest.approx(tensor.products + tensor.exposed)
+    assert set(tensor.sent) == {"tensor"} and set(fsdp.sent) == {"fsdp"}
+
+
+def test_a_slower_network_is_seen() -> None:
+    choice = planned(target("h100-16", **BIG), 16, mesh={"fsdp": 16})
+    near = dataclasses.replace(topology("h100-16"), chip=dataclasses.replace(topology("h100-16").chip, network=450e9))
+    assert roofline(choice.program, choice.rows, near).links == pytest.approx(choice.speed.links / 9)
+
+
+@pytest.mark.slow
+def test_what_is_sent_is_what_the_compiled_program_sends() -> None:
+    """Sharded weights: within a third, as the compiler gathers some twice and sends float32 on a CPU."""
+    some = target("cpu-8", num_hidden_layers=4)
+    choice = planned(some, 32, mesh={"fsdp": 8})
+    compiled = compile_step(some.program(config(32, mesh={"fsdp": 8}), compiler_devices(some.topology)), choice.rows)
+    assert sum(one.sent for one in compiled.collectives) == pytest.approx(choice.speed.sent["fsdp"], rel=0.35)
+
+
+def test_rows_are_filled_with_pairs_of_one_length() -> None:
+    section = DataSection(max_row_tokens=4096, max_length=1024)
+    rows = Rows.filled(section, (256, 256, 256), 64, 8)
+    assert (rows.microbatches, rows.rows, rows.slots, rows.longest) == (2, 8, 3072, 4096)
+    assert rows.lengths.sum() == 64 * 768 and rows.batch.tokens_MBT.shape == (2, 8, 4096)
+    one = Rows.filled(section, (256, 256, 256), 8, 8)
+    assert (one.microbatches, one.slots) == (1, 768)
+    separate = Rows.filled(dataclasses.replace(section, layout="separate"), (256, 256, 256), 64, 8)
+    assert separate.microbatches == 2 and separate.slots == 4096
+    assert np.all(separate.lengths == 256)

@@ -1,0 +1,51 @@
+"""Machines by name."""
+
+import pytest
+
+from jaxdpo.planning.topologies import GIB, names, topology
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "hosts", "shape"),
+    [
+        ("v4-8", 4, 1, "v4:2x2x1"),
+        ("v5p-8", 4, 1, "v5p:2x2x1"),
+        ("v5p-128", 64, 16, "v5p:4x4x4"),
+        ("v5e-8", 8, 1, "v5e:2x4"),
+        ("v5e-16", 16, 2, "v5e:4x4"),
+        ("v6e-8", 8, 1, "v6e:2x4"),
+        ("h100-8", 8, 1, None),
+        ("h100-16", 16, 2, None),
+        ("h200-1", 1, 1, None),
+    ],
+)
+def test_a_name_is_that_of_the_cloud(name: str, chips: int, hosts: int, shape: str | None) -> None:
+    found = topology(name)
+    assert (found.num_chips, found.num_hosts, found.shape) == (chips, hosts, shape)
+
+
+def test_every_name_is_known_and_every_shape_holds_its_chips() -> None:
+    for name in names():
+        found = topology(name)
+        if found.shape is not None:
+            sizes = [int(size) for size in found.shape.split(":")[1].split("x")]
+            product = 1
+            for size in sizes:
+                product *= size
+            assert product == found.num_chips, name
+        assert found.chip.memory > GIB / 100 and found.chip.flops > 1e9 and found.link > 0
+
+
+def test_gpus_of_several_hosts_talk_over_the_network() -> None:
+    assert topology("h100-16").link < topology("h100-8").link == topology("h100-1").link
+
+
+def test_the_devices_of_cpu_share_this_machine() -> None:
+    whole, part = topology("cpu-1").chip, topology("cpu-8").chip
+    assert part.memory * 8 == whole.memory and part.flops * 8 == whole.flops
+
+
+@pytest.mark.parametrize(("name", "near"), [("v5e-15", "v5e-1"), ("v5litepod-16", "v5"), ("h100", "h100-"), ("", "v5e-8")])
+def test_what_is_not_known_is_refused_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=rf"topology={name}: is not known. Did you mean {near}"):
+        topology(name)
