@@ -86,8 +86,8 @@ class Runs:
         run.mkdir(exist_ok=True, parents=True)
         if server is not None:
             return server.start(words, mutation, run / "out.txt")
-        out = (run / "out.txt").open("ab")
-        return subprocess.Popen([sys.executable, "-m", "jaxdpo.train", *words], cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out)
+        with (run / "out.txt").open("ab") as out:
+            return subprocess.Popen([sys.executable, "-m", "jaxdpo.train", *words], cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out)
 
     def finish(self, run: Path, server: Server | None = None, mutation: str = "") -> int:
         """Run the command to its end; its exit status."""
