@@ -38,8 +38,8 @@ UNNEEDED = ("data.train=", "eval.every=", "model.path=null")
 class PlanConfig(Config):
     """Memory, time and price of a training run on a machine, before it is rented. Takes every option of jaxdpo.train, and these."""
 
-    topology: str
-    """The machine: v5e-8, v5e-16, v5p-128, v6e-8, v4-8, h100-8, h200-1, a100-8, l4-1, cpu-8, ... (as clouds name them)."""
+    topology: str | None = None
+    """The machine, which has to be named: v5e-8, v5e-16, v5p-128, v6e-8, v4-8, h100-8, h200-1, a100-8, l4-1, cpu-8 ..."""
     model_config: str | None = None
     """The model's config.json, or the folder that holds it, instead of model.path."""
     read_data: bool = False
@@ -72,6 +72,8 @@ def check(config: PlanConfig) -> list[str]:
     problems = [problem for problem in cross_check(config) if not problem.startswith(UNNEEDED)] + losses.check(
         config.loss, config.reference
     )
+    if config.topology is None:
+        problems.append("topology=null: name a machine, e.g. topology=v5e-16")
     if config.model.path is None and (config.model_config is None or config.read_data):
         problems.append("model.path=null: name a Hugging Face folder or hub id, or model_config=<config.json>")
     if config.read_data and not config.data.train:
@@ -130,7 +132,7 @@ def plan(config: PlanConfig) -> int:
     Raises:
         ValueError: it cannot be made.
     """
-    machine = topology(config.topology)
+    machine = topology(config.topology or "")
     use_host(machine)
     target = Target.of(machine, read_model(config))
     choice = choose(config, target)
