@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdpo.collectives import collectives
 from jaxdpo.config import OptimSection
-from jaxdpo.data.packing import SLOT_MULTIPLE
+from jaxdpo.data.packing import SLOT_MULTIPLE, Batch
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.step import StepOptions, TrainState, train_step
+from jaxdpo.step import Fixed, StepOptions, TrainState, train_step
 from tests.families import tiny
 from tests.tiny import Setup, Stepper, model, pairs
 
@@ -183,13 +183,13 @@ def test_programs_that_gather_stacks_or_hold_all_logits_are_found_out() -> None:
     taken = (run.state, run.fixed, batches[0], np.asarray(True))
 
     def text_of(options: StepOptions, everywhere: bool) -> str:
-        def step(state: TrainState, *rest: object) -> object:
+        def step(state: TrainState, fixed: Fixed, batch: Batch, apply: jax.Array) -> tuple:
             if everywhere:  # weights that are put together before the layers, not in them
                 whole = jax.tree.map(lambda w: jax.lax.with_sharding_constraint(w, NamedSharding(run.mesh, PartitionSpec())), state.params)
                 state = state._replace(params=whole)
-            return train_step(state, *rest, options)
+            return train_step(state, fixed, batch, apply, options)
 
-        return jax.jit(step).lower(*taken).compile().as_text()
+        return str(jax.jit(step).lower(*taken).compile().as_text())
 
     plain = run.setup.options()
     found = too_large(text_of(plain, everywhere=True), run)

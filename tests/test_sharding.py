@@ -7,7 +7,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxdpo import sharding
-from jaxdpo.config import MeshSection
+from jaxdpo.checks import cross_check
+from jaxdpo.config import Config, DataSection, MeshSection
+from jaxdpo.data.packing import SLOT_MULTIPLE
 from jaxdpo.models.decoder import abstract_params, logical_axes
 from jaxdpo.runweights import axis_sizes, state_shardings
 from jaxdpo.step import init_state
@@ -64,6 +66,17 @@ def test_what_experts_are_shared_by_must_divide_them_and_the_model() -> None:
     odd = dataclasses.replace(tiny("qwen3_moe"), hidden_size=36)
     with pytest.raises(ValueError, match=r"mesh.fsdp=2 mesh.expert=4: does not divide the model's embed \(36\)"):
         sharding.make_mesh(MeshSection(fsdp=2, expert=4), sizes=axis_sizes(odd))
+
+
+def test_rows_are_cut_into_shares_of_one_length() -> None:
+    for size in range(1, 65):
+        if SLOT_MULTIPLE % size:
+            with pytest.raises(ValueError, match=f"mesh.context={size}: rows are multiples of 64 slots"):
+                MeshSection(context=size)
+        else:
+            MeshSection(context=size)
+    problems = cross_check(Config(mesh=MeshSection(context=4), data=DataSection(max_row_tokens=4098)))
+    assert "mesh.context=4: does not divide data.max_row_tokens=4098. Use data.max_row_tokens=4160" in problems
 
 
 @dataclasses.dataclass(frozen=True)
