@@ -107,6 +107,9 @@ class DataSection:
     """What becomes of pairs of data.eval whose prompt is in data.train too."""
     chat_template: str | None = None
     """Path of a Jinja chat template. Default: the tokenizer's own, or plain text (Human: / Assistant:) if it has none."""
+    turns: Literal["all", "last"] = "all"
+    """Which assistant turns are scored where the two conversations part before their last turn: all since then, or the last only.
+    What others say is never scored."""
     max_length: int = 0
     """Longest prompt + answer, in tokens. Longer answers lose their end, after the prompt was cut to fit.
     0: 1024, or the model's number of positions where that is less."""

@@ -308,6 +308,12 @@ def rewards(pair: PairLogps, section: LossSection) -> tuple[jax.Array, jax.Array
     return scale * chosen_P, scale * rejected_P
 
 
+def takes_margins(section: LossSection) -> bool:
+    """Whether every chosen loss that has a term for each pair works on the logit that a pair's margin is taken from."""
+    rows = [LOSSES[name] for name in section.names]
+    return all("length_penalty" in row.options for row in rows if row.divisor == "pairs")
+
+
 def coupled(section: LossSection) -> bool:
     """Whether some chosen loss mixes the pairs of the whole global batch (and so cannot weigh single pairs)."""
     return any(LOSSES[name].coupled for name in section.names)

@@ -49,6 +49,8 @@ class PairLogps:
     """1 for a real pair, 0 for an empty slot."""
     chosen_nll_P: jax.Array | None = None
     """Negative log-prob of the chosen answer, every token counted fully. None: -chosen_logps_P (right unless loss.ld_alpha is set)."""
+    margins_P: jax.Array | None = None
+    """By how much the chosen answer should win, in units of the logit. None: by nothing."""
 
     @classmethod
     def of(
@@ -122,19 +124,19 @@ def scaled_margin(pair: PairLogps, section: LossSection) -> jax.Array:
 
 
 def logit(chosen_P: jax.Array, rejected_P: jax.Array, pair: PairLogps, section: LossSection) -> jax.Array:
-    """beta (chosen - rejected) + length_penalty (|y_w| - |y_l|), [P].
+    """beta (chosen - rejected) + length_penalty (|y_w| - |y_l|) - margin, [P].
 
     The second term is R-DPO's (2403.19159): the reward of a longer answer is lowered, so a pair whose chosen answer is
-    the longer one already counts as partly won and is pushed less.
+    the longer one already counts as partly won and is pushed less. The third is the offset of ODPO (2402.10571 eq. 8), from the data.
 
     >>> pair = PairLogps.example()
     >>> round(logit(*log_ratios(pair), pair, LossSection(length_penalty=0.01)).item(), 4)
     0.14
     """
-    margin_P = given(section.beta, BETA) * (chosen_P - rejected_P)
-    if section.length_penalty is None:
-        return margin_P
-    return margin_P + section.length_penalty * (pair.chosen_lengths_P - pair.rejected_lengths_P)
+    logit_P = given(section.beta, BETA) * (chosen_P - rejected_P)
+    if section.length_penalty is not None:
+        logit_P += section.length_penalty * (pair.chosen_lengths_P - pair.rejected_lengths_P)
+    return logit_P if pair.margins_P is None else logit_P - pair.margins_P
 
 
 def per_token(chosen_P: jax.Array, rejected_P: jax.Array, pair: PairLogps) -> tuple[jax.Array, jax.Array]:

@@ -61,8 +61,16 @@ class Session(Program):
         config, lora, found = settle_lora(settle(config, mesh, model, read_config_json(folder)), model)
         data = prepare(config.data, tokenizer, model.vocab_size)
         _check_weights(config, data)
+        _check_margins(config, data)
         num_rows, pairs_per_step = sharding.num_row_shards(mesh), config.train.pairs_per_step
-        loader = Loader.create(data.train, config.data, pairs_per_step=pairs_per_step, num_rows=num_rows, seed=config.seed)
+        loader = Loader.create(
+            data.train,
+            config.data,
+            pairs_per_step=pairs_per_step,
+            num_rows=num_rows,
+            seed=config.seed,
+            mine=sharding.rows_here(mesh),
+        )
         total_steps = config.train.steps or (config.train.epochs or 1) * loader.steps_per_epoch
         start = None if found is None else found.adapter
         program = Program.of(config, mesh, model, folder, lora=lora, start=start, total_steps=total_steps)
@@ -107,7 +115,7 @@ class Session(Program):
         fill = functools.partial(cached_logps, Path(self.config.run_dir).expanduser(), tell=tell, stopping=stopping)
 
         def logps_of(table: PairTable, places: np.ndarray) -> np.ndarray:
-            batch = self.loader.packer([table[i] for i in places])
+            batch = self.loader.pack(table, places)
             found = jax.device_get(run(view(), self.put_batch(batch)))
             logps = np.empty((len(places), 2), np.float32)
             logps[batch.index_MBP[batch.index_MBP >= 0]] = found[batch.index_MBP >= 0]
@@ -149,7 +157,7 @@ class Session(Program):
         sums = None
         for group in self._eval_groups():
             poll()
-            batch = self.loader.packer([table[i] for i in group])
+            batch = self.loader.pack(table, group)
             beside = self.with_logps(fixed, None if cached is None else cached.eval[group], batch)
             more = self.eval_step(params, beside, self.put_batch(batch))
             sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
@@ -267,4 +275,15 @@ def _check_weights(config: Config, data: Prepared) -> None:
         raise ValueError(
             f"loss.name={config.loss.name}: mixes the pairs of a step, so it cannot weigh them, and the rows of {weighted[0]} differ in "
             "their column 'weight'. Remove that column, or use another loss"
+        )
+
+
+def _check_margins(config: Config, data: Prepared) -> None:
+    """A margin is taken from the logit, which not every loss has."""
+    with_margins = [name for name, table in (("data.train", data.train), ("data.eval", data.eval)) if table.margins.any()]
+    if with_margins and not losses.takes_margins(config.loss):
+        taking = ", ".join(name for name, row in losses.LOSSES.items() if "length_penalty" in row.options)
+        raise ValueError(
+            f"loss.name={config.loss.name}: has no logit to take a margin from, and rows of {with_margins[0]} have one in their column "
+            f"'margin'. Remove that column, or use one of {taking}"
         )

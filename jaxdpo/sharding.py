@@ -222,6 +222,12 @@ def constrain_slots(x_BT: jax.Array, mesh: Mesh | None) -> jax.Array:
     return x_BT if mesh is None else constrain(x_BT, mesh, *slots_spec(mesh, x_BT.shape[1]))
 
 
+def rows_here(mesh: Mesh) -> frozenset[int]:
+    """Which rows of a microbatch lie on devices of this process."""
+    held = rows(mesh, 0).addressable_devices_indices_map((num_row_shards(mesh),))
+    return frozenset(number for index in held.values() for number in range(num_row_shards(mesh))[index[0]])
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
     """Pin an intermediate value to a sharding, so that the compiler does not choose another; without a mesh, nothing."""
     if mesh is None or mesh.size == 1:

@@ -200,6 +200,7 @@ def _pair_logps(policy: Answers, ref_logps: jax.Array | None, batch: Batch) -> P
         rejected_lengths_P=lengths[..., 1].reshape(-1),
         mask_P=(batch.index_MBP >= 0).astype(jnp.float32).reshape(-1),
         chosen_nll_P=-policy.plain_logps[..., 0].reshape(-1),
+        margins_P=batch.margins_MBP.reshape(-1),
     )
 
 

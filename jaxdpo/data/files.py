@@ -137,7 +137,7 @@ def _cell(column: str, text: str) -> Any:
     return text
 
 
-CSV_NUMBERS = ("weight", "labels", "score_A", "score_B", "rank")
+CSV_NUMBERS = ("weight", "margin", "labels", "score_A", "score_B", "rank")
 """Columns of CSV files whose cells are numbers."""
 
 

@@ -34,9 +34,14 @@ class Loader:
     shuffle: bool
     mix: tuple[float, ...] = ()
     """Weight of each set; empty: every pair is visited once an epoch."""
+    mine: frozenset[int] | None = None
+    """Rows of a microbatch that this process feeds; it reads no other pair's tokens. None: all."""
+    _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def create(cls, table: PairTable, section: DataSection, *, pairs_per_step: int, num_rows: int, seed: int) -> "Loader":
+    def create(
+        cls, table: PairTable, section: DataSection, *, pairs_per_step: int, num_rows: int, seed: int, mine: frozenset[int] | None = None
+    ) -> "Loader":
         """A loader for microbatches of num_rows rows, with row lengths that suit these pairs.
 
         Raises:
@@ -44,7 +49,7 @@ class Loader:
         """
         every_size = Packer(layout=section.layout, num_rows=num_rows, row_sizes=(section.max_row_tokens,), num_places=pairs_per_step)
         mix = tuple(section.mix)
-        loader = cls(table=table, packer=every_size, pairs_per_step=pairs_per_step, seed=seed, shuffle=section.shuffle, mix=mix)
+        loader = cls(table=table, packer=every_size, pairs_per_step=pairs_per_step, seed=seed, shuffle=section.shuffle, mix=mix, mine=mine)
         for name, places, visits in zip(section.train, loader._members, loader._visits, strict=True) if mix else ():
             logger.info("data.mix: an epoch visits %d pairs of %s, which has %d", visits, printable(name), len(places))
         row_sizes = choose_row_sizes(loader._sampled_loads(section), section.row_sizes, section.max_row_tokens)
@@ -63,9 +68,7 @@ class Loader:
     def pairs_of(self, step: int) -> np.ndarray:
         """Places in the table of the pairs that `step` trains on; int64."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
-        order = self._mixed(epoch) if self.mix else np.arange(len(self.table))
-        order = np.random.default_rng((self.seed, epoch)).permutation(order) if self.shuffle else order
-        return order[index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
+        return self._order(epoch)[index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
 
     def num_tokens(self, step: int) -> int:
         """Slots of the step's rows that hold a token: each prompt once in the shared layout, twice in the separate one."""
@@ -73,12 +76,26 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The packed rows of `step`."""
-        return self.packer([self.table[i] for i in self.pairs_of(step)])
+        return self.pack(self.table, self.pairs_of(step))
+
+    def pack(self, table: PairTable, places: np.ndarray) -> Batch:
+        """The packed rows of these pairs of a table, those of other processes left empty."""
+        return self.packer([table[i] for i in places.tolist()], self.mine)
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps first to last, prepared in a thread while the devices compute."""
         batches = grain.MapDataset.range(first, last + 1).map(lambda step: self.batch(int(step)))
         return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Places of an epoch's pairs in the order of their visits. Kept: some steps of one epoch ask for it at a time."""
+        if (order := self._orders.get(epoch)) is None:
+            order = self._mixed(epoch) if self.mix else np.arange(len(self.table))
+            order = np.random.default_rng((self.seed, epoch)).permutation(order) if self.shuffle else order
+            for older in list(self._orders)[:-1]:  # the thread that prepares batches may be an epoch ahead of the loop
+                self._orders.pop(older, None)
+            self._orders[epoch] = order
+        return order
 
     def _mixed(self, epoch: int) -> np.ndarray:
         """Places of an epoch's pairs, as many as the table has, each set spread evenly.

@@ -12,7 +12,7 @@ Dimension names: M microbatches, B rows of a microbatch, T slots of a row, S sco
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ SLOT_MULTIPLE = 64
 
 
 class Batch(NamedTuple):
-    """The pairs of one optimizer step as M microbatches of B rows; int32 but for the weights. Padding has weight 0."""
+    """The pairs of one optimizer step as M microbatches of B rows; int32 but for weights and margins. Padding has weight 0."""
 
     tokens_MBT: Array
     """Token ids."""
@@ -44,9 +44,11 @@ class Batch(NamedTuple):
     common_MBS: Array
     """1 where a scored token lies within the length of its pair's shorter answer, else 0."""
     lengths_MBP2: Array
-    """Answer tokens of the chosen and the rejected side."""
+    """Scored tokens of the chosen and the rejected side."""
     weights_MBP: Array
     """float32 weight of a pair; 0 in an empty place."""
+    margins_MBP: Array
+    """float32 margin of a pair."""
     index_MBP: Array
     """Place of a pair within its step, from 0; -1 in an empty place."""
 
@@ -67,8 +69,12 @@ class Packer:
     row_sizes: tuple[int, ...]
     num_places: int
 
-    def __call__(self, pairs: Sequence[EncodedPair]) -> Batch:
+    def __call__(self, pairs: Sequence[EncodedPair], mine: Container[int] | None = None) -> Batch:
         """Pack all the pairs; as many microbatches as they need.
+
+        Args:
+            mine: the rows of a microbatch (0 to B - 1) that this process feeds. Of others nothing is read and nothing filled in but
+                index_MBP. None: all.
 
         Raises:
             ValueError: when a pair is longer than the longest row.
@@ -76,7 +82,8 @@ class Packer:
         rows = balance([pair_slots(pair, self.layout) for pair in pairs], self.num_rows, self.row_sizes[-1])
         longest = max(sum(pair_slots(pairs[i], self.layout) for i in row) for row in rows)
         num_slots = next(size for size in self.row_sizes if size >= longest)
-        packed = [self._row([pairs[i] for i in row], row, num_slots) for row in rows]
+        read = [mine is None or number % self.num_rows in mine for number in range(len(rows))]
+        packed = [self._row([pairs[i] for i in row] if own else [], row, num_slots) for row, own in zip(rows, read, strict=True)]
         shape = (len(rows) // self.num_rows, self.num_rows)
         return Batch(*(np.stack(arrays).reshape(*shape, *arrays[0].shape) for arrays in zip(*packed, strict=True)))
 
@@ -84,11 +91,12 @@ class Packer:
         row = _empty_row(num_slots, self.num_places)
         lay = _lay_shared if self.layout == "shared" else _lay_separate
         slot = scored = 0
-        for place, (pair, i) in enumerate(zip(pairs, index, strict=True)):
+        row.index_MBP[: len(index)] = index
+        for place, pair in enumerate(pairs):
             slot, scored = lay(row, pair, place, slot, scored)
-            row.lengths_MBP2[place] = len(pair.chosen_ids), len(pair.rejected_ids)
+            row.lengths_MBP2[place] = [np.count_nonzero(mask) for _, mask in pair.answers]
             row.weights_MBP[place] = pair.weight
-            row.index_MBP[place] = i
+            row.margins_MBP[place] = pair.margin
         return row
 
 
@@ -159,6 +167,7 @@ def _empty_row(num_slots: int, num_places: int) -> Batch:
         common_MBS=zeros(num_slots),
         lengths_MBP2=zeros(num_places, 2),
         weights_MBP=np.zeros(num_places, np.float32),
+        margins_MBP=np.zeros(num_places, np.float32),
         index_MBP=zeros(num_places) - 1,
     )
 
@@ -192,10 +201,12 @@ def _lay_separate(row: Batch, pair: EncodedPair, place: int, slot: int, scored: 
 
 
 def _score(row: Batch, place: int, side: int, scored: int, pair: EncodedPair, slots: np.ndarray) -> int:
-    answer = (pair.chosen_ids, pair.rejected_ids)[side]
-    end = scored + len(answer)
-    row.slots_MBS[scored:end] = slots
-    row.targets_MBS[scored:end] = answer
+    """Note the scored tokens of an answer, whose tokens are predicted at `slots`; returns the next free scored token."""
+    answer, mask = pair.answers[side]
+    count, other = (int(np.count_nonzero(pair.answers[number][1])) for number in (side, 1 - side))
+    end = scored + count
+    row.slots_MBS[scored:end] = slots[mask]
+    row.targets_MBS[scored:end] = answer[mask]
     row.sides_MBS[scored:end] = 2 * place + side
-    row.common_MBS[scored:end] = np.arange(len(answer)) < min(len(pair.chosen_ids), len(pair.rejected_ids))
+    row.common_MBS[scored:end] = np.arange(count) < min(count, other)
     return end

@@ -85,7 +85,10 @@ def is_unicode(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt, the first preferred. The three texts are all strings, or all messages with one in each answer."""
+    """Two answers to one prompt, the first preferred. The three texts are all strings, or all messages.
+
+    An answer of messages begins and ends with a turn of the assistant; most have just this one.
+    """
 
     prompt: Text
     chosen: Text
@@ -94,6 +97,8 @@ class Preference:
     """Where it came from: file:row (rows count from 1), or the row's own id column."""
     weight: float = 1.0
     """Factor of this pair in the loss."""
+    margin: float = 0.0
+    """By how much the chosen answer should win, in units of the logit."""
     tools: str = ""
     """JSON list of the tools that the chat template is told of."""
     root: Text | None = None

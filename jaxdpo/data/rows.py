@@ -17,7 +17,7 @@ wrong form."""
 EMPTY = "empty answer"
 IDENTICAL = "identical answers"
 TIE = "tie"
-OPTIONAL = ("system", "tools", "weight", "id")
+OPTIONAL = ("system", "tools", "weight", "margin", "id")
 """Columns that every form of rows may have."""
 QUESTIONS = ("question", "instruction", "conversations")
 """Other names of the prompt. Unlike a string named prompt, which is used verbatim, what they hold is said by a user."""
@@ -90,18 +90,23 @@ def checked(row: Row, prompt: Text, chosen: Text, rejected: Text, **more: Any) -
     if not isinstance(prompt, str):
         if not prompt or prompt[-1].role == "assistant":
             return Dropped("prompt ends with an assistant turn" if prompt else "no shared prompt")
-        if any(isinstance(answer, str) or [turn.role for turn in answer] != ["assistant"] for answer in (chosen, rejected)):
-            return Dropped("answer is not one assistant turn")
-    if any(not (answer if isinstance(answer, str) else answer[0].content).strip() for answer in (chosen, rejected)):
+        if any(isinstance(answer, str) or not _is_answer(answer) for answer in (chosen, rejected)):
+            return Dropped("answer does not begin and end with an assistant turn")
+    if any(not (answer if isinstance(answer, str) else answer[-1].content).strip() for answer in (chosen, rejected)):
         return Dropped(EMPTY)
     if chosen == rejected:
         return Dropped(IDENTICAL)
     if weight == 0:
         return Dropped("weight 0")
+    margin = 0.0 if row.get("margin") is None else number(row["margin"], "margin")
     own_id = row.get("id")
     more = {"id": str(own_id) if isinstance(own_id, str | int) else "", "tools": read_tools(row.get("tools")), **more}
-    record = Preference(prompt, chosen, rejected, weight=weight, **more)
+    record = Preference(prompt, chosen, rejected, weight=weight, margin=margin, **more)
     return record if all(map(is_unicode, record.texts)) else Dropped("text is not valid Unicode")
+
+
+def _is_answer(turns: Turns) -> bool:
+    return len(turns) > 0 and turns[0].role == turns[-1].role == "assistant"
 
 
 def read_tools(value: Any) -> str:

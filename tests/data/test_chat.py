@@ -273,9 +273,9 @@ def check_boundary(
     if isinstance(pair, Dropped):
         assert pair.reason in {"identical answers", "empty answer", "no prompt token before the answer"}
         return
-    layout = whole.render(record)
+    layout = whole._layout.render(record)
     assert not isinstance(layout, Dropped)
-    prompt, *sides = whole.token_ids([layout.prompt, layout.chosen, layout.rejected], templated)
+    prompt, *sides = whole.token_ids([layout.prompt, layout.chosen.text, layout.rejected.text], templated)
     bos = [] if has_template or tokenizer.bos_token is None else [tokenizer.bos_token_id]
     end = [] if templated else [tokenizer.eos_token_id]
     for ids, expected in zip((pair.chosen_ids, pair.rejected_ids), sides, strict=True):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -27,10 +28,6 @@ def seen(row: Batch, slot: int) -> tuple[list[int], list[int]]:
     return row.positions_MBT[visible][order].tolist(), row.tokens_MBT[visible][order].tolist()
 
 
-def answers(pair: EncodedPair) -> tuple[np.ndarray, np.ndarray]:
-    return pair.chosen_ids, pair.rejected_ids
-
-
 def check_row(row: Batch, some: list[EncodedPair], layout: str) -> list[int]:
     """Every fact about a row that the model relies on; returns the places within the step of its pairs."""
     scored = 0
@@ -39,19 +36,19 @@ def check_row(row: Batch, some: list[EncodedPair], layout: str) -> list[int]:
             assert row.weights_MBP[place] == 0 and not row.lengths_MBP2[place].any()
             continue
         mine = some[index]
-        assert row.weights_MBP[place] == np.float32(mine.weight)
-        assert row.lengths_MBP2[place].tolist() == [len(answer) for answer in answers(mine)]
+        assert row.weights_MBP[place] == np.float32(mine.weight) and row.margins_MBP[place] == np.float32(mine.margin)
+        assert row.lengths_MBP2[place].tolist() == [mask.sum() for _, mask in mine.answers]
         shorter = row.lengths_MBP2[place].min()
-        for side, answer in enumerate(answers(mine)):
+        for side, (answer, mask) in enumerate(mine.answers):
             places = np.flatnonzero(row.sides_MBS == 2 * place + side)
-            assert row.targets_MBS[places].tolist() == answer.tolist()
-            assert row.common_MBS[places].tolist() == [int(i < shorter) for i in range(len(answer))]
+            assert row.targets_MBS[places].tolist() == answer[mask].tolist()
+            assert row.common_MBS[places].tolist() == [int(i < shorter) for i in range(mask.sum())]
             whole = [*mine.prompt_ids.tolist(), *answer.tolist()]
-            for i, slot in enumerate(row.slots_MBS[places]):
+            for i, slot in zip(np.flatnonzero(mask), row.slots_MBS[places], strict=True):
                 before = len(mine.prompt_ids) + i
                 assert row.positions_MBT[slot] == before - 1
                 assert seen(row, slot) == (list(range(before)), whole[:before])
-            scored += len(answer)
+            scored += mask.sum()
     assert (row.sides_MBS[:scored] >= 0).all() and (row.sides_MBS[scored:] == -1).all()
     real = [int(i) for i in row.index_MBP if i >= 0]
     check_slots(row, sum(pair_slots(some[i], layout) for i in real))
@@ -75,11 +72,14 @@ def test_every_scored_token_is_predicted_from_exactly_what_comes_before_it(
     layout: str, lengths: list[tuple[int, int, int]], num_rows: int, spare: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    some = [pair(*sizes, rng=rng, weight=float(rng.random() + 0.5)) for sizes in lengths]
+    some = [pair(*sizes, rng=rng, weight=float(rng.random() + 0.5), margin=float(rng.random())) for sizes in lengths]
+    masked = [dataclasses.replace(item, rejected_scored=rng.random(len(item.rejected_ids)) < 0.6) for item in some]
+    some = [item if seed % 2 else other for item, other in zip(some, masked, strict=True)]
     packer = Packer(layout=layout, num_rows=num_rows, row_sizes=(64, 120), num_places=len(some) + spare)
     batch = packer(some)
     assert batch.tokens_MBT.shape[1] == num_rows and batch.tokens_MBT.shape[2] in (64, 120)
-    assert all(array.dtype == (np.float32 if array is batch.weights_MBP else np.int32) for array in batch)
+    floats = ("weights_MBP", "margins_MBP")
+    assert all(array.dtype == (np.float32 if name in floats else np.int32) for name, array in batch._asdict().items())
     found = [index for row in rows_of(batch) for index in check_row(row, some, layout)]
     assert sorted(found) == list(range(len(some)))
 
@@ -94,6 +94,37 @@ def test_the_shared_row_written_out() -> None:
     assert row.slots_MBS[:5].tolist() == [4, 1, 4, 5, 6]
     assert row.sides_MBS.tolist() == [0, 0, 1, 1, 1, *[-1] * 5]
     assert row.common_MBS[:5].tolist() == [1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_processes_fill_their_own_rows_and_read_no_other_pair(layout: str) -> None:
+    packer = Packer(layout=layout, num_rows=4, row_sizes=(64, 160), num_places=24)
+    some = pairs(24)
+    whole, taken = packer(some), []
+    for own in ({0, 1}, {2}, {3}):
+        reads = [dataclasses.replace(item, prompt_ids=Watched(item.prompt_ids)) for item in some]
+        part = packer(reads, own)
+        for name, array in part._asdict().items():
+            others = array[:, [row for row in range(4) if row not in own]]
+            np.testing.assert_array_equal(array[:, sorted(own)], getattr(whole, name)[:, sorted(own)], err_msg=name)
+            assert name in ("index_MBP", "k_start_MBT", "k_end_MBT", "sides_MBS") or not others.any()
+        np.testing.assert_array_equal(part.index_MBP, whole.index_MBP)
+        taken.append({i for i, item in enumerate(reads) if item.prompt_ids.read})
+    assert sorted(itertools.chain(*taken)) == list(range(24)), "each pair is read by one process"
+
+
+class Watched:
+    """Token ids that tell whether they were read."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids, self.read = ids, False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        self.read = True
+        return self.ids
 
 
 @pytest.mark.parametrize(("layout", "slots"), [("shared", 5 + 7 + 9), ("separate", 2 * 5 + 7 + 9)])

@@ -7,6 +7,8 @@ from jaxdpo.data.preference import parse_preference
 from jaxdpo.data.records import Dropped, Message, Preference
 from tests.data.rows import A, B, Q, assistant, one, user
 
+NO_ANSWER = "answer does not begin and end with an assistant turn"
+
 
 def test_strings_are_used_verbatim() -> None:
     found = one(parse_preference, {"prompt": " q ", "chosen": " a\n", "rejected": "b", "weight": 2, "id": "row-7"})
@@ -60,11 +62,14 @@ def test_implicit_prompt_of_strings_ends_at_a_word(chosen: str, rejected: str, e
         ({"prompt": "q", "chosen": "a\ud83d", "rejected": "b"}, "text is not valid Unicode"),
         ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]}, "identical answers"),
         ({"chosen": [user("q"), assistant("a")], "rejected": [user("r"), assistant("b")]}, "no shared prompt"),
-        ({"prompt": [user("q")], "chosen": [], "rejected": [assistant("b")]}, "answer is not one assistant turn"),
-        ({"prompt": [user("q")], "chosen": [user("a")], "rejected": [assistant("b")]}, "answer is not one assistant turn"),
+        ({"prompt": [user("q")], "chosen": [], "rejected": [assistant("b")]}, NO_ANSWER),
         (
-            {"prompt": [user("q")], "chosen": [assistant("a"), user("c"), assistant("d")], "rejected": [assistant("b")]},
-            "answer is not one assistant turn",
+            {"prompt": [user("q")], "chosen": [user("a")], "rejected": [assistant("b")]},
+            NO_ANSWER,
+        ),
+        (
+            {"prompt": [user("q")], "chosen": [assistant("a"), user("c")], "rejected": [assistant("b")]},
+            NO_ANSWER,
         ),
         ({"prompt": [assistant("q")], "chosen": "a", "rejected": "b"}, "prompt ends with an assistant turn"),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "no shared prompt"),
