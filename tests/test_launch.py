@@ -134,10 +134,11 @@ def test_printed_commands_are_those_of_the_table(printed: list[str]) -> None:
 def test_gcloud_itself_accepts_the_commands(printed: list[str], tmp_path: Path) -> None:
     wrong = "gcloud compute tpus queued-resources create x --node-id=x --accelerator-typ=v4-8 --runtime-version=x"
     commands = tmp_path / "commands.json"
-    commands.write_text(json.dumps([{"command_string": line} for line in [*dict.fromkeys(printed), wrong]]))
+    kinds = {re.sub(r"=('[^']*'|\S+)", "", line): line for line in printed}  # one of those that differ in values alone
+    commands.write_text(json.dumps([{"command_string": line} for line in [*kinds.values(), wrong]]))
     gcloud = tool("gcloud", "Google Cloud SDK")
     found = json.loads(run(gcloud, "meta", "lint-gcloud-commands", f"--commands-file={commands}", CLOUDSDK_CONFIG=str(tmp_path)))
-    assert len(found) > 30
+    assert len(found) >= len(COMMANDS)
     assert [(item["command_string"], item["error_message"]) for item in found[:-1] if not item["success"]] == []
     assert not found[-1]["success"], "the lint finds what is wrong"
 
