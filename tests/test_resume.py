@@ -335,3 +335,12 @@ def test_pair_weights_are_refused_by_losses_that_mix_pairs(shared: Path, tmp_pat
         Session.open(settings(shared, tmp_path, data__train=[weighted], loss__name="aot"))
     Session.open(settings(shared, tmp_path, data__train=[weighted]))
     Session.open(settings(shared, tmp_path, loss__name="aot"))
+
+
+def test_margins_are_trained_on_or_refused(shared: Path, tmp_path: Path) -> None:
+    wide = write_rows(tmp_path / "rows.jsonl", [row | {"margin": 0.5} for row in rows(13)])
+    with pytest.raises(ValueError, match=r"loss.name=ipo: has no logit to take a margin from, and rows of data.train have one"):
+        Session.open(settings(shared, tmp_path, data__train=[wide], loss__name="ipo"))
+    assert train(settings(shared, tmp_path, data__train=[wide])) is True
+    first = untimed(tmp_path)[0]
+    assert first["loss"] == pytest.approx(np.log1p(np.exp(0.5)), rel=1e-5), "the loss of policy == reference at this margin"

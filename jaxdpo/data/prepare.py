@@ -152,6 +152,7 @@ def _report(train: PairTable, held_out: PairTable, sets: dict[str, list[DataRepo
         "eval": held_out.statistics(),
         "sets": {part: [item.to_json() for item in reports] for part, reports in sets.items()},
         "shared_prompts": len(shared),
+        "with_margin": int(np.count_nonzero(train.margins) + np.count_nonzero(held_out.margins)),
     }
     return {**report, "warnings": list(_warnings(report, encoder))}
 
@@ -159,6 +160,8 @@ def _report(train: PairTable, held_out: PairTable, sets: dict[str, list[DataRepo
 def _warnings(report: dict[str, Any], encoder: Encoder) -> Iterator[str]:
     if report["shared_prompts"]:
         yield f"{report['shared_prompts']} validation prompts are in the training sets too: validation looks better than it is"
+    if report["with_margin"]:
+        yield f"{report['with_margin']} pairs have a margin, taken from the loss's logit (ODPO). Rename the column if that is not meant"
     for part in ("train", "eval"):
         if report[part]["ended"] == 0:
             yield f"{part}: no answer ends in an end-of-text token, so the model will not learn to stop"

@@ -142,3 +142,24 @@ def test_a_mix_of_a_set_without_pairs_is_refused() -> None:
     section = DataSection(max_length=100, max_row_tokens=256, train=["a", "b"], mix=[1, 2])
     with pytest.raises(ValueError, match=r"data\.mix=\[1, 2\]: set 2 of data\.train has no training pair"):
         Loader.create(PairTable.from_pairs(pairs(4)), section, pairs_per_step=4, num_rows=1, seed=0)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_read_disjoint_parts_of_the_steps_pairs_in_every_epoch(hosts: int) -> None:
+    table = PairTable.from_pairs(pairs(30))
+    section = DataSection(max_length=128, max_row_tokens=256, row_sizes=2)
+
+    def feeding(mine: frozenset[int] | None) -> Loader:
+        return Loader.create(table, section, pairs_per_step=7, num_rows=4, seed=3, mine=mine)
+
+    whole, share = feeding(None), 4 // hosts
+    parts = [feeding(frozenset(range(host * share, (host + 1) * share))) for host in range(hosts)]
+    for step in (1, 5, whole.steps_per_epoch + 3):  # the last is in epoch 2: a loader that starts there needs nothing from before
+        batch, fed = whole.batch(step), [part.batch(step) for part in parts]
+        for name, array in batch._asdict().items():
+            together = np.concatenate(
+                [getattr(one, name)[:, sorted(part.mine or ())] for one, part in zip(fed, parts, strict=True)], axis=1
+            )
+            np.testing.assert_array_equal(together, array, err_msg=name)
+        places = [one.index_MBP[one.lengths_MBP2[..., 0] > 0].tolist() for one in fed]
+        assert sorted(itertools.chain(*places)) == list(range(len(whole.pairs_of(step)))), "disjoint, and all of them"
