@@ -59,7 +59,7 @@ def test_where_there_is_no_compiler_the_estimate_says_so(
     assert 'not compiled: the TPU compiler is not installed: pip install "jax[tpu]"' in out and "all of the above is an estimate" in out
     assert "search:" not in out
     assert main(["topology=h100-8", f"model_config={folder}", "search=false"]) == 0
-    assert "not compiled:" in lines_of(capsys)
+    assert 'not compiled: the CUDA compiler is not installed: pip install "jax[cuda12]"' in lines_of(capsys)
 
 
 def test_what_does_not_fit_is_said_with_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,3 +164,11 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_here(folder: Path, capsys: pyt
     (folder / "config.json").write_text(json.dumps(HF | sizes | {"max_position_embeddings": 4096}))
     assert main(["topology=v5e-4", f"model_config={folder}", "mesh.fsdp=4", "train.pairs_per_step=16", "search=false"]) == 0
     assert re.search(r"compiled ahead of time: 0\.\d+ GiB of a device at most, fits into 15.75 GiB", lines_of(capsys))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="the CUDA plugin is not installed")
+def test_a_step_is_compiled_for_gpus_that_are_not_here(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["topology=h100-8", f"model_config={folder}", "mesh.fsdp=8", "train.pairs_per_step=16", "search=false"]) == 0
+    out = lines_of(capsys)
+    assert re.search(r"compiled ahead of time: 0\.\d+ GiB of a device at most, fits into 73.23 GiB", out) and "reduce-scatter:" in out

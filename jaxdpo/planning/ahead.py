@@ -10,6 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from jaxdpo.collectives import Collective, collectives
+from jaxdpo.planning.gpus import arrangement, target_config
 from jaxdpo.planning.rows import Rows
 from jaxdpo.planning.topologies import GIB, Topology
 from jaxdpo.program import Program
@@ -48,12 +49,20 @@ def compiler_devices(topology: Topology) -> list[Any]:
             raise Unavailable(f"this process has {len(found)} CPU devices; start it with JAX_NUM_CPU_DEVICES={topology.num_chips}")
         return found[: topology.num_chips]
     if topology.chip.platform == "cuda":
-        raise Unavailable("there is no way to compile for CUDA without the GPU's description")
+        return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise Unavailable('the TPU compiler is not installed: pip install "jax[tpu]" brings it, also where there is no TPU')
     for name, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.shape or "").devices)
+
+
+def _gpus(topology: Topology) -> list[Any]:
+    if importlib.util.find_spec("jax_plugins") is None:
+        raise Unavailable('the CUDA compiler is not installed: pip install "jax[cuda12]" brings it, also where there is no GPU')
+    describe = {"target_config": target_config(topology), "topology": arrangement(topology)}
+    found = topologies.get_topology_desc(platform="cuda", topology_name=topology.name, **describe)
+    return list(found.devices)
 
 
 def compile_step(program: Program, rows: Rows) -> Compiled:

@@ -57,6 +57,8 @@ def describe_compiled(compiled: Compiled, choice: Choice, machine: Topology) -> 
     off = choice.memory.peak / compiled.peak - 1
     yield f"compiled ahead of time: {gib(compiled.peak)} of a device at most, {verdict} into {limit} (the estimate is {off:+.0%} off)"
     yield f"  state, reference and batch: {gib(compiled.arguments)}"
+    if machine.chip.platform == "tpu":  # whose compiler turns collectives into parts of loops, and tells no counts of those
+        return
     for kind in sorted({one.kind for one in compiled.collectives}):
         mine = [one for one in compiled.collectives if one.kind == kind]
         yield f"  {kind}: {sum(one.times for one in mine)} times, {sum(one.sent for one in mine) / 1e9:.3g} GB sent by a device"

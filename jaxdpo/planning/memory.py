@@ -116,7 +116,7 @@ class _Sizes:
             layer=T * (FLOAT32 * work + item * (2 * D + q + kv + F)),
             gathered=layer_weights / tensor * ((item if spread else 0) + (FLOAT32 if full else 0)),
             hidden=S * D * (2 * FLOAT32 + item),
-            head=V * D * ((item if spread or item != FLOAT32 else 0) + (2 * FLOAT32 if full else 0)),
+            head=V * D * ((item if spread or (full and item != FLOAT32) else 0) + (2 * FLOAT32 if full else 0)),
             logits=chunk * V * (4 * FLOAT32 + item),
         )
 

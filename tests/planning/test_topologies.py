@@ -2,6 +2,7 @@
 
 import pytest
 
+from jaxdpo.planning.gpus import arrangement, target_config
 from jaxdpo.planning.topologies import GIB, names, topology
 
 
@@ -49,3 +50,12 @@ def test_the_devices_of_cpu_share_this_machine() -> None:
 def test_what_is_not_known_is_refused_with_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ValueError, match=rf"topology={name}: is not known. Did you mean {near}"):
         topology(name)
+
+
+def test_gpus_are_described_as_the_compiler_takes_them() -> None:
+    for name in names():
+        if topology(name).chip.platform == "cuda":
+            text = target_config(topology(name))
+            assert text.count("{") == text.count("}") == 3 and topology(name).chip.kind in text
+    assert "major: 8 minor: 9" in target_config(topology("l4-1")) and "core_count: 132" in target_config(topology("h200-8"))
+    assert (arrangement(topology("h100-8")), arrangement(topology("h100-32"))) == ("1x1x8", "1x4x8")
