@@ -144,7 +144,7 @@ def check_closed_form(session: Session, state: TrainState, fixed: Fixed) -> Trai
         sum(weight * forms[name] for name, weight in zip(section.names, weights, strict=True)) if len(forms) == len(weights) else None
     )
     known = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}
-    if expected is not None and not section.wpo and not batch.margins_MBP.any():
+    if expected is not None and not section.wpo and not session.data.train.margins.any():
         balance = (section.router_aux_coef or 0.0) * values.get("router/balance", 0.0)
         known = {"loss": expected + balance} | known
     near = {key: abs(values[key] - value) <= CLOSED_FORM_TOLERANCE * max(1.0, abs(value)) for key, value in known.items()}
