@@ -68,9 +68,9 @@ class DataConfig:
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_Once())
+    log = logging.StreamHandler()
+    log.addFilter(_Once())
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not in UTF-8
     config, _ = options.load(DataConfig, argv, command="data", checks=[_check])
@@ -93,7 +93,8 @@ def to_row(record: Preference) -> dict[str, Any]:
 
     row = {"prompt": plain(record.prompt), "chosen": plain(record.chosen), "rejected": plain(record.rejected)}
     tools = {"tools": json.loads(record.tools)} if record.tools else {}
-    return {**row, **tools, "weight": record.weight, "id": record.id}
+    margin = {"margin": record.margin} if record.margin else {}
+    return {**row, **tools, "weight": record.weight, **margin, "id": record.id}
 
 
 class _Once(logging.Filter):
@@ -218,7 +219,7 @@ def _tell(survey: Survey, examples: Sequence[report.Example], console: Console) 
             say(console, note)
         say(console, "")
         if table.title.startswith("Lengths"):
-            drawn = bars(survey.parts[0], survey.unit, blocks)
+            drawn = bars(survey.parts[0], survey.unit, console.width, blocks)
             show_table(drawn.title, drawn.header, drawn.rows, console)
             say(console, "")
 

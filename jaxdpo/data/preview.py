@@ -25,7 +25,7 @@ def example_of_record(record: Preference, why: str = "") -> Example:
     passages = [
         Passage(name, _count(sum(map(len, strings(text))), "character"), _turns(text, scored=name != "prompt")) for name, text in texts
     ]
-    return _example(record.id, record.weight, why, passages)
+    return _example(record, why, passages)
 
 
 def example_of_tokens(pair: EncodedPair, tokenizer: Tokenizer, why: str = "") -> Example:
@@ -37,7 +37,7 @@ def example_of_tokens(pair: EncodedPair, tokenizer: Tokenizer, why: str = "") ->
         part = "" if scored.all() else f"{int(scored.sum()):,} of "
         note = f"{part}{_count(len(ids), 'token')} scored" + ("" if ended else ", no end marker")
         passages.append(Passage(name, note, _printable(_decoded(tokenizer, pair.prompt_ids, ids, scored))))
-    return _example(pair.id, pair.weight, why, passages)
+    return _example(pair, why, passages)
 
 
 def show(example: Example, console: Console) -> None:
@@ -54,9 +54,9 @@ def show(example: Example, console: Console) -> None:
         say_parts(console, [("    ", ""), *((text.replace("\n", "\n    "), style) for text, style in parts)])
 
 
-def _example(name: str, weight: float, why: str, passages: list[Passage]) -> Example:
-    notes = [why] * bool(why) + [f"weight {weight:g}"] * (weight != 1)
-    return Example(printable(name), ", ".join(notes), passages)
+def _example(pair: Preference | EncodedPair, why: str, passages: list[Passage]) -> Example:
+    notes = [why] * bool(why) + [f"weight {pair.weight:g}"] * (pair.weight != 1) + [f"margin {pair.margin:g}"] * (pair.margin != 0)
+    return Example(printable(pair.id), ", ".join(notes), passages)
 
 
 def _count(number: int, what: str) -> str:

@@ -13,7 +13,7 @@ from jaxdpo.report import Table
 
 LIMITS = tuple(2**power for power in range(8, 21))
 BAR = 16
-"""Characters of the longest bar."""
+"""Characters of the longest bar, where there is room."""
 _EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 
 
@@ -29,23 +29,30 @@ def tables(survey: Survey) -> list[Table]:
     return [*found, _odd(survey.odd, survey.unit)]
 
 
-def bars(part: Part, unit: str, blocks: bool = True) -> Table:
-    """How long the texts of a part are, as a histogram for a terminal; `blocks`: drawn with Unicode's eighths of a block."""
+def bars(part: Part, unit: str, columns: int, blocks: bool = True) -> Table:
+    """How long the texts of a part are, as a histogram for a terminal.
+
+    Args:
+        columns: width of the terminal.
+        blocks: whether it can draw Unicode's eighths of a block.
+    """
     edges = 2 ** np.arange(int(part.lengths.max()).bit_length() + 1)
     counts = np.stack([np.histogram(column, np.concatenate([[0], edges]))[0] for column in part.lengths.T])
-    first = int(np.flatnonzero(counts.any(axis=0))[0])
-    width = len(f"{counts.max():,}")
-    rows = []
-    for place in range(first, counts.shape[1]):
-        low, high = 0 if place == 0 else edges[place - 1], edges[place] - 1
-        cells = [f"{_bar(count / counts.max(), blocks):{BAR}} {count:{width},}" for count in counts[:, place]]
-        rows.append([f"{low:,}" if low == high else f"{low:,}-{high:,}", *cells])
-    return Table(f"How long the {part.name} texts are", [unit, *LENGTHS], rows)
+    places = range(int(np.flatnonzero(counts.any(axis=0))[0]), counts.shape[1])
+    spans = [(0 if place == 0 else edges[place - 1], edges[place] - 1) for place in places]
+    names = [f"{low:,}" if low == high else f"{low:,}-{high:,}" for low, high in spans]
+    digits = len(f"{counts.max():,}")
+    frame = max(map(len, (unit, *names))) + 3 * (digits + 1) + 13  # all but the bars
+    longest = max(4, min(BAR, (columns - frame) // 3))
+    cells = ([f"{_bar(n / counts.max(), longest, blocks)} {n:{digits},}" for n in counts[:, place]] for place in places)
+    return Table(f"How long the {part.name} texts are", [unit, *LENGTHS], [[name, *row] for name, row in zip(names, cells, strict=True)])
 
 
-def _bar(share: float, blocks: bool) -> str:
-    eighths = int(np.ceil(share * BAR * 8))
-    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8] if blocks else "#" * ((eighths + 7) // 8)
+def _bar(share: float, longest: int, blocks: bool) -> str:
+    """A bar with blanks behind it, `longest` characters in all; what is not nothing is seen."""
+    eighths = int(np.ceil(share * longest * 8))
+    drawn = "█" * (eighths // 8) + _EIGHTHS[eighths % 8] if blocks else "#" * ((eighths + 7) // 8)
+    return f"{drawn:{longest}}"
 
 
 def _rows(item: Mapping[str, Any]) -> Table:

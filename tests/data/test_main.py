@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.config import DataSection
+from jaxdpo.console import Console, show_table
 from jaxdpo.data.__main__ import main
 from jaxdpo.data.prepare import prepare
 from jaxdpo.data.survey import Part, cuts
@@ -19,7 +21,7 @@ from tests.data.test_oasst import thread
 
 ROWS = [
     {"prompt": [user("q\x1b[2J")], "chosen": [assistant("good")], "rejected": [assistant("no")], "weight": 0.5},
-    {"system": "s", "prompt": "r", "chosen": "a", "rejected": "bad", "tools": [{"name": "add"}], "id": "mine"},
+    {"system": "s", "prompt": "r", "chosen": "a", "rejected": "bad", "tools": [{"name": "add"}], "id": "mine", "margin": 0.5},
     {"prompt": "verbatim ", "chosen": "x", "rejected": "y" * 300},
     {"prompt": "r", "chosen": "", "rejected": "b"},
 ]
@@ -37,8 +39,8 @@ def test_any_source_becomes_our_json_lines(write: Write, tmp_path: Path, rows: l
     out = tmp_path / "ours.jsonl"
     assert main([f"data.train=[{path}]", f"out={out}", "show=1"]) == 0
     before, after = collect(path)[1], collect(str(out))[1]
-    assert [(r.prompt, r.chosen, r.rejected, r.weight, r.tools, r.id) for r in before] == [
-        (r.prompt, r.chosen, r.rejected, r.weight, r.tools, r.id) for r in after
+    assert [(r.prompt, r.chosen, r.rejected, r.weight, r.margin, r.tools, r.id) for r in before] == [
+        (r.prompt, r.chosen, r.rejected, r.weight, r.margin, r.tools, r.id) for r in after
     ]
     with pytest.raises(SystemExit):
         main([f"data.train=[{path}]", f"out={out}"])
@@ -55,7 +57,11 @@ def test_counts_lengths_and_pairs_are_told(write: Write, capsys: pytest.CaptureF
     assert main([f"data.train=[{path}]", f"data.eval=[{path}:1]", "show=2"]) == 0
     told = capsys.readouterr().out
     assert "pair a.jsonl:1, weight 0.5\n  prompt, 5 characters\n    user: q\\x1b[2J\n  chosen, 4 characters\n    <<good>>\n" in told
-    assert "pair mine\n  prompt, 2 characters\n    system: s\n    user: r\n" in told and "verbatim" not in told and "\x1b" not in told
+    assert (
+        "pair mine, margin 0.5\n  prompt, 2 characters\n    system: s\n    user: r\n" in told
+        and "verbatim" not in told
+        and "\x1b" not in told
+    )
     assert row(told, "rows read") == ["4", ""] and row(told, "pairs kept") == ["3", ""]
     assert row(told, "dropped: empty answer") == ["1", "a.jsonl:4"]
     assert row(told, "the chosen answer is the longer one") == ["33.3%", "100.0%"]
@@ -148,9 +154,14 @@ def test_a_closed_pipe_and_a_terminal_without_unicode(write: Write, tmp_path: Pa
 
 def test_bars_are_drawn_with_what_the_terminal_has() -> None:
     part = Part("train", np.array([[1, 2, 3], [1, 2, 700]]), prompts=2)
-    assert bars(part, "tokens").rows[0] == ["1", "█" * 16 + " 2", " " * 16 + " 0", " " * 16 + " 0"]
-    assert [row[0] for row in bars(part, "tokens").rows][-2:] == ["256-511", "512-1,023"]
-    assert bars(part, "tokens", blocks=False).rows[1][3] == "#" * 8 + " " * 8 + " 1"
+    assert bars(part, "tokens", 120).rows[0] == ["1", "█" * 16 + " 2", " " * 16 + " 0", " " * 16 + " 0"]
+    assert [row[0] for row in bars(part, "tokens", 120).rows][-2:] == ["256-511", "512-1,023"]
+    for columns in (60, 80):
+        console = Console(file=io.StringIO(), width=columns)
+        drawn = bars(part, "characters", columns)
+        show_table(drawn.title, drawn.header, drawn.rows, console)
+        assert isinstance(console.file, io.StringIO) and len(console.file.getvalue().splitlines()) == 5 + len(drawn.rows)
+    assert bars(part, "tokens", 120, blocks=False).rows[1][3] == "#" * 8 + " " * 8 + " 1"
 
 
 def test_an_interrupt_is_no_fault(write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
