@@ -146,7 +146,8 @@ def _look(config: DataConfig) -> None:
 
         survey = read_texts(config.data, texts, take)
     if tokenizer is None:
-        examples = [example_of_record(record) for record in first] + _odd_records(config, survey)
+        shown = [(record, "") for record in first] + _odd_records(config, survey)
+        examples = [example_of_record(record, why, config.data.turns == "all") for record, why in shown]
     else:
         done = prepare(uncut, tokenizer, vocab_size=2**31)
         survey = survey_tokens(survey, texts.odd_by_words(), done, _limits(config.data))
@@ -188,15 +189,15 @@ def _wanted(config: DataConfig, survey: Survey) -> dict[str, str]:
     return wanted
 
 
-def _odd_records(config: DataConfig, survey: Survey) -> list[report.Example]:
-    """The odd pairs that are to be shown, read again: texts are not kept."""
+def _odd_records(config: DataConfig, survey: Survey) -> list[tuple[Preference, str]]:
+    """The odd pairs that are to be shown, read again (texts are not kept), and what is odd about each."""
     wanted = _wanted(config, survey)
     found: dict[str, Preference] = {}
     sets = (("data.train", config.data.train), ("data.eval", config.data.eval))
     for option, names in sets if wanted else ():
         for name in names:
             found.update({record.id: record for record in read_set(name, config.data, option)[1] if record.id in wanted})
-    return [example_of_record(found[name], why) for name, why in wanted.items()]
+    return [(found[name], why) for name, why in wanted.items()]
 
 
 def _odd_pairs(config: DataConfig, survey: Survey, done: Prepared, tokenizer: Tokenizer) -> list[report.Example]:

@@ -19,12 +19,13 @@ SHOWN = 1200
 _STYLES = {"chosen": "green", "rejected": "red"}
 
 
-def example_of_record(record: Preference, why: str = "") -> Example:
-    """A pair as it was read, before any template."""
+def example_of_record(record: Preference, why: str = "", all_turns: bool = True) -> Example:
+    """A pair as it was read, before any template; of answers of several turns all that the assistant says is scored, or the last."""
     texts = (("prompt", record.prompt), ("chosen", record.chosen), ("rejected", record.rejected))
-    passages = [
-        Passage(name, _count(sum(map(len, strings(text))), "character"), _turns(text, scored=name != "prompt")) for name, text in texts
-    ]
+    passages = []
+    for name, text in texts:
+        scored_from = None if name == "prompt" else 0 if all_turns else len(text) - 1
+        passages.append(Passage(name, _count(sum(map(len, strings(text))), "character"), _turns(text, scored_from)))
     return _example(record, why, passages)
 
 
@@ -63,14 +64,15 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def _turns(text: Text, scored: bool) -> Spans:
-    """A text with the names of the speakers; what the assistant says is scored, if anything is."""
+def _turns(text: Text, scored_from: int | None) -> Spans:
+    """A text with the names of the speakers; what the assistant says is scored from this turn on, in a prompt (None) nothing is."""
     if isinstance(text, str):
-        return _printable([(text, scored)])
+        return _printable([(text, scored_from is not None)])
     spans: Spans = []
-    for turn in text:
-        name = "" if scored and len(text) == 1 else f"{turn.role}: "
-        spans += [("\n" * bool(spans) + name, False), (turn.content, scored and turn.role == "assistant")]
+    for number, turn in enumerate(text):
+        name = "" if scored_from is not None and len(text) == 1 else f"{turn.role}: "
+        scored = scored_from is not None and number >= scored_from and turn.role == "assistant"
+        spans += [("\n" * bool(spans) + name, False), (turn.content, scored)]
     return _printable(spans)
 
 

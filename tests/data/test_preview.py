@@ -42,6 +42,8 @@ def test_only_what_the_assistant_says_is_scored() -> None:
     assert "".join(text for text, _ in example.passages[1].spans) == "assistant: a\nuser: more?\nassistant: b"
     assert [text for text, scored in example.passages[1].spans if scored] == ["a", "b"]
     assert list(example.passages[2].spans) == [("c", True)] and example.note == "odd"
+    last = example_of_record(Preference((Message("user", "q"),), answer, "d"), all_turns=False)
+    assert [[text for text, scored in passage.spans if scored] for passage in last.passages] == [[], ["b"], ["d"]]
 
 
 def test_tokens_that_are_not_scored_are_not_marked(byte_tokenizer: PreTrainedTokenizerFast) -> None:
