@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from tensorboardX import SummaryWriter
 
@@ -50,9 +50,9 @@ class JsonLines:
             _cut(path, resume_step)
 
     @functools.cached_property
-    def _file(self) -> TextIO:
-        """Made by the first row, so that a run without any leaves no file."""
-        return self._path.open("a", encoding="utf-8")
+    def _file(self) -> BinaryIO:
+        """Made by the first row, so that a run without any leaves no file. Unbuffered: what a full disk refused is not tried again."""
+        return self._path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row. Numbers that are not finite become null, as JSON has none.
@@ -62,14 +62,14 @@ class JsonLines:
         """
         if not self._on:
             return
+        line = json.dumps({key: _finite_or_none(value) for key, value in row.items()}, allow_nan=False) + "\n"
         try:
-            self._append(row)
+            left = memoryview(line.encode())
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
-            raise OSError(error.errno, f"a row could not be written: {error.strerror}", str(self._path)) from error
-
-    def _append(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({key: _finite_or_none(value) for key, value in row.items()}, allow_nan=False) + "\n")
-        self._file.flush()
+            told = f"a row could not be written ({error.strerror}). Checkpoints are intact, and the same command resumes from the newest"
+            raise OSError(error.errno, told, str(self._path)) from error
 
     def sync(self) -> None:
         """Return when every row is on the disk, safe from a power cut."""

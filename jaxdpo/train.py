@@ -47,7 +47,7 @@ def main(argv: Sequence[str], leave: Callable[[int], object] | None = None) -> i
             return DONE
         return DONE if train(config, leave) else REQUEUE
     except (ValueError, OSError, Fault) as error:
-        print(f"jaxdpo.train: {error}", file=sys.stderr)
+        print("\n".join([f"jaxdpo.train: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return hosts.end(FAULT)
     except jax.errors.JaxRuntimeError as error:
         if not hosts.is_lost(error):

@@ -181,3 +181,12 @@ def test_time_keys_are_the_only_ones_that_depend_on_the_clock(tmp_path: Path) ->
     run(tmp_path / "a", range(1, 4))
     keys = set(rows_of(tmp_path / "a/metrics.jsonl")[0])
     assert keys & TIME_KEYS == {"pairs_per_second"}
+
+
+def test_a_full_disk_names_the_file_and_closing_it_tries_no_more(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"a row could not be written \(No space left on device\)") as raised:
+        lines.write({"step": 1})
+    assert raised.value.filename == str(tmp_path / "metrics.jsonl")
+    lines.close()

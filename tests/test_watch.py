@@ -1,5 +1,6 @@
 """Signals when the main thread is elsewhere, heartbeat, watchdog, wishes for a checkpoint, and room on the disk."""
 
+import contextlib
 import json
 import os
 import resource
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -47,35 +48,40 @@ def until(true: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def busy(kind: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def busy(kind: str) -> Iterator[subprocess.Popen[str]]:
     """A process whose main thread is where no handler runs."""
-    process = subprocess.Popen([sys.executable, "-c", BUSY, kind], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    time.sleep(0.2)
-    return process
+    with subprocess.Popen([sys.executable, "-c", BUSY, kind], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_signal_ends_a_process_that_is_busy_and_has_nothing_to_save(number: signal.Signals) -> None:
-    process = busy("nothing")
-    process.send_signal(number)
-    assert process.wait(10) == 75
+    with busy("nothing") as process:
+        process.send_signal(number)
+        assert process.wait(10) == 75
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_a_process_that_has_something_to_save() -> None:
-    process = busy("unsaved")
-    process.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) in (128 + signal.SIGTERM, -signal.SIGTERM)
+    with busy("unsaved") as process:
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) in (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 @pytest.mark.slow
 def test_a_signal_to_a_worker_is_not_its_parents() -> None:
-    assert busy("fork").wait(20) == 0
+    with busy("fork") as process:
+        assert process.wait(20) == 0
 
 
 def test_nothing_to_save_is_looked_at_when_the_signal_comes() -> None:
