@@ -108,6 +108,8 @@ class _Sizes:
         spread = mesh["fsdp"] * mesh["expert"] > 1
         chunk = chunk_size(model.vocab_size, S, forward.on_cpu)
         full = program.weights.lora is None
+        on_tpu = program.mesh.devices.flat[0].platform == "tpu"
+        copies = 1 if model.tied_head else 3 if on_tpu else 2  # of the head's gradient, as compiled programs have them
         again = forward.remat == "full"  # then the products are there a second time
         work = (11 if again else 4) * D + 2 * (q + kv) + (5 if again else 3) * F + (0 if full else products / FLOAT32)
         return cls(
@@ -116,7 +118,7 @@ class _Sizes:
             layer=T * (FLOAT32 * work + item * (2 * D + q + kv + F)),
             gathered=layer_weights / tensor * ((item if spread else 0) + (FLOAT32 if full else 0)),
             hidden=S * D * (2 * FLOAT32 + item),
-            head=V * D * ((item if spread or (full and item != FLOAT32) else 0) + (2 * FLOAT32 if full else 0)),
+            head=V * D * ((item if spread or (full and item != FLOAT32) else 0) + (copies * FLOAT32 if full else 0)),
             logits=chunk * V * (4 * FLOAT32 + item),
         )
 
