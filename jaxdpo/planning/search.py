@@ -18,6 +18,8 @@ T = TypeVar("T")
 REMATS = ("none", "dots", "full")
 ROW_TOKENS = (2048, 4096, 8192, 16384)
 LARGEST_CONTEXT = 8
+ROOM = 0.95
+"""Share of the memory that an estimate may fill for a setting to be proposed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,9 @@ class Choice:
 
 
 def search(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> list[Choice]:
-    """All settings that fit, fastest first; of equally fast ones those that take less memory."""
-    found = [choice for choice in choices(target, config, pair_tokens) if choice.fits]
+    """All settings that fit with room for the estimate's error, fastest first; of equally fast ones those that take less memory."""
+    room = ROOM * target.topology.chip.memory
+    found = [choice for choice in choices(target, config, pair_tokens) if choice.memory.peak <= room]
     return sorted(found, key=lambda choice: (round(choice.speed.seconds, 4), choice.memory.peak))
 
 

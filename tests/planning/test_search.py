@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from jaxdpo.config import Config
-from jaxdpo.planning.search import Choice, changed, choices, remedy, search
+from jaxdpo.planning.search import ROOM, Choice, changed, choices, remedy, search
 from jaxdpo.planning.target import Target
 from jaxdpo.planning.topologies import GIB
 from tests.planning.llama import PAIR, config, target
@@ -47,11 +47,11 @@ def least(some: Target, config: Config) -> float:
 
 def test_where_nothing_fits_the_mildest_remedy_is_told() -> None:
     some = target("v5e-1")
-    tight = with_memory(some, 0.95 * least(some, config()))
+    tight = with_memory(some, 0.95 * least(some, config()) / ROOM)
     assert search(tight, config(), PAIR) == []
     found = remedy(tight, config(), PAIR)
     assert found is not None and found[0] == "reference=cached" and found[1].fits
     assert remedy(with_memory(some, 0.01), config(), PAIR) is None
     adapters = changed(config(), lora={"rank": 4})
-    found = remedy(with_memory(some, 0.97 * least(some, adapters)), adapters, PAIR)
+    found = remedy(with_memory(some, 0.97 * least(some, adapters) / ROOM), adapters, PAIR)
     assert found is not None and "quantize=nf4" in found[0]
