@@ -108,17 +108,13 @@ def start(shared: Path, run_dir: Path, processes: int, *more: str, devices: int 
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAXDPO_HEARTBEAT_SECONDS": "10"}
     if processes > 1:
         environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_COUNT": str(processes)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "jaxdpo.train", *words, *more],
-            cwd=ROOT,
-            env=environment | ({"JAX_PROCESS_ID": str(number)} if processes > 1 else {}),
-            stdout=(run_dir / f"out-{number}.txt").open("w"),
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(processes)
-    ]
+    started = []
+    for number in range(processes):
+        own = {"JAX_PROCESS_ID": str(number)} if processes > 1 else {}
+        command = [sys.executable, "-m", "jaxdpo.train", *words, *more]
+        with (run_dir / f"out-{number}.txt").open("w") as out:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment | own, stdout=out, stderr=out, text=True))
+    return started
 
 
 def ended(run: Sequence[subprocess.Popen[str]], seconds: float = 240) -> list[int]:
