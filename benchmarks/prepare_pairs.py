@@ -118,7 +118,12 @@ def measure_wait(args: argparse.Namespace, folder: Path) -> float:
     prepare = [sys.executable, "-m", "versus.prepare", f"--out={folder / 'model'}", f"--data={args.data}"]
     prepare += ["--rounds=1", "--steps-per-round=1"]
     subprocess.run(prepare, cwd=BENCHMARKS, env=environment(2), check=True, stdout=subprocess.DEVNULL)
-    options = [f"model.path={folder / 'model' / 'model'}", f"data.train=[{args.data}]", f"run_dir={folder / 'run'}", f"data.cache={folder / 'pairs'}"]
+    options = [
+        f"model.path={folder / 'model' / 'model'}",
+        f"data.train=[{args.data}]",
+        f"run_dir={folder / 'run'}",
+        f"data.cache={folder / 'pairs'}",
+    ]
     options += [f"train.steps={args.steps}", "train.pairs_per_step=8", "data.max_length=512", "eval.every=0", "log.tensorboard=false"]
     options += ["train.compilation_cache=null", "data.row_sizes=1"]
     subprocess.run([sys.executable, "-m", "jaxdpo.train", *options], env=environment(2), check=True, stdout=subprocess.DEVNULL)

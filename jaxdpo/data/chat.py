@@ -24,13 +24,13 @@ from jaxdpo.config import DataSection
 from jaxdpo.data.layout import Answered, Layout, Rendered
 from jaxdpo.data.records import Dropped, Preference, Text, printable, shared_length
 from jaxdpo.data.table import EncodedPair
+from jaxdpo.data.tokens import Ids, Texts, can_be_cut, encode_pairs
 
 FIXED_DATE = """{%- macro strftime_now(format) -%}
 {{- {"%Y-%m-%d": "2024-07-26"}.get(format, "26 Jul 2024") -}}
 {%- endmacro -%}"""
 """Put before a template that writes today's date, so that a run resumed tomorrow sees the same tokens."""
 
-Ids = list[int]
 Tokenizer = PreTrainedTokenizerBase
 
 
@@ -99,9 +99,9 @@ class Encoder:
         results: list[EncodedPair | Dropped | None] = [item if isinstance(item, Dropped) else None for item in rendered]
         for templated in (False, True):
             these = [(i, item) for i, item in enumerate(rendered) if isinstance(item, Rendered) and item.templated is templated]
-            ids = self.token_ids([text for _, item in these for text in (item.prompt, item.chosen.text, item.rejected.text)], templated)
-            for slot, (i, item) in enumerate(these):
-                results[i] = self._pair(records[i], item, ids[3 * slot : 3 * slot + 3])
+            texts = [(item.prompt, item.chosen.text, item.rejected.text) for _, item in these]
+            for (i, item), ids in zip(these, self._pair_ids(texts, templated), strict=True):
+                results[i] = self._pair(records[i], item, ids)
         return [result for result in results if result is not None]
 
     def spells_special(self, record: Preference) -> bool:
@@ -140,6 +140,17 @@ class Encoder:
             texts, add_special_tokens=False, split_special_tokens=not templated, return_attention_mask=False, verbose=False
         )
         return list(encoded["input_ids"])  # type: ignore[arg-type]
+
+    def _pair_ids(self, texts: Sequence[Texts], templated: bool) -> Sequence[Sequence[Ids]]:
+        """The ids of the three texts of each pair."""
+        if texts and self._can_be_cut:
+            return encode_pairs(self.tokenizer, texts, special=templated)
+        ids = self.token_ids(list(itertools.chain(*texts)), templated)
+        return [ids[start : start + 3] for start in range(0, len(ids), 3)]
+
+    @functools.cached_property
+    def _can_be_cut(self) -> bool:
+        return can_be_cut(self.tokenizer)
 
     def _pair(self, record: Preference, item: Rendered, ids: Sequence[Ids]) -> EncodedPair | Dropped:
         """The pair of a record's texts and their ids: prompt, and prompt with chosen and rejected."""
