@@ -170,18 +170,16 @@ class Encoder:
         kept_prompt = self._cut_prompt(prompt_ids)
         room = max(self.max_length - len(kept_prompt), 0)
         kept = [(answer + end)[:room] for answer in answers]
-        masks = [
-            self._scored(text, side, item.templated)[boundary:] for text, side in zip((item.chosen, item.rejected), sides, strict=True)
-        ]
-        scored = [np.array((mask + [True] * len(end))[:room], bool) for mask in masks]
-        if not all(map(np.any, scored)):
+        scored = [self._scored(text, side, item.templated) for text, side in zip((item.chosen, item.rejected), sides, strict=True)]
+        masks = [None if mask is None else np.array((mask[boundary:] + [True] * len(end))[:room], bool) for mask in scored]
+        if not all(kept) or any(mask is not None and not mask.any() for mask in masks):
             return Dropped("no room for an answer")
         if kept[0] == kept[1]:
             return Dropped("identical answers after truncation")
         cut = [len(answer) + len(end) > room for answer in answers]
         return EncodedPair(
             *(np.array(ids, np.int32) for ids in (kept_prompt, *kept)),
-            *scored,
+            *masks,
             id=record.id,
             weight=record.weight,
             margin=record.margin,
@@ -194,10 +192,10 @@ class Encoder:
             pair_key=record.pair_key,
         )
 
-    def _scored(self, side: Answered, ids: Ids, templated: bool) -> list[bool]:
-        """Which tokens of a prompt with its answer are scored, those of the prompt aside."""
+    def _scored(self, side: Answered, ids: Ids, templated: bool) -> list[bool] | None:
+        """Which tokens of a prompt with its answer are scored; None: all behind the prompt."""
         if side.scored is None:
-            return [True] * len(ids)
+            return None
         mask = [False] * len(ids)
         for begin, end in side.scored:  # where they lie among the tokens: as far as the text up to there has the same tokens
             first, last = (shared_length(cut, ids) for cut in self.token_ids([side.text[:begin], side.text[:end]], templated))

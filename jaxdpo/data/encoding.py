@@ -61,11 +61,12 @@ class Lot:
 def encode_lot(encoder: Encodes, records: list[Preference], source: int) -> Lot:
     """Encode some records of one set."""
     results = encoder.encode(records)
-    pairs = [dataclasses.replace(result, source=source) for result in results if isinstance(result, EncodedPair)]
+    pairs = [result for result in results if isinstance(result, EncodedPair)]
     dropped = [(result, record.id) for record, result in zip(records, results, strict=True) if isinstance(result, Dropped)]
     special = sum(map(encoder.spells_special, records))
     verbatim = sum(isinstance(record.prompt, str) for record in records)
-    return Lot(to_columns(pairs), len(pairs), dropped, special, verbatim)
+    columns = to_columns(pairs) | {"sources": np.full(len(pairs), source, np.int32)}
+    return Lot(columns, len(pairs), dropped, special, verbatim)
 
 
 def encode_records(
