@@ -87,7 +87,8 @@ def test_every_reference_gives_the_same_loss_and_gradients(shared: Path, start: 
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * max(1.0, np.abs(theirs).max()))
     for ours, theirs in zip(rows, wanted_rows, strict=True):
         for key in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-6), key
+            # Rewards are differences of sums of some 50 nats, whose last float32 digit is 4e-6.
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-6, abs=4e-6 if "rewards" in key else 1e-6), key
     assert abs(rows[4]["rewards/chosen"]) > 0.01  # policy and reference have parted by then
 
 
@@ -276,7 +277,7 @@ def test_the_log_says_which_adapter_is_the_reference(shared: Path, tmp_path: Pat
     assert "weights trained (rank 3, scale 3.464, on q, k, o, down)" in out
     rows = metrics(tmp_path)
     first = next(row for row in rows if "loss" in row)
-    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and first["rewards/chosen"] == 0
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and first["rewards/chosen"] == pytest.approx(0, abs=4e-6)
     assert abs(rows[0]["eval/kl/token_exact"]) < 1e-7
 
 
