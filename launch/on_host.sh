@@ -45,7 +45,7 @@ mount_share() {
 }
 
 is_running() { # by its arguments too: after a restart of the machine its number may be another's
-  [[ -f $STATE/pid ]] && ps -o args= -p "$(cat "$STATE/pid")" 2>/dev/null | grep -q jaxdpo.train
+  [[ -f $STATE/pid && $(ps -ww -o args= -p "$(cat "$STATE/pid")" 2>/dev/null) == *jaxdpo.train* ]]
 }
 
 status() {

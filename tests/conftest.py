@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,9 @@ if "JAXDPO_TEST_HOME" not in os.environ:  # caches below ~ start empty; processe
     os.environ["JAXDPO_TEST_HOME"] = tempfile.mkdtemp(prefix="jaxdpo-home-")
     atexit.register(shutil.rmtree, os.environ["JAXDPO_TEST_HOME"], ignore_errors=True)
 os.environ["HOME"] = os.environ["JAXDPO_TEST_HOME"]
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job ignores Ctrl-C, and so would what tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
