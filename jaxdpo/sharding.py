@@ -224,8 +224,8 @@ def constrain_slots(x_BT: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 def rows_here(mesh: Mesh) -> frozenset[int]:
     """Which rows of a microbatch lie on devices of this process."""
-    held = rows(mesh, 0).addressable_devices_indices_map((num_row_shards(mesh),))
-    return frozenset(number for index in held.values() for number in range(num_row_shards(mesh))[index[0]])
+    shards = rows(mesh, 0).addressable_devices_indices_map((num_row_shards(mesh),)).values()
+    return frozenset(number for index in shards if index for number in range(num_row_shards(mesh))[index[0]])
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:

@@ -102,14 +102,15 @@ def test_processes_fill_their_own_rows_and_read_no_other_pair(layout: str) -> No
     some = pairs(24)
     whole, taken = packer(some), []
     for own in ({0, 1}, {2}, {3}):
-        reads = [dataclasses.replace(item, prompt_ids=Watched(item.prompt_ids)) for item in some]
+        watched = [Watched(item.prompt_ids) for item in some]
+        reads = [dataclasses.replace(item, prompt_ids=prompt) for item, prompt in zip(some, watched, strict=True)]
         part = packer(reads, own)
         for name, array in part._asdict().items():
             others = array[:, [row for row in range(4) if row not in own]]
             np.testing.assert_array_equal(array[:, sorted(own)], getattr(whole, name)[:, sorted(own)], err_msg=name)
             assert name in ("index_MBP", "k_start_MBT", "k_end_MBT", "sides_MBS") or not others.any()
         np.testing.assert_array_equal(part.index_MBP, whole.index_MBP)
-        taken.append({i for i, item in enumerate(reads) if item.prompt_ids.read})
+        taken.append({i for i, prompt in enumerate(watched) if prompt.read})
     assert sorted(itertools.chain(*taken)) == list(range(24)), "each pair is read by one process"
 
 

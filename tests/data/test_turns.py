@@ -1,13 +1,14 @@
 """Answers of several turns: which of their tokens are scored."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.config import DataSection
-from jaxdpo.data.chat import Encoder, answer_pieces, describe_pair, load_tokenizer
+from jaxdpo.data.chat import Encoder, Tokenizer, answer_pieces, describe_pair, load_tokenizer
 from jaxdpo.data.preference import parse_preference
 from jaxdpo.data.records import Dropped, Message, Preference
 from jaxdpo.data.table import EncodedPair
@@ -18,8 +19,8 @@ LONG = (ASSISTANT("Blue."), USER("And in the evening?"), ASSISTANT("Red, I think
 SHORT = (ASSISTANT("No."),)
 
 
-def encoder(tokenizer: PreTrainedTokenizerFast, turns: str = "all", template: str | None = None, **options: int) -> Encoder:
-    section = DataSection(**{"max_length": 200, "max_prompt_length": 100, "turns": turns, "chat_template": template, **options})  # type: ignore[arg-type]
+def encoder(tokenizer: Tokenizer, turns: str = "all", template: str | None = None, **options: Any) -> Encoder:
+    section = DataSection(**{"max_length": 200, "max_prompt_length": 100, "turns": turns, "chat_template": template, **options})
     return Encoder.create(tokenizer, section)
 
 
@@ -42,7 +43,7 @@ def test_plain_turns(byte_tokenizer: PreTrainedTokenizerFast, turns: str, chosen
     pair = encode(ours)
     assert scored(ours, pair) == [chosen, [" No.<|end|>"]]
     assert isinstance(pair, EncodedPair)
-    whole = byte_tokenizer.decode([*pair.prompt_ids, *pair.chosen_ids])
+    whole = str(byte_tokenizer.decode([*pair.prompt_ids, *pair.chosen_ids]))
     assert whole.endswith("\n\nHuman: And in the evening?\n\nAssistant: Red, I think.<|end|>")
 
 
@@ -78,7 +79,7 @@ def test_a_cut_that_leaves_nothing_scored_drops_the_pair(byte_tokenizer: PreTrai
     whole = encode(encoder(byte_tokenizer))
     assert isinstance(whole, EncodedPair) and whole.chosen_scored is not None
     last = len(whole.prompt_ids) + int(np.flatnonzero(~whole.chosen_scored)[-1]) + 1
-    few = {"max_prompt_length": len(whole.prompt_ids)}
+    few: dict[str, Any] = {"max_prompt_length": len(whole.prompt_ids)}
     assert encode(encoder(byte_tokenizer, "last", max_length=last, **few)) == Dropped("no room for an answer")
     found = encode(encoder(byte_tokenizer, "last", max_length=last + 1, **few))
     assert isinstance(found, EncodedPair) and found.truncated_chosen and found.answers[0][1].sum() == 1
