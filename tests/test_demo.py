@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,6 @@ import pytest
 from jaxdpo import demo
 from jaxdpo.data.chat import load_tokenizer
 from jaxdpo.models.hfconfig import load_model_config
-
-LIMIT = 120.0
-"""Seconds that the demo may take."""
 
 
 @pytest.fixture
@@ -55,13 +51,10 @@ def test_a_demo_takes_the_next_free_folder(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_learns_in_time(tmp_path: Path) -> None:
+def test_the_demo_learns(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAXDPO_DATA")}
-    started = time.perf_counter()
     ended = subprocess.run([sys.executable, "-m", "jaxdpo.train"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    seconds = time.perf_counter() - started
     assert ended.returncode == 0, ended.stderr
-    assert seconds < LIMIT, f"the demo took {seconds:.0f} s"
     made = tmp_path / "runs" / "demo-1"
     measured = [row for row in lines(made / "dpo" / "metrics.jsonl") if "eval/loss" in row]
     before, after = measured[0], measured[-1]
