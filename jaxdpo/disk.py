@@ -1,10 +1,13 @@
-"""Whether a folder can hold what a run will write there, found out before the run has something to lose."""
+"""Whether a folder can hold what a run will write there, found out before the run has something to lose; files that appear whole."""
 
+import contextlib
 import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 PROBE_BYTES = 2**24
 """Most that is written to try a folder."""
@@ -77,6 +80,19 @@ def write_and_read(folder: Path, num_bytes: int) -> bool:
         forget_cached(file.fileno())
         file.seek(0)
         return file.read() == content
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A file of text to write that appears under its name when it is complete, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            yield file
+        draft.rename(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def forget_cached(descriptor: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxdpo import disk, hosts, losses, options
 from jaxdpo.checkpoint import Checkpoints, Tree, num_bytes
+from jaxdpo.data.packing import Batch
 from jaxdpo.session import Session
 from jaxdpo.step import Fixed, TrainState, needs_reference
 
@@ -120,12 +121,12 @@ def check_disk(session: Session, checkpoints: Checkpoints, newest: int | None) -
     return [] if warning is None else [warning]
 
 
-def check_closed_form(session: Session, state: TrainState, fixed: Fixed) -> TrainState:
+def check_closed_form(session: Session, state: TrainState, fixed: Fixed, batch: Batch) -> TrainState:
     """Before the first update, policy and reference agree: the loss then has a known value and rewards are 0.
 
     Args:
         state: given up to the step.
-        fixed: what the first step takes.
+        fixed, batch: what the first step takes.
 
     Returns:
         The state as it was.
@@ -137,7 +138,7 @@ def check_closed_form(session: Session, state: TrainState, fixed: Fixed) -> Trai
     if not needs_reference(section):
         return state
     apply = session.put_scalar(False, np.bool_)
-    state, metrics = session.train_step(state, fixed, session.put_batch(session.loader.batch(1)), apply)
+    state, metrics = session.train_step(state, fixed, session.put_batch(batch), apply)
     values = {key: value.item() for key, value in jax.device_get(metrics).items()}
     forms, weights = losses.closed_forms(section), section.weights or [1.0] * len(section.names)
     expected = (

@@ -3,15 +3,13 @@
 Without prompts, in a terminal, it is a conversation. Exit status: 0 done, 1 fault, 2 wrong options, 130 interrupted.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from jaxdpo import options, sharding
 from jaxdpo.config import STRICT_KEYS, MeshSection, require
@@ -19,6 +17,7 @@ from jaxdpo.console import clean
 from jaxdpo.conversation import converse
 from jaxdpo.data.prompts import Prompt, read_prompts
 from jaxdpo.data.records import strings
+from jaxdpo.disk import whole_file
 from jaxdpo.loaded import Answer, LoadedModel, Sampling, Source
 from jaxdpo.runner import keep_compiled_programs
 
@@ -205,19 +204,6 @@ def show(prompt: Prompt, answers: Mapping[str, Answer]) -> None:
     print(clean("\n".join(f"> {line}" for text in strings(prompt.text) for line in text.split("\n"))))
     for name, answer in answers.items():
         print(clean((f"[{name}] " if len(answers) > 1 else "") + answer.text.strip()) + "\n")
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A file to write that appears under its name when it is complete, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            yield file
-        draft.rename(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def run(config: GenerateConfig) -> None:

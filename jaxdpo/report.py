@@ -101,16 +101,6 @@ def may_write(path: Path) -> bool:
         return False
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that has its name only once it is whole."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def histogram(lengths: Mapping[str, np.ndarray], unit: str, name: str) -> str:
     """An SVG of how long texts are: prompts above, both answers below; lengths on a scale that doubles.
 

@@ -233,7 +233,8 @@ def begin(session: Session, logger: Logger, checkpoints: Checkpoints, stop: Stop
     if params is not None:
         files = _files(session, None, None)
         run = Run(session, logger, checkpoints, stop, *files, *session.start(params, base), cached)
-        run.state = check_closed_form(session, run.state, run.fixed_for(1, session.loader.batch(1)))
+        batch = session.loader.batch(1)
+        run.state = check_closed_form(session, run.state, run.fixed_for(1, batch), batch)
         return run
     moves = bool(session.config.loss.tr_every)
     restored = checkpoints.restore(session.abstract_state(with_reference=moves))

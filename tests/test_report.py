@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxdpo.report import Example, Examples, Passage, Picture, Section, Table, histogram, html_page, may_write, write_whole
+from jaxdpo.disk import whole_file
+from jaxdpo.report import Example, Examples, Passage, Picture, Section, Table, histogram, html_page, may_write
 
 NASTY = "<script>alert('x')</script>\"&"
 
@@ -123,7 +124,8 @@ def test_any_lengths_can_be_drawn(values: list[int]) -> None:
 def test_a_page_goes_over_a_page_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     assert may_write(path) and not may_write(tmp_path)
-    write_whole(path, html_page("t", "s", []))
+    with whole_file(path) as file:
+        file.write(html_page("t", "s", []))
     assert may_write(path) and [item.name for item in tmp_path.iterdir()] == ["page.html"]
     path.write_text("<!doctype html><p>mine")
     assert not may_write(path)

@@ -1,9 +1,6 @@
 # pyright: reportMissingImports=false
 """TRL's side of prepare_pairs.py: rows of a file to a prepared dataset, once. Runs in an environment that has TRL."""
 
-import argparse
-import json
-import resource
 import time
 from importlib.metadata import version
 
@@ -11,14 +8,12 @@ import datasets
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from .pairs import arguments, tell
+
 
 def main() -> None:
     """Prepare, and tell the seconds, tokens and memory."""
-    parser = argparse.ArgumentParser()
-    for name in ("rows", "tokenizer", "cache"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--processes", type=int, required=True)
-    args = parser.parse_args()
+    args = arguments()
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     config = DPOConfig(dataset_num_proc=args.processes, output_dir=args.cache, report_to=[], use_cpu=True, bf16=False)
@@ -30,10 +25,8 @@ def main() -> None:
     seconds = time.perf_counter() - began
     lists = (done.data.column(f"{name}_ids") for name in ("prompt", "chosen", "rejected"))
     tokens = sum(len(chunk.flatten()) for column in lists for chunk in column.chunks)
-    mine, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    gigabytes = (mine + args.processes * child) * 1024 / 1e9
     versions = {f"{name} (TRL)": version(name) for name in ("trl", "datasets", "transformers", "tokenizers")}
-    print(json.dumps({"pairs": len(done), "tokens": tokens, "seconds": seconds, "gigabytes": gigabytes, "versions": versions}))
+    tell(args.processes, pairs=len(done), tokens=tokens, seconds=seconds, versions=versions)
 
 
 if __name__ == "__main__":

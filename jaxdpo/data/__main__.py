@@ -10,9 +10,9 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from jaxdpo import options, report
 from jaxdpo.config import STRICT_KEYS, DataSection
@@ -26,6 +26,7 @@ from jaxdpo.data.sources import read_set
 from jaxdpo.data.survey import NAMED, Survey, Texts, read_texts, survey_tokens
 from jaxdpo.data.table import LENGTHS, EncodedPair
 from jaxdpo.data.tables import bars, tables
+from jaxdpo.disk import whole_file
 
 DONE, FAULT, STOPPED = 0, 1, 130
 UNCUT = 2**24
@@ -136,7 +137,7 @@ def _look(config: DataConfig) -> None:
     tokenizer = None if config.model.path is None else load_tokenizer(config.model.path, config.model.revision)
     uncut = dataclasses.replace(config.data, max_length=UNCUT, max_prompt_length=UNCUT // 2, max_row_tokens=2 * UNCUT)
     texts = Texts(config.near, None if tokenizer is None else Encoder.create(tokenizer, uncut).spells_special)
-    with _new_file(config.out) as out:
+    with contextlib.nullcontext() if config.out is None else whole_file(Path(config.out).expanduser()) as out:
 
         def take(record: Preference) -> None:
             if len(first) < config.show:
@@ -154,24 +155,9 @@ def _look(config: DataConfig) -> None:
         examples = [example_of_tokens(done.train[i], tokenizer) for i in range(min(config.show, len(done.train)))]
         examples += _odd_pairs(config, survey, done, tokenizer)
     if config.page is not None:
-        report.write_whole(Path(config.page).expanduser(), _page(config, survey, examples))
+        with whole_file(Path(config.page).expanduser()) as page:
+            page.write(_page(config, survey, examples))
     _tell(survey, examples, stdout())
-
-
-@contextlib.contextmanager
-def _new_file(path: str | None) -> Iterator[TextIO | None]:
-    """A file that has its name only once it is whole; None for None."""
-    if path is None:
-        yield None
-        return
-    target = Path(path).expanduser()
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            yield out
-        partial.rename(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _limits(section: DataSection) -> tuple[int, int]:

@@ -202,8 +202,9 @@ def _lay_separate(row: Batch, pair: EncodedPair, place: int, slot: int, scored: 
 
 def _score(row: Batch, place: int, side: int, scored: int, pair: EncodedPair, slots: np.ndarray) -> int:
     """Note the scored tokens of an answer, whose tokens are predicted at `slots`; returns the next free scored token."""
-    answer, mask = pair.answers[side]
-    count, other = (int(np.count_nonzero(pair.answers[number][1])) for number in (side, 1 - side))
+    answers = pair.answers
+    answer, mask = answers[side]
+    count, other = (int(np.count_nonzero(answers[number][1])) for number in (side, 1 - side))
     end = scored + count
     row.slots_MBS[scored:end] = slots[mask]
     row.targets_MBS[scored:end] = answer[mask]

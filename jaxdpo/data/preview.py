@@ -1,12 +1,10 @@
 """Pairs to look at: prompt, chosen and rejected answer with what is scored marked, for a terminal and for a page."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from jaxdpo.console import Console, is_coloured, say_parts
-from jaxdpo.data.chat import Tokenizer, decode_answer
+from jaxdpo.data.chat import Tokenizer, answer_pieces, decode_answer
 from jaxdpo.data.records import Preference, Text, printable, strings
 from jaxdpo.data.table import EncodedPair
 from jaxdpo.report import Example, Passage
@@ -37,7 +35,7 @@ def example_of_tokens(pair: EncodedPair, tokenizer: Tokenizer, why: str = "") ->
     for name, (ids, scored), ended in zip(("chosen", "rejected"), pair.answers, ends, strict=True):
         part = "" if scored.all() else f"{int(scored.sum()):,} of "
         note = f"{part}{_count(len(ids), 'token')} scored" + ("" if ended else ", no end marker")
-        passages.append(Passage(name, note, _printable(_decoded(tokenizer, pair.prompt_ids, ids, scored))))
+        passages.append(Passage(name, note, _printable(answer_pieces(tokenizer, pair.prompt_ids, ids, scored))))
     return _example(pair, why, passages)
 
 
@@ -76,14 +74,7 @@ def _turns(text: Text, scored_from: int | None) -> Spans:
     return _printable(spans)
 
 
-def _decoded(tokenizer: Tokenizer, prompt_ids: np.ndarray, ids: np.ndarray, scored: np.ndarray) -> Iterator[tuple[str, bool]]:
-    """An answer's text after its prompt, in stretches of scored and of other tokens."""
-    for start, end in itertools.pairwise([0, *(np.flatnonzero(np.diff(scored)) + 1), len(ids)]):
-        before = np.concatenate([prompt_ids, ids[:start]])
-        yield decode_answer(tokenizer, before, ids[start:end]), bool(scored[start])
-
-
-def _printable(spans: Iterator[tuple[str, bool]] | Spans) -> Spans:
+def _printable(spans: Spans) -> Spans:
     return [(printable(text), scored) for text, scored in spans if text]
 
 

@@ -1,8 +1,9 @@
 """The small files of a Hugging Face folder: config.json, generation_config.json, tokenizer and chat template."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,8 @@ def fetch_model(name: str, revision: str | None) -> Path:
     """
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
     twice = ["original/*", "consolidated*"]  # the same weights in another form
-    try:
+    with _hub_errors(name):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=twice))
-    except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these kinds
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model.path={name}: neither a folder here nor a model that the hub gives ({reason})") from None
 
 
 def fetch_config(name: str, revision: str | None) -> dict[str, Any]:
@@ -136,8 +134,15 @@ def fetch_config(name: str, revision: str | None) -> dict[str, Any]:
     Raises:
         ValueError: the hub cannot be reached and the cache does not hold it, or there is no such model.
     """
-    try:
+    with _hub_errors(name):
         return read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
-    except (OSError, ValueError) as error:
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Errors of the hub as errors of model.path."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these kinds
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model.path={name}: neither a folder here nor a model that the hub gives ({reason})") from None
