@@ -128,7 +128,7 @@ class DataSection:
     cache: str | None = "~/.cache/jaxdpo/pairs"
     """Folder that keeps encoded pairs, so that the next start reads them at once. null: keep none."""
     processes: int = 0
-    """Processes that encode large sets. 0: one less than there are cores, at most 32."""
+    """Processes that encode large sets, this one among them. 0: as many as there are cores, at most 32."""
 
     def __post_init__(self) -> None:
         require(

@@ -24,7 +24,7 @@ from jaxdpo.config import DataSection
 from jaxdpo.data.layout import Answered, Layout, Rendered
 from jaxdpo.data.records import Dropped, Preference, Text, printable, shared_length
 from jaxdpo.data.table import EncodedPair
-from jaxdpo.data.tokens import Ids, Texts, can_be_cut, encode_pairs
+from jaxdpo.data.tokens import Ids, Texts, Words
 
 FIXED_DATE = """{%- macro strftime_now(format) -%}
 {{- {"%Y-%m-%d": "2024-07-26"}.get(format, "26 Jul 2024") -}}
@@ -143,14 +143,14 @@ class Encoder:
 
     def _pair_ids(self, texts: Sequence[Texts], templated: bool) -> Sequence[Sequence[Ids]]:
         """The ids of the three texts of each pair."""
-        if texts and self._can_be_cut:
-            return encode_pairs(self.tokenizer, texts, special=templated)
+        if texts and self._words is not None:
+            return self._words.encode_pairs(texts, special=templated)
         ids = self.token_ids(list(itertools.chain(*texts)), templated)
         return [ids[start : start + 3] for start in range(0, len(ids), 3)]
 
     @functools.cached_property
-    def _can_be_cut(self) -> bool:
-        return can_be_cut(self.tokenizer)
+    def _words(self) -> Words | None:
+        return Words.of(self.tokenizer)
 
     def _pair(self, record: Preference, item: Rendered, ids: Sequence[Ids]) -> EncodedPair | Dropped:
         """The pair of a record's texts and their ids: prompt, and prompt with chosen and rejected."""

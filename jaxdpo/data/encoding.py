@@ -1,7 +1,7 @@
 """Records to the columns of a table, in this process or in several.
 
-Worker processes are started only for sets that are worth it, with nothing imported but what encodes. Records are dealt out in lots and come
-back in order, so the number of processes changes the time and nothing else.
+Other processes are started only for sets that are worth it, with nothing imported but what encodes. Records are dealt out in lots and
+come back in order, so the number of processes changes the time and nothing else.
 """
 
 import collections
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 RECORDS_AT_ONCE = 512
 ALONE = 8 * RECORDS_AT_ONCE
 """Records that are encoded here before other processes are started: they take seconds to start."""
+LOTS_AT_ONCE = 16
+"""Lots for each process that may be in memory: what this process gets done while others start."""
 MAX_PROCESSES = 32
 TELL_EVERY = 10.0
 """Seconds between lines that tell how far it is."""
@@ -76,12 +78,12 @@ def encode_records(
 
     Args:
         source: which of the sets it is.
-        processes: how many may encode at once. 0: one less than there are cores, as this process reads.
+        processes: how many encode, this one among them. 0: as many as there are cores.
     """
     records = iter(records)
     lots = iter(lambda: list(itertools.islice(records, RECORDS_AT_ONCE)), [])
     told = time.monotonic()
-    with contextlib.closing(_encoded(lots, encoder, source, processes or min(usable_cores() - 1, MAX_PROCESSES))) as encoded:
+    with contextlib.closing(_encoded(lots, encoder, source, processes or min(usable_cores(), MAX_PROCESSES))) as encoded:
         for lot in encoded:
             report.kept += lot.kept
             report.special_text += lot.special_text
@@ -100,16 +102,21 @@ def usable_cores() -> int:
 
 
 def _encoded(lots: Iterator[list[Preference]], encoder: Encodes, source: int, processes: int) -> Generator[Lot, None, None]:
+    """The lots, encoded, in order. This process encodes too, whenever every other has its next lot waiting."""
     for lot in itertools.islice(lots, ALONE // RECORDS_AT_ONCE) if processes > 1 else lots:
         yield encode_lot(encoder, lot, source)
     following = next(lots, None)
     if following is None:
         return
-    with Workers(encoder, processes) as workers:
+    with Workers(encoder, processes - 1) as workers:
         waiting: collections.deque[concurrent.futures.Future[Lot]] = collections.deque()
         for lot in itertools.chain([following], lots):
-            waiting.append(workers.submit(lot, source))
-            if len(waiting) > 2 * processes:  # enough that none runs dry, and no more than fits in memory
+            if sum(not item.done() for item in waiting) < 2 * (processes - 1):
+                waiting.append(workers.submit(lot, source))
+            else:
+                waiting.append(concurrent.futures.Future())
+                waiting[-1].set_result(encode_lot(encoder, lot, source))
+            while waiting and (waiting[0].done() or len(waiting) > LOTS_AT_ONCE * processes):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -71,7 +71,7 @@ def test_long_work_tells_how_far_it_is(encoder: Encoder, monkeypatch: pytest.Mon
     assert "data: a.jsonl: 438 pairs encoded" in caplog.text
 
 
-def test_the_default_leaves_a_core_for_reading(
+def test_by_default_there_is_a_process_for_every_core(
     write: Write, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []

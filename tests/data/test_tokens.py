@@ -1,4 +1,6 @@
 import json
+import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from jaxdpo.data import tokens
 from jaxdpo.data.chat import load_tokenizer
-from jaxdpo.data.tokens import PATTERNS, can_be_cut, encode_pairs
+from jaxdpo.data.tokens import PATTERNS, UNCOMMON, Words
 
-TEXT = st.text(st.sampled_from("aAz \n\r\t'.:1é́中🙂<|end|>sH"), max_size=12)
+TEXT = st.text(st.sampled_from("aAz \n\r\t'.:1é́中🙂<|end|>sH’ªØßž½²…—÷§ſ\x1c\x85\xa0"), max_size=12)
 PIECE = st.one_of(TEXT, st.sampled_from(["\n\nHuman: ", "\n\nAssistant:", "<|end|>", "<|im_start|>user\n", "\n", " \n \n", "'s", "\n's"]))
 
 
@@ -22,10 +25,20 @@ def with_pattern(tokenizer: PreTrainedTokenizerFast, pattern: str, **options: An
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 
-def check(tokenizer: Any, pieces: list[str], chosen: str, rejected: str, special: bool) -> None:
+def words_of(tokenizer: Any) -> Words:
+    words = Words.of(tokenizer)
+    assert words is not None
+    return words
+
+
+def is_other(tokenizer: Any) -> bool:
+    return Words.of(tokenizer) is None
+
+
+def check(tokenizer: Any, words: Words, pieces: list[str], chosen: str, rejected: str, special: bool) -> None:
     prompt = "".join(pieces)
     texts = (prompt, prompt + chosen, prompt + rejected)
-    ((*found,),) = encode_pairs(tokenizer, [texts], special)
+    ((*found,),) = words.encode_pairs([texts], special)
     whole = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=not special)["input_ids"]
     assert found == whole
 
@@ -33,45 +46,50 @@ def check(tokenizer: Any, pieces: list[str], chosen: str, rejected: str, special
 @pytest.mark.parametrize("pattern", ["", *PATTERNS], ids=["gpt2", "llama3", "qwen"])
 def test_two_parts_are_encoded_as_one(byte_tokenizer: PreTrainedTokenizerFast, pattern: str) -> None:
     tokenizer = with_pattern(byte_tokenizer, pattern) if pattern else byte_tokenizer
-    assert can_be_cut(tokenizer)
+    words = words_of(tokenizer)
 
     @given(st.lists(PIECE, max_size=6), TEXT, TEXT, st.booleans())
     @settings(max_examples=300)
     def run(pieces: list[str], chosen: str, rejected: str, special: bool) -> None:
-        check(tokenizer, pieces, chosen, rejected, special)
+        check(tokenizer, words, pieces, chosen, rejected, special)
 
     run()
 
 
 def test_texts_that_do_not_begin_alike(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ("a\nb\nc", "a\nb d", "x\ny")
-    assert list(encode_pairs(byte_tokenizer, [texts], False)[0]) == byte_tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    assert (
+        list(words_of(byte_tokenizer).encode_pairs([texts], False)[0]) == byte_tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    )
 
 
-def test_the_beginning_is_encoded_once(byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_word_is_encoded_once(byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
+    known = tokens._Known.__missing__
+    monkeypatch.setattr(tokens._Known, "__missing__", lambda self, word: (seen.append(word), known(self, word))[1])
+    words, prompt = words_of(byte_tokenizer), "\n\nHuman: why, <|end|> oh why?\n\nAssistant:"
+    pairs = [(prompt, prompt + " yes", prompt + " no"), (prompt, prompt + " yes", prompt + " why")]
+    first = words.encode_pairs(pairs, True)
+    assert sorted(seen) == sorted(["\n", "Human", ":", " why", ",", " ", " oh", "?", "A", "Assistant", " yes", " no"])
+    monkeypatch.setattr(tokens, "MAX_KNOWN", 5)
+    assert words.encode_pairs(pairs, True) == first and len(seen) == 24
 
-    class Backend:
-        def __getattr__(self, name: str) -> Any:
-            found = getattr(byte_tokenizer.backend_tokenizer, name)
-            if not name.startswith("encode_batch"):
-                return found
-            return lambda texts, **options: (seen.extend(texts), found(texts, **options))[1]
 
-    class Spy:
-        backend_tokenizer = Backend()
-
-    prompt = "\n\nHuman: a long question\n\nAssistant:"
-    encode_pairs(Spy(), [(prompt, prompt + " yes", prompt + " no")], False)
-    assert seen == [prompt + " yes", "Assistant:", "Assistant: no"]
+def test_common_characters_are_of_their_class() -> None:
+    common = [chr(code) for code in range(0x2100) if not UNCOMMON.match(chr(code))]
+    assert len(common) > 350
+    for name, members in (("L", tokens._LETTERS), ("N", tokens._NUMBERS)):
+        assert all((unicodedata.category(char)[0] == name) == bool(re.match(f"[{members}]", char)) for char in common)
+    assert all(char.isspace() == (char in " \t\n\r") and unicodedata.is_normalized("NFC", char) for char in common)
+    assert not any(unicodedata.combining(char) for char in common)
 
 
 def test_other_kinds_of_tokenizers_are_not_cut(
     byte_tokenizer: PreTrainedTokenizerFast, metaspace_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert not can_be_cut(metaspace_tokenizer) and not can_be_cut(object())
-    assert not can_be_cut(with_pattern(byte_tokenizer, r"\w+|\W+"))
-    assert not can_be_cut(with_pattern(byte_tokenizer, PATTERNS[0], invert=True))
+    assert is_other(metaspace_tokenizer) and is_other(object())
+    assert is_other(with_pattern(byte_tokenizer, r"\w+|\W+"))
+    assert is_other(with_pattern(byte_tokenizer, PATTERNS[0], invert=True))
     changes: list[dict[str, Any]] = [
         {"normalizer": json.loads(normalizers.Lowercase().__getstate__())},
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
@@ -79,20 +97,20 @@ def test_other_kinds_of_tokenizers_are_not_cut(
     ]
     for change in changes:
         backend = Tokenizer.from_str(json.dumps(json.loads(byte_tokenizer.backend_tokenizer.to_str()) | change))
-        assert not can_be_cut(PreTrainedTokenizerFast(tokenizer_object=backend)), change
+        assert is_other(PreTrainedTokenizerFast(tokenizer_object=backend)), change
     spec = json.loads(byte_tokenizer.backend_tokenizer.to_str())
     spec["added_tokens"][0]["rstrip"] = True
-    assert not can_be_cut(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec))))
+    assert is_other(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec))))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_real_tokenizers_are_cut(real_data: Path, name: str) -> None:
     tokenizer = load_tokenizer(str(real_data / "tokenizers" / name))
-    assert can_be_cut(tokenizer)
+    words = words_of(tokenizer)
 
     @given(st.lists(PIECE, max_size=6), TEXT, TEXT, st.booleans())
     @settings(max_examples=100)
     def run(pieces: list[str], chosen: str, rejected: str, special: bool) -> None:
-        check(tokenizer, pieces, chosen, rejected, special)
+        check(tokenizer, words, pieces, chosen, rejected, special)
 
     run()
