@@ -88,15 +88,15 @@ def write_rows(path: Path, data: Path, count: int) -> None:
     words, counts = zip(*collections.Counter(word for text in texts for word in text.split()).most_common(), strict=True)
     turns = [len(turn.split()) for text in texts for turn in text.split("\n\n")[1:]]
     rng, share = np.random.default_rng(count), np.array(counts) / sum(counts)
-    drawn = iter(rng.choice(len(words), 400 * count, p=share).tolist())  # hh-rlhf's pairs have 150 words or so
+    bounds = share.cumsum()[:-1]
 
     def say(length: int) -> str:
-        return " ".join(words[next(drawn)] for _ in range(length))
+        return " ".join(words[number] for number in bounds.searchsorted(rng.random(length), side="right"))
 
     tell(f"writing {count} pairs")
     with path.open("w", encoding="utf-8") as file:
-        for lengths in rng.choice(turns, (count, 6)).tolist():
-            human, assistant, again, chosen, rejected, _ = (say(min(length, 60)) for length in lengths)
+        for lengths in rng.choice(turns, (count, 5)).tolist():
+            human, assistant, again, chosen, rejected = (say(min(length, 60)) for length in lengths)
             prompt = f"\n\nHuman: {human}\n\nAssistant: {assistant}\n\nHuman: {again}\n\nAssistant:"
             row = {"prompt": prompt, "chosen": f" {chosen} yes", "rejected": f" {rejected} no"}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

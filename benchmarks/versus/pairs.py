@@ -15,7 +15,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tell(processes: int, **measured: Any) -> None:
+def tell(children: int, **measured: Any) -> None:
     """Print what was measured, with the most memory that this process held and, of its children, as many as the largest one."""
     mine, child = (resource.getrusage(who).ru_maxrss * 1024 / 1e9 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps({**measured, "gigabytes": mine + processes * child, "main": mine}))
+    print(json.dumps({**measured, "gigabytes": mine + children * child, "main": mine}))

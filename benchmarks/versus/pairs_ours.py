@@ -20,7 +20,7 @@ def main() -> None:
     done = prepare(section, tokenizer, 10**6)
     seconds = time.perf_counter() - began
     pairs, tokens = (done.report["train"][name] + done.report["eval"][name] for name in ("pairs", "tokens"))
-    tell(args.processes, pairs=pairs, tokens=tokens, seconds=seconds)
+    tell(args.processes - 1, pairs=pairs, tokens=tokens, seconds=seconds)
 
 
 if __name__ == "__main__":

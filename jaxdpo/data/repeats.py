@@ -11,18 +11,23 @@ from jaxdpo.data.table import PairTable
 
 def find_contradictions(table: PairTable) -> np.ndarray:
     """Pairs whose two answers another pair prefers the other way round: bool [N]."""
-    _, group = np.unique(table.pair_keys, return_inverse=True)
-    sizes, ordered = np.bincount(group), np.bincount(group, weights=table.orders)
-    return ((ordered > 0) & (ordered < sizes))[group]
+    keys = _keys(table)
+    known = np.unique(keys)
+    keys ^= np.uint64(1)
+    return known.take(known.searchsorted(keys), mode="clip") == keys
 
 
 def find_duplicates(table: PairTable) -> np.ndarray:
     """Pairs that are equal to one before them: bool [N]."""
-    both = np.stack([table.pair_keys, table.orders.astype(np.uint64)], axis=1)
-    _, first = np.unique(both, axis=0, return_index=True)
+    _, first = np.unique(_keys(table), return_index=True)
     found = np.ones(len(table), bool)
     found[first] = False
     return found
+
+
+def _keys(table: PairTable) -> np.ndarray:
+    """uint64 [N]: equal for equal pairs; those of contradictions differ in the last bit alone."""
+    return table.pair_keys & ~np.uint64(1) | table.orders
 
 
 def settle_repeats(table: PairTable, section: DataSection, option: str, reports: Sequence[DataReport]) -> tuple[PairTable, dict[str, int]]:
@@ -59,10 +64,10 @@ def _settle(
     if how == "keep" or not mask.any():
         return table
     if how == "error":
-        first = ", ".join(printable(str(name)) for name in table.ids.take(np.flatnonzero(mask)[:3]))
+        first = ", ".join(printable(table.ids[place]) for place in np.flatnonzero(mask)[:3])
         raise ValueError(f"{option}: {mask.sum()} pairs: {reason} (the first: {first}). Mend the sets, or set {setting}=drop or keep")
-    for place in np.flatnonzero(mask).tolist():
-        report = reports[table.sources[place]]
+    for place, source in zip(np.flatnonzero(mask).tolist(), table.sources[mask], strict=True):
+        report = reports[source]
         report.drop(Dropped(reason, by_rule=True), table.ids[place])
         report.kept -= 1
     return table.take(~mask)

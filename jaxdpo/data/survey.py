@@ -165,9 +165,13 @@ def survey_tokens(texts: Survey, words: Sequence[Odd], done: Prepared, limits: t
         limits: data.max_length and data.max_prompt_length as they are set.
     """
     tables = (("train", done.train), ("eval", done.eval))
-    parts = [Part(name, table.lengths, done.report[name]["prompts"], done.report[name]["ended"]) for name, table in tables if len(table)]
+    parts = [
+        Part(name, table.lengths.astype(np.int64), done.report[name]["prompts"], done.report[name]["ended"])
+        for name, table in tables
+        if len(table)
+    ]
     ids = [name for _, table in tables for name in table.ids]
-    lengths = np.concatenate([table.lengths for _, table in tables])
+    lengths = np.concatenate([table.lengths for _, table in tables], dtype=np.int64)
     unended = [not (table[i].ended_chosen and table[i].ended_rejected) for _, table in tables for i in range(len(table))]
     prompts, answers, _ = cuts(lengths, *limits)
     odd = [

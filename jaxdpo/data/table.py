@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -108,52 +109,37 @@ class Names:
 
     text: np.ndarray
     """uint8: UTF-8."""
-    bounds: np.ndarray
-    """int64 [N, 2]: where each begins and ends."""
+    starts: np.ndarray
+    """int64 [M]: where each string in the array begins."""
+    sizes: np.ndarray
+    """int32 [M]: and how many bytes it has."""
+    places: np.ndarray
+    """int64 [N]: which of them these are."""
 
     def __len__(self) -> int:
-        return len(self.bounds)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> str:
-        start, end = self.bounds[index]
-        return self.text[start:end].tobytes().decode()
+        place = self.places[index]
+        start = self.starts[place]
+        return self.text[start : start + self.sizes[place]].tobytes().decode()
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
-    def take(self, index: np.ndarray) -> "Names":
-        """Those that an integer or boolean index picks."""
-        return Names(self.text, self.bounds[index])
-
 
 @dataclasses.dataclass(frozen=True)
 class PairTable:
-    """Many encoded pairs in a few flat arrays; table[i] is a view, not a copy."""
+    """Some of the pairs that lie in columns; table[i] is a view, not a copy. Arrays of all pairs are made when asked for, not kept."""
 
-    tokens: np.ndarray
-    """int32: prompt, chosen, rejected of one pair after another. May hold pairs that `bounds` does not name (see take)."""
-    scored: np.ndarray
-    """bool: whether each token is scored; a prompt's never are."""
-    bounds: np.ndarray
-    """int64 [N, 4]: where in tokens each pair's prompt, chosen and rejected begin, and its end."""
-    ids: Names
-    """Each pair's name."""
-    weights: np.ndarray
-    """float32 [N]."""
-    margins: np.ndarray
-    """float32 [N]."""
-    flags: np.ndarray
-    """bool [N, len(FLAGS)]."""
-    prompt_keys: np.ndarray
-    """uint64 [N]: hashes of the prompts before encoding; equal prompts have equal keys."""
-    pair_keys: np.ndarray
-    """uint64 [N]: hashes of the prompts and answers before encoding; a pair and its contradiction have equal keys."""
-    orders: np.ndarray
-    """bool [N]: differs between a pair and its contradiction."""
-    sources: np.ndarray
-    """int32 [N]: which of the sets each pair comes from."""
-    digests: np.ndarray
-    """uint64 [N]: hashes of each pair's tokens, weight and margin."""
+    columns: Columns
+    """All of COLUMNS, of M pairs; may be mapped from files."""
+    places: np.ndarray
+    """int64 [N]: which of those pairs these are, in order."""
+    token_starts: np.ndarray
+    """int64 [M]: where each pair's tokens begin in the columns."""
+    name_starts: np.ndarray
+    """int64 [M]: where each pair's name begins."""
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[EncodedPair]) -> "PairTable":
@@ -163,53 +149,89 @@ class PairTable:
     @classmethod
     def from_columns(cls, columns: Columns) -> "PairTable":
         """The table of all of COLUMNS."""
-        edges = _edges(columns["sizes"])
-        bounds = np.lib.stride_tricks.sliding_window_view(edges, 4)[::3] if len(edges) > 1 else np.zeros((0, 4), np.int64)
-        name_edges = _edges(columns["name_sizes"])
-        plain = ("weights", "margins", "prompt_keys", "pair_keys", "orders", "sources", "digests")
-        return cls(
-            tokens=columns["tokens"],
-            scored=columns["scored"],
-            bounds=np.ascontiguousarray(bounds),
-            ids=Names(columns["names"], np.stack([name_edges[:-1], name_edges[1:]], axis=1)),
-            flags=(columns["flags"][:, None] >> np.arange(len(FLAGS), dtype=np.uint8) & 1).astype(bool),
-            **{name: columns[name] for name in plain},
-        )
+        places = np.arange(len(columns["weights"]))
+        tokens = columns["sizes"].reshape(-1, len(LENGTHS)).sum(axis=1, dtype=np.int64)
+        return cls(columns, places, _starts(tokens), _starts(columns["name_sizes"]))
 
     def __len__(self) -> int:
-        return len(self.bounds)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> EncodedPair:
-        start, chosen, rejected, end = self.bounds[index]
-        flags = dict(zip(FLAGS, map(bool, self.flags[index]), strict=True))
+        place, column = self.places[index], self.columns
+        sizes = column["sizes"][len(LENGTHS) * place :][: len(LENGTHS)]
+        start, chosen, rejected, end = itertools.accumulate(map(int, sizes), initial=int(self.token_starts[place]))
         return EncodedPair(
-            prompt_ids=self.tokens[start:chosen],
-            chosen_ids=self.tokens[chosen:rejected],
-            rejected_ids=self.tokens[rejected:end],
-            chosen_scored=self.scored[chosen:rejected],
-            rejected_scored=self.scored[rejected:end],
+            prompt_ids=column["tokens"][start:chosen],
+            chosen_ids=column["tokens"][chosen:rejected],
+            rejected_ids=column["tokens"][rejected:end],
+            chosen_scored=column["scored"][chosen:rejected],
+            rejected_scored=column["scored"][rejected:end],
             id=self.ids[index],
-            weight=float(self.weights[index]),
-            margin=float(self.margins[index]),
-            prompt_key=int(self.prompt_keys[index]),
-            pair_key=(int(self.pair_keys[index]), bool(self.orders[index])),
-            source=int(self.sources[index]),
-            **flags,
+            weight=float(column["weights"][place]),
+            margin=float(column["margins"][place]),
+            prompt_key=int(column["prompt_keys"][place]),
+            pair_key=(int(column["pair_keys"][place]), bool(column["orders"][place])),
+            source=int(column["sources"][place]),
+            **{name: bool(column["flags"][place] >> bit & 1) for bit, name in enumerate(FLAGS)},
         )
 
     def take(self, index: np.ndarray) -> "PairTable":
-        """The pairs that an integer or boolean index picks; the tokens are shared, not copied."""
-        names = ("bounds", "weights", "margins", "flags", "prompt_keys", "pair_keys", "orders", "sources", "digests")
-        return dataclasses.replace(self, ids=self.ids.take(index), **{name: getattr(self, name)[index] for name in names})
+        """The pairs that an integer or boolean index picks; the columns are shared, not copied."""
+        return dataclasses.replace(self, places=self.places[index])
+
+    @property
+    def ids(self) -> Names:
+        """Each pair's name."""
+        return Names(self.columns["names"], self.name_starts, self.columns["name_sizes"], self.places)
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [N, 3]: tokens of each pair's prompt, chosen and rejected."""
-        return np.diff(self.bounds, axis=1)
+        """int32 [N, 3]: tokens of each pair's prompt, chosen and rejected."""
+        return self.columns["sizes"].reshape(-1, len(LENGTHS))[self.places]
+
+    @property
+    def weights(self) -> np.ndarray:
+        """float32 [N]."""
+        return self.columns["weights"][self.places]
+
+    @property
+    def margins(self) -> np.ndarray:
+        """float32 [N]."""
+        return self.columns["margins"][self.places]
+
+    @property
+    def flags(self) -> np.ndarray:
+        """bool [N, len(FLAGS)]."""
+        return (self.columns["flags"][self.places, None] >> np.arange(len(FLAGS), dtype=np.uint8) & 1).astype(bool)
+
+    @property
+    def prompt_keys(self) -> np.ndarray:
+        """uint64 [N]: hashes of the prompts before encoding; equal prompts have equal keys."""
+        return self.columns["prompt_keys"][self.places]
+
+    @property
+    def pair_keys(self) -> np.ndarray:
+        """uint64 [N]: hashes of the prompts and answers before encoding; a pair and its contradiction have equal keys."""
+        return self.columns["pair_keys"][self.places]
+
+    @property
+    def orders(self) -> np.ndarray:
+        """bool [N]: differs between a pair and its contradiction."""
+        return self.columns["orders"][self.places]
+
+    @property
+    def sources(self) -> np.ndarray:
+        """int32 [N]: which of the sets each pair comes from."""
+        return self.columns["sources"][self.places]
+
+    @property
+    def digests(self) -> np.ndarray:
+        """uint64 [N]: hashes of each pair's tokens, weight and margin."""
+        return self.columns["digests"][self.places]
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of the pairs' digests in order: two tables are equal to training if this is."""
-        return hashlib.sha256(np.ascontiguousarray(self.digests).tobytes()).hexdigest()
+        return hashlib.sha256(self.digests.tobytes()).hexdigest()
 
     def statistics(self) -> dict[str, Any]:
         """Counts for the data report: pairs, prompts, truncations, lengths in tokens, shares of longer and of ended answers."""
@@ -229,9 +251,9 @@ class PairTable:
         }
 
 
-def _edges(sizes: np.ndarray) -> np.ndarray:
-    """int64 [N + 1]: where items of these sizes begin, and the end."""
-    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    """int64 [N]: where items of these sizes begin that lie one behind another."""
+    return np.cumsum(sizes, dtype=np.int64) - sizes
 
 
 def _quantiles(values: np.ndarray) -> dict[str, int]:

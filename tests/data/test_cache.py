@@ -39,7 +39,7 @@ def test_pairs_come_back_from_files(tmp_path: Path, kept: bool) -> None:
     assert notes == "notes" and list(table.ids) == [pair.id for pair in PAIRS]
     for index, pair in enumerate(PAIRS):
         assert all(np.array_equal(a, b) for a, b in zip(table[index].answers, pair.answers, strict=True))
-    assert isinstance(table.tokens.base, np.memmap)
+    assert isinstance(table.columns["tokens"].base, np.memmap)
     again, _ = load_or_make(root, {"data": 1}, make if root is None else unwanted)
     assert again.fingerprint() == table.fingerprint()
 

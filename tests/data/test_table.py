@@ -23,7 +23,7 @@ def test_pairs_come_back_as_they_went_in() -> None:
     for index, pair in enumerate(PAIRS):
         found, expected = table[index], dataclasses.replace(pair, chosen_scored=pair.answers[0][1], rejected_scored=pair.answers[1][1])
         assert {name: str(value) for name, value in vars(found).items()} == {name: str(value) for name, value in vars(expected).items()}
-        assert found.prompt_ids.dtype == np.int32 and np.shares_memory(found.prompt_ids, table.tokens)
+        assert found.prompt_ids.dtype == np.int32 and np.shares_memory(found.prompt_ids, table.columns["tokens"])
     assert table.lengths.tolist() == [[2, 1, 2], [1, 3, 1], [3, 1, 1]]
     assert [len(table[i]) for i in range(3)] == [5, 5, 5]
     with pytest.raises(IndexError):
@@ -34,7 +34,7 @@ def test_taking_pairs_shares_the_tokens() -> None:
     table = PairTable.from_pairs(PAIRS)
     for index in (np.array([2, 0]), np.array([True, False, True])):
         taken = table.take(index)
-        assert sorted(taken.ids) == ["a", "c"] and taken.tokens is table.tokens
+        assert sorted(taken.ids) == ["a", "c"] and taken.columns is table.columns
     assert table.take(np.array([2, 0]))[0].chosen_ids.tolist() == [14]
 
 
@@ -62,6 +62,6 @@ def test_statistics() -> None:
 
 def test_an_empty_table() -> None:
     table = PairTable.from_pairs([])
-    assert len(table) == 0 and table.bounds.shape == (0, 4) and table.lengths.shape == (0, 3)
+    assert len(table) == 0 and table.lengths.shape == (0, 3)
     found = table.take(np.zeros(0, bool)).statistics()
     assert found["pairs"] == 0 and found["chosen_longer"] is None and found["length"]["chosen"]["max"] == 0
