@@ -11,6 +11,7 @@ from jaxdpo.data.chat import Encoder, Tokenizer, decode_answer, load_tokenizer
 from jaxdpo.data.records import Dropped, Message, Preference
 from jaxdpo.data.sources import read_set
 from jaxdpo.data.table import EncodedPair
+from jaxdpo.data.tokens import Words
 
 
 def encoder(tokenizer: Tokenizer, chat_template: str | None = None) -> Encoder:
@@ -24,8 +25,18 @@ def test_published_ids(real_data: Path, name: str, block: str) -> None:
     folder = real_data / "tokenizers" / "_reference_ids"
     texts = (folder / f"ggml-{block}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
     expected = [[int(number) for number in line.split()] for line in (folder / f"ggml-{block}.out").read_text().splitlines()]
-    found = encoder(load_tokenizer(str(real_data / "tokenizers" / name))).token_ids(texts, templated=False)
+    tokenizer = load_tokenizer(str(real_data / "tokenizers" / name))
+    found = encoder(tokenizer).token_ids(texts, templated=False)
     assert len(found) == 47 and found == [*expected, []]  # the last block of the file is the empty text
+    words = Words.of(tokenizer)
+    assert words is not None and words.encode(texts, special=False) == found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_real_texts_word_by_word(real_data: Path, name: str) -> None:
+    tokenizer = load_tokenizer(str(real_data / "tokenizers" / name))
+    words, texts = Words.of(tokenizer), [text for record in hh_records(real_data)[::5] for text in record.texts]
+    assert words is not None and words.encode(texts, special=True) == tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 @functools.cache
