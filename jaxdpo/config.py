@@ -103,6 +103,8 @@ class DataSection:
     """What becomes of a pair whose two answers are the same."""
     empty: Literal["drop", "error"] = "drop"
     """What becomes of a pair with an empty answer."""
+    no_end: Literal["error", "keep"] = "error"
+    """What becomes of training sets in which no answer ends in an end marker, so that the model would not learn to stop."""
     overlap: Literal["error", "drop", "keep"] = "error"
     """What becomes of pairs of data.eval whose prompt is in data.train too."""
     chat_template: str | None = None

@@ -31,8 +31,9 @@ FREE_FIELDS = (
     "data.layout",
     "data.max_row_tokens",
     "data.row_sizes",
-    # A guard that the run has passed already.
+    # Guards that the run has passed already.
     "data.max_dropped_fraction",
+    "data.no_end",
 )
 """Options that may change between a run and its resume (those ending in a dot: the whole section)."""
 

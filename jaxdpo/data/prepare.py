@@ -37,8 +37,8 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
     """Read, encode and split the pairs that the data options name. The rows' text is not kept in memory.
 
     Raises:
-        ValueError: a set cannot be read, loses more than data.max_dropped_fraction of its rows, or leaves no usable pair; or
-            a token id has no row in the model.
+        ValueError: a set cannot be read, loses more than data.max_dropped_fraction of its rows, or leaves no usable pair; no
+            training answer has an end; or a token id has no row in the model.
     """
     encoder = Encoder.create(tokenizer, section)
     train, train_reports, train_repeats = _read_sets(section, "data.train", section.train, encoder, vocab_size)
@@ -54,6 +54,7 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
         **_report(train, held_out, {"train": train_reports, "eval": eval_reports}, encoder),
         "repeats": {"train": train_repeats, "eval": eval_repeats},
     }
+    _check_ends(report["train"], section)
     for warning in report["warnings"]:
         logger.warning("data: %s", warning)
     return Prepared(train, held_out, report)
@@ -142,6 +143,15 @@ def _check_dropped(report: DataReport, option: str, limit: float) -> None:
         raise ValueError(
             f"{option}={report.name}: {report.dropped_fraction:.1%} of the pairs are unusable, more than "
             f"data.max_dropped_fraction={limit}. {describe_counts(report.to_json())}. Repair the rows or raise the limit"
+        )
+
+
+def _check_ends(statistics: dict[str, Any], section: DataSection) -> None:
+    if statistics["ended"] == 0 and section.no_end == "error":
+        cut = sum(statistics["truncated"][side] for side in ("chosen", "rejected"))
+        raise ValueError(
+            f"data.train: none of {2 * statistics['pairs']} answers ends in an end marker ({cut} were cut), so the model would not learn "
+            "to stop. Raise data.max_length, or use a tokenizer or a data.chat_template that has one; data.no_end=keep trains nevertheless"
         )
 
 

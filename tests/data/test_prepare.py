@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -85,7 +86,9 @@ def test_warnings_about_templates_and_special_tokens(
     chats = [{"prompt": [{"role": "user", "content": str(i)}], "chosen": "a", "rejected": "b"} for i in range(5)]
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     section = options(train=[write("b.jsonl", chats)], eval_fraction=0, chat_template=str(tmp_path / "t.jinja"))
-    assert prepare(section, byte_tokenizer, 1000).report["warnings"] == [
+    with pytest.raises(ValueError, match=r"none of 10 answers ends in an end marker \(0 were cut\).*data\.no_end=keep trains nevertheless"):
+        prepare(section, byte_tokenizer, 1000)
+    assert prepare(dataclasses.replace(section, no_end="keep"), byte_tokenizer, 1000).report["warnings"] == [
         "train: no answer ends in an end-of-text token, so the model will not learn to stop"
     ]
 
