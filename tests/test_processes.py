@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from jaxdpo import hosts
 from jaxdpo.checkpoint import restore_params
 from jaxdpo.hosts import Settings, settings
-from tests.runs import folder_with_inputs, metrics
+from tests.runs import folder_with_inputs, metrics, untimed
 
 ROOT = Path(__file__).parent.parent
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_STEP_NUM_TASKS": "2"}
@@ -192,15 +193,38 @@ def test_one_process_saves_and_four_go_on(shared: Path, alone: Path, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_which_can_be_started_again(shared: Path, tmp_path: Path, victim: int) -> None:
-    both = start(shared, tmp_path, 2, "eval.every=0", "checkpoint.save_every=5", steps=100_000)
+    """And then ends in the same bits as processes that nobody disturbed."""
+    options, steps = ("eval.every=0", "checkpoint.save_every=5", "log.every=1"), 80
+    both = start(shared, tmp_path, 2, *options, steps=steps)
     wait_for_rows(both, tmp_path, 12)
     both[victim].send_signal(signal.SIGKILL)
     killed_at = time.monotonic()
     code = ended([both[1 - victim]], 60)[0]
     assert code == 75 or code < 0, (code, told(tmp_path))  # by itself, or by JAX (SIGABRT)
-    assert time.monotonic() - killed_at < 10 + 10 + 10, "the heartbeat's ten seconds, and some"
+    assert time.monotonic() - killed_at < 10 + 10, "the heartbeat's ten seconds, and ten more"
     ended([both[victim]])
-    assert restore_params(tmp_path)[0] >= 5
+    assert 5 <= restore_params(tmp_path)[0] < steps
+    unbroken = shared / "unbroken"
+    if not unbroken.exists():
+        assert ended(start(shared, unbroken, 2, *options, steps=steps)) == [0, 0], told(unbroken)
+    assert ended(start(shared, tmp_path, 2, *options, steps=steps)) == [0, 0], told(tmp_path)
+    states = [restore_params(run, steps)[1] for run in (tmp_path, unbroken)]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *states))) and untimed(tmp_path) == untimed(unbroken)
+
+
+@pytest.mark.slow
+def test_four_processes_save_and_fewer_go_on(shared: Path, alone: Path, tmp_path: Path) -> None:
+    options = ("eval.every=5", "checkpoint.save_every=4")
+    four = start(shared, tmp_path / "four", 4, *options, "mesh.data=2", "mesh.fsdp=2")
+    wait_for_rows(four, tmp_path / "four", 1)
+    four[2].send_signal(signal.SIGTERM)
+    assert ended(four) == [75] * 4, told(tmp_path / "four")
+    assert 1 <= restore_params(tmp_path / "four")[0] < TOTAL
+    for fewer in (1, 2):
+        run_dir = tmp_path / str(fewer)
+        shutil.copytree(tmp_path / "four", run_dir)
+        assert ended(start(shared, run_dir, fewer, *options)) == [0] * fewer, told(run_dir)
+        same(run_dir, alone, TOTAL)
 
 
 @pytest.mark.slow
