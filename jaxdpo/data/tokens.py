@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Ids = list[int]
@@ -72,6 +72,8 @@ class Words:
     def encode(self, texts: Sequence[str], special: bool) -> list[Ids]:
         """Ids of each text."""
         uncommon = [UNCOMMON.search(text) is not None for text in texts]
+        self._backend.no_truncation()  # which a tokenizer.json may ask for, as well as padding
+        self._backend.no_padding()
         self._backend.encode_special_tokens = not special
         whole = iter(self._backend.encode_batch_fast(list(itertools.compress(texts, uncommon)), add_special_tokens=False))
         self._backend.encode_special_tokens = True  # single words are none, however they are spelled
@@ -127,7 +129,7 @@ def _common_words(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, re.ASCII)
 
 
-def _any_of(texts: Sequence[str] | Any) -> re.Pattern[str]:
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches the longest of the texts that stands at a place, as a group; nothing if there are none."""
     return re.compile(f"({'|'.join(map(re.escape, sorted(texts, key=len, reverse=True))) or '(?!)'})")
 

@@ -84,6 +84,15 @@ def test_common_characters_are_of_their_class() -> None:
     assert not any(unicodedata.combining(char) for char in common)
 
 
+def test_truncation_and_padding_of_the_tokenizer_are_off(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["one and two and three", "中 one", "a 中 or two of them and more"]
+    expected = byte_tokenizer(texts, add_special_tokens=False)["input_ids"]
+    backend = Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=16)
+    assert words_of(PreTrainedTokenizerFast(tokenizer_object=backend)).encode(texts, special=True) == expected
+
+
 def test_other_kinds_of_tokenizers_are_not_cut(
     byte_tokenizer: PreTrainedTokenizerFast, metaspace_tokenizer: PreTrainedTokenizerFast
 ) -> None:
