@@ -89,7 +89,7 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
 def _read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
     for number, line in _lines(stream, name):
         if line.strip():
-            yield number, _object(_parse(line, f"{name}:{number}"), f"{name}:{number}")
+            yield number, _object(_parse(line.rstrip(b"\r\n"), f"{name}:{number}"), f"{name}:{number}")
 
 
 def _read_json(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
@@ -181,7 +181,7 @@ def _parse(data: bytes, place: str) -> Any:
         return json.loads(_decode(data, place))
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"{place}: broken JSON ({error.msg} at {where}column {error.colno})") from None
+        raise ValueError(f"{place}: broken JSON ({error.msg.removesuffix(' starting at')} at {where}column {error.colno})") from None
     except RecursionError:
         raise ValueError(f"{place}: broken JSON (nested too deeply)") from None
 

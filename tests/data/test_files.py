@@ -40,6 +40,8 @@ def test_parquet(tmp_path: Path, ending: str) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl:2: not UTF-8 \(byte 0xff at position 7\)"),
+        ("a.jsonl", b'{"a": 1\n', r"a\.jsonl:1: broken JSON \(Expecting ',' delimiter at column 8\)"),
+        ("a.jsonl", b'{"a": "b\n', r"a\.jsonl:1: broken JSON \(Unterminated string at column 7\)"),
         ("a.jsonl", b'{"a": 1}\n\n{"a": \n', r"a\.jsonl:3: broken JSON \(Expecting value"),
         ("a.jsonl", b"[1, 2]\n", r"a\.jsonl:1: a row must be a JSON object with named columns, this is list"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: broken JSON \(nested too deeply\)"),
