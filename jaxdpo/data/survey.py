@@ -26,7 +26,7 @@ class Part:
 
     name: str
     lengths: np.ndarray
-    """int64 [N, 3]: of prompt, chosen and rejected, in the survey's unit."""
+    """Integers [N, 3]: of prompt, chosen and rejected, in the survey's unit."""
     prompts: int
     """Distinct ones."""
     ended: float | None = None
@@ -165,13 +165,9 @@ def survey_tokens(texts: Survey, words: Sequence[Odd], done: Prepared, limits: t
         limits: data.max_length and data.max_prompt_length as they are set.
     """
     tables = (("train", done.train), ("eval", done.eval))
-    parts = [
-        Part(name, table.lengths.astype(np.int64), done.report[name]["prompts"], done.report[name]["ended"])
-        for name, table in tables
-        if len(table)
-    ]
+    parts = [Part(name, table.lengths, done.report[name]["prompts"], done.report[name]["ended"]) for name, table in tables if len(table)]
     ids = [name for _, table in tables for name in table.ids]
-    lengths = np.concatenate([table.lengths for _, table in tables], dtype=np.int64)
+    lengths = np.concatenate([table.lengths for _, table in tables])
     unended = [not (table[i].ended_chosen and table[i].ended_rejected) for _, table in tables for i in range(len(table))]
     prompts, answers, _ = cuts(lengths, *limits)
     odd = [
@@ -185,8 +181,9 @@ def survey_tokens(texts: Survey, words: Sequence[Odd], done: Prepared, limits: t
 
 
 def cuts(lengths: np.ndarray, max_length: int, max_prompt_length: int) -> tuple[np.ndarray, Any, int]:
-    """What truncation does to pairs of these lengths, int64 [N, 3]: bool [N] prompts that are cut, bool [N] pairs with an answer
+    """What truncation does to pairs of these lengths, integers [N, 3]: bool [N] prompts that are cut, bool [N] pairs with an answer
     that is, and the number of tokens that are left."""
+    lengths = lengths.astype(np.int64)  # as wide as the limits, of which any may be given
     prompts = np.minimum(lengths[:, 0], max_prompt_length)
     answers = np.minimum(lengths[:, 1:], (max_length - prompts)[:, None])
     return prompts < lengths[:, 0], np.any(answers < lengths[:, 1:], axis=1), int(prompts.sum() + answers.sum())
@@ -194,7 +191,10 @@ def cuts(lengths: np.ndarray, max_length: int, max_prompt_length: int) -> tuple[
 
 def _extremes(lengths: np.ndarray, ids: list[str]) -> list[Odd]:
     """The longest pairs, and those with the shortest answers."""
-    longest, shortest = lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0), lengths[:, 1:].min(axis=1, initial=2**62)
+    longest, shortest = (
+        lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0),
+        lengths[:, 1:].min(axis=1, initial=np.iinfo(lengths.dtype).max),
+    )
     found = []
     for kind, sizes, order in (
         ("the longest, prompt and answer", longest, np.argsort(-longest, kind="stable")),

@@ -128,6 +128,11 @@ class Names:
         return (self[index] for index in range(len(self)))
 
 
+def _column(name: str, doc: str) -> property:
+    """A column, at a table's places."""
+    return property(lambda table: table.columns[name][table.places], doc=doc)
+
+
 @dataclasses.dataclass(frozen=True)
 class PairTable:
     """Some of the pairs that lie in columns; table[i] is a view, not a copy. Arrays of all pairs are made when asked for, not kept."""
@@ -140,6 +145,16 @@ class PairTable:
     """int64 [M]: where each pair's tokens begin in the columns."""
     name_starts: np.ndarray
     """int64 [M]: where each pair's name begins."""
+
+    weights = _column("weights", "float32 [N].")
+    margins = _column("margins", "float32 [N].")
+    prompt_keys = _column("prompt_keys", "uint64 [N]: hashes of the prompts before encoding; equal prompts have equal keys.")
+    pair_keys = _column(
+        "pair_keys", "uint64 [N]: hashes of the prompts and answers before encoding; a pair and its contradiction have equal keys."
+    )
+    orders = _column("orders", "bool [N]: differs between a pair and its contradiction.")
+    sources = _column("sources", "int32 [N]: which of the sets each pair comes from.")
+    digests = _column("digests", "uint64 [N]: hashes of each pair's tokens, weight and margin.")
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[EncodedPair]) -> "PairTable":
@@ -190,44 +205,9 @@ class PairTable:
         return self.columns["sizes"].reshape(-1, len(LENGTHS))[self.places]
 
     @property
-    def weights(self) -> np.ndarray:
-        """float32 [N]."""
-        return self.columns["weights"][self.places]
-
-    @property
-    def margins(self) -> np.ndarray:
-        """float32 [N]."""
-        return self.columns["margins"][self.places]
-
-    @property
     def flags(self) -> np.ndarray:
         """bool [N, len(FLAGS)]."""
         return (self.columns["flags"][self.places, None] >> np.arange(len(FLAGS), dtype=np.uint8) & 1).astype(bool)
-
-    @property
-    def prompt_keys(self) -> np.ndarray:
-        """uint64 [N]: hashes of the prompts before encoding; equal prompts have equal keys."""
-        return self.columns["prompt_keys"][self.places]
-
-    @property
-    def pair_keys(self) -> np.ndarray:
-        """uint64 [N]: hashes of the prompts and answers before encoding; a pair and its contradiction have equal keys."""
-        return self.columns["pair_keys"][self.places]
-
-    @property
-    def orders(self) -> np.ndarray:
-        """bool [N]: differs between a pair and its contradiction."""
-        return self.columns["orders"][self.places]
-
-    @property
-    def sources(self) -> np.ndarray:
-        """int32 [N]: which of the sets each pair comes from."""
-        return self.columns["sources"][self.places]
-
-    @property
-    def digests(self) -> np.ndarray:
-        """uint64 [N]: hashes of each pair's tokens, weight and margin."""
-        return self.columns["digests"][self.places]
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of the pairs' digests in order: two tables are equal to training if this is."""
