@@ -26,6 +26,7 @@ FREE_FIELDS = (
     "data.processes",
     # From here on: where and in which order the same sums are computed. The result is the same up to rounding.
     "mesh.",
+    "train.offload",
     "model.attention",
     "model.remat",
     "data.layout",

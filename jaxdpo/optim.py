@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxdpo import offload
 from jaxdpo.config import OptimSection
 
 Tree = Any
@@ -53,19 +54,15 @@ def update(
     Returns:
         (new params in their own types, new state).
     """
-    if section.max_grad_norm:
-        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, section.max_grad_norm / (grad_norm + 1e-6)), grads)
     count = opt["count"] + accept.astype(jnp.int32)
+    corrections = [1.0 - decay ** count.astype(jnp.float32) for decay in (section.b1, section.b2)]
+    scale = jnp.minimum(1.0, section.max_grad_norm / (grad_norm + 1e-6)) if section.max_grad_norm else 1.0
 
-    def moment(decay: float, power: int, old: Tree) -> Tree:
+    def moment(decay: float, power: int, old: Tree, grads: Tree) -> Tree:
         def mix(g: jax.Array, m: jax.Array) -> jax.Array:
-            return jnp.where(accept, (decay * m.astype(jnp.float32) + (1.0 - decay) * g**power).astype(m.dtype), m)
+            return jnp.where(accept, (decay * m.astype(jnp.float32) + (1.0 - decay) * (g * scale) ** power).astype(m.dtype), m)
 
         return jax.tree.map(mix, grads, old)
-
-    mu, nu = moment(section.b1, 1, opt["mu"]), moment(section.b2, 2, opt["nu"])
-    mu, nu = jax.lax.optimization_barrier((mu, nu))  # first the moments, in place; else the compiler keeps copies of the old ones
-    corrections = [1.0 - decay ** count.astype(jnp.float32) for decay in (section.b1, section.b2)]
 
     def move(path: tuple, w: jax.Array, mean: jax.Array, square: jax.Array) -> jax.Array:
         master = w.astype(jnp.float32)
@@ -73,7 +70,13 @@ def update(
         decay = section.weight_decay * master if section.weight_decay and _decays(path) else 0.0
         return jnp.where(accept, (master - learning_rate * (step + decay)).astype(w.dtype), w)
 
-    return jax.tree_util.tree_map_with_path(move, params, mu, nu), {"count": count, "mu": mu, "nu": nu}
+    def change(params: Tree, mu: Tree, nu: Tree, grads: Tree) -> tuple[Tree, Tree, Tree]:
+        mu, nu = moment(section.b1, 1, mu, grads), moment(section.b2, 2, nu, grads)
+        mu, nu = jax.lax.optimization_barrier((mu, nu))  # first the moments, in place; else the compiler keeps copies of the old ones
+        return jax.tree_util.tree_map_with_path(move, params, mu, nu), mu, nu
+
+    params, mu, nu = offload.changed(change, (params, opt["mu"], opt["nu"]), grads)
+    return params, {"count": count, "mu": mu, "nu": nu}
 
 
 def _decays(path: tuple) -> bool:

@@ -55,7 +55,7 @@ class Program:
         forward = _forward(config, mesh, model, 1.0 if lora is None else lora.scale)
         options = StepOptions(model=model, loss=config.loss, optim=config.optim, forward=forward, total_steps=total_steps)
         weights = RunWeights(config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=start)
-        shardings = state_shardings(model, mesh, lora)
+        shardings = state_shardings(model, mesh, lora, moments_wait="moments" in config.train.offload)
         train_step, eval_step = compile_steps(options, mesh, shardings, weights.fixed_shardings)
         return cls(
             config=config,
@@ -73,7 +73,7 @@ class Program:
         """Shapes, types and shardings of what a checkpoint holds."""
         shapes = jax.eval_shape(lambda params: init_state(params, self.config.optim), self.weights.trained)
         tree = checkpoint_tree(shapes, shapes.params if with_reference else None)
-        return _placed(tree, checkpoint_tree(self.shardings, self.shardings.params if with_reference else None))
+        return _placed(tree, checkpoint_tree(self.shardings, self.weights.fixed_shardings.reference if with_reference else None))
 
     def abstract_fixed(self, batch: Batch) -> Fixed:
         """Shapes, types and shardings of what a step on `batch` takes beside the state."""

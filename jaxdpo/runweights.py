@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdpo import sharding
+from jaxdpo import offload, sharding
 from jaxdpo.config import Config
 from jaxdpo.models import quant
 from jaxdpo.models.config import ModelConfig
@@ -70,7 +70,8 @@ class RunWeights:
             return None if tree is None else sharding.param_shardings(self.mesh, {key: all_axes[key] for key in tree}, tree)
 
         cached: Any = sharding.rows(self.mesh, 1) if self.reference_kind == "cached" else None
-        return Fixed(place(shapes.base), place(shapes.reference), cached)
+        reference = place(shapes.reference)
+        return Fixed(place(shapes.base), offload.waiting(reference) if "reference" in self.config.train.offload else reference, cached)
 
     @property
     def reference_kind(self) -> str:
@@ -131,17 +132,20 @@ class RunWeights:
         if self.reference_kind != "frozen":
             return None
         if base is not None:
-            return self._copy(base) | self._own()
-        same = self.config.model.param_dtype == self.reference_dtype
-        return params if same and not shared else self._copy(params, self.reference_dtype)
+            return self._copy(base | self._own())
+        stays = not shared and "reference" not in self.config.train.offload
+        return params if stays and self.config.model.param_dtype == self.reference_dtype else self._copy(params, self.reference_dtype)
 
     def _own(self) -> Params:
         """What the reference has over LoRA's base."""
         return {} if self.start is None else {"lora": self._put_start(self.start)}
 
     def _copy(self, tree: Params, dtype: str | None = None) -> Params:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
-        return jax.jit(lambda tree: jax.tree.map(lambda w: jnp.array(w, dtype or w.dtype, copy=True), tree), out_shardings=shardings)(tree)
+        """A copy where a frozen reference lives."""
+        places = self.fixed_shardings.reference
+        if "reference" in self.config.train.offload:  # one weight at a time, as the devices may not have room for all
+            return jax.tree.map(lambda w, where: jax.device_put(jnp.array(w, dtype or w.dtype, copy=True), where), tree, places)
+        return jax.jit(lambda tree: jax.tree.map(lambda w: jnp.array(w, dtype or w.dtype, copy=True), tree), out_shardings=places)(tree)
 
     def _put_start(self, start: Params) -> Params:
         return sharding.put(start, self.shardings)
@@ -191,12 +195,13 @@ def trained_shardings(model: ModelConfig, mesh: Mesh, lora: Lora | None = None) 
     return sharding.param_shardings(mesh, adapter_axes(model, lora), adapter_shapes(model, lora))
 
 
-def state_shardings(model: ModelConfig, mesh: Mesh, lora: Lora | None = None) -> Any:
-    """Where each part of the state lives; moments with their weights.
+def state_shardings(model: ModelConfig, mesh: Mesh, lora: Lora | None = None, *, moments_wait: bool = False) -> Any:
+    """Where each part of the state lives; moments with their weights, or on the hosts of these devices.
 
     Raises:
         ValueError: the mesh does not divide the weights.
     """
     params, everywhere = trained_shardings(model, mesh, lora), sharding.replicated(mesh)
-    leaves: Any = (params, {"count": everywhere, "mu": params, "nu": params}, everywhere, everywhere)
+    moments = offload.waiting(params) if moments_wait else params
+    leaves: Any = (params, {"count": everywhere, "mu": moments, "nu": moments}, everywhere, everywhere)
     return TrainState(*leaves)

@@ -90,9 +90,14 @@ class Session(Program):
         Args:
             params, base: as `weights` loads them; they become part of the result.
         """
-        opt = jax.jit(lambda: optim.init(self.weights.trained, self.config.optim), out_shardings=self.shardings.opt)()
-        state = TrainState(params, opt, self.put_scalar(0, np.int32), self.put_scalar(0, np.int32))
+        state = TrainState(params, self._first_moments(), self.put_scalar(0, np.int32), self.put_scalar(0, np.int32))
         return state, Fixed(base, self.weights.reference(params, base, shared=True))
+
+    def _first_moments(self) -> dict[str, Any]:
+        init, places = functools.partial(optim.init, self.weights.trained, self.config.optim), self.shardings.opt
+        if "moments" not in self.config.train.offload:
+            return jax.jit(init, out_shardings=places)()
+        return sharding.put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init)), places)
 
     def reference_again(self, base: Params | None) -> Params | None:
         """Fixed.reference as `start` gives it: for a resume, which has its policy from a checkpoint."""

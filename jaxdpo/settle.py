@@ -25,6 +25,7 @@ def settle(config: Config, mesh: Mesh, model: ModelConfig, raw: Mapping[str, Any
     """
     config = settle_router(settle_reference(settle_lengths(settle_dtype(config, mesh), model)), model, raw)
     check_attention(config, mesh, model)
+    check_offload(config)
     if config.data.max_length > model.max_positions:
         raise ValueError(
             f"data.max_length={config.data.max_length}: the model knows {model.max_positions} positions. "
@@ -85,6 +86,20 @@ def settle_reference(config: Config) -> Config:
         return config
     kind = "adapter_off" if config.lora.enabled else "frozen"
     return dataclasses.replace(config, reference=kind if needs_reference(config.loss) else "none")
+
+
+def check_offload(config: Config) -> None:
+    """Refuse to let wait what is not there.
+
+    Args:
+        config: with the reference settled.
+
+    Raises:
+        ValueError: no reference of its own would wait.
+    """
+    if "reference" in config.train.offload and config.reference != "frozen":
+        why = {"adapter_off": "is the policy's own base", "cached": "holds no weights"}.get(config.reference, "does not exist")
+        raise ValueError(f"train.offload={config.train.offload}: the reference ({config.reference}) {why}. Leave reference out")
 
 
 def settle_router(config: Config, model: ModelConfig, raw: Mapping[str, Any]) -> Config:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdpo import losses, optim
+from jaxdpo import losses, offload, optim
 from jaxdpo.answers import Answers, Scored, StepOptions, all_answers, answers, real_slots, reference_logps
 from jaxdpo.config import LossSection, OptimSection
 from jaxdpo.data.packing import Batch
@@ -55,8 +55,10 @@ class Fixed(NamedTuple):
         return params if self.base is None else self.base | {"lora": params}
 
     def reference_view(self) -> Params | None:
-        """The reference as the decoder takes it; None where none runs."""
-        return None if self.reference is None else (self.base or {}) | self.reference
+        """The reference as the decoder takes it; None where none runs. Of what waits on the hosts, the layers are left there."""
+        if self.reference is None:
+            return None
+        return (self.base or {}) | {name: part if name == "layers" else offload.fetched(part) for name, part in self.reference.items()}
 
 
 def init_state(params: Params, section: OptimSection) -> TrainState:
@@ -114,9 +116,13 @@ def train_step(state: TrainState, fixed: Fixed, batch: Batch, apply: jax.Array, 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
 def _mix(reference: Params, params: Params, share: float) -> Params:
-    return jax.tree.map(
-        lambda ref, w: ((1.0 - share) * ref.astype(jnp.float32) + share * w.astype(jnp.float32)).astype(ref.dtype), reference, params
-    )
+    def mix(ref: jax.Array, w: jax.Array) -> jax.Array:
+        return ((1.0 - share) * ref.astype(jnp.float32) + share * w.astype(jnp.float32)).astype(ref.dtype)
+
+    def change(reference: Params, params: Params) -> tuple[Params]:
+        return (jax.tree.map(mix, reference, params),)
+
+    return offload.changed(change, (reference,), params)[0]
 
 
 def move_reference(reference: Params, params: Params, section: LossSection) -> Params:

@@ -46,7 +46,8 @@ PROGRAMS: dict[str, tuple[Callable, Callable]] = {}
 
 def compiled_once(options: StepOptions, mesh: jax.sharding.Mesh, shardings: Any, fixed: Fixed) -> tuple[Callable, Callable]:
     """compile_steps that remembers."""
-    key = repr((options, jax.tree.structure((shardings, fixed))))
+    places = jax.tree.leaves((shardings, fixed))
+    key = repr((options, jax.tree.structure((shardings, fixed)), [where.memory_kind for where in places]))
     if key not in PROGRAMS:
         PROGRAMS[key] = compile_steps(options, mesh, shardings, fixed)
     return PROGRAMS[key]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdpo import options, sharding, step
+from jaxdpo import offload, options, sharding, step
 from jaxdpo.config import Config, LossSection, MeshSection, OptimSection
 from jaxdpo.data.packing import Batch, Packer
 from jaxdpo.data.table import EncodedPair
@@ -98,6 +98,7 @@ class Setup:
     remat: str = "none"
     chunk: int | None = None
     total_steps: int = 10
+    offload: tuple[str, ...] = ()
 
     def options(self) -> step.StepOptions:
         """The step's options."""
@@ -114,10 +115,11 @@ class Stepper:
         """Put policy and reference (default: random, and not equal) on the setup's mesh."""
         self.setup, self.mesh = setup, mesh(*setup.mesh)
         self._policy = params(0, setup.config) if policy is None else policy
-        self._shardings = state_shardings(setup.config, self.mesh)
+        self._shardings = state_shardings(setup.config, self.mesh, moments_wait="moments" in setup.offload)
         reference = params(1, setup.config) if reference is None else reference
-        self.reference = sharding.put(reference, self._shardings.params) if step.needs_reference(setup.loss) else None
-        where = step.Fixed(reference=None if self.reference is None else self._shardings.params)
+        place = offload.waiting(self._shardings.params) if "reference" in setup.offload else self._shardings.params
+        self.reference = sharding.put(reference, place) if step.needs_reference(setup.loss) else None
+        where = step.Fixed(reference=None if self.reference is None else place)
         self.train_step, self.eval_step = step.compile_steps(setup.options(), self.mesh, self._shardings, where)
         self.reset()
 

@@ -16,6 +16,7 @@ from jaxdpo.models.attention import Window, attend_to_cache, attention
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, head_weight, run_layers
 from jaxdpo.models.layers import rounded
+from jaxdpo.offload import fetched
 from jaxdpo.sharding import ROWS, constrain
 
 
@@ -74,6 +75,7 @@ def for_decoding(params: Params, config: ModelConfig, options: ForwardOptions) -
     def by_layer(tree: Any) -> tuple:
         return tuple(layer(tree, index) for index in range(config.num_layers))
 
+    params = fetched(params)
     if not options.on_cpu:
         return of_products(params)
     if isinstance(params["layers"], tuple):

@@ -21,6 +21,7 @@ from jaxdpo.models.attention import Window, attention
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.layers import ACTIVATIONS, gated, layer_norm, look_up, param, project, rms_norm, rope_tables, rotate, rounded
 from jaxdpo.models.moe import MoE, RouterLoad
+from jaxdpo.offload import fetched
 from jaxdpo.products import soft_cap
 from jaxdpo.sharding import constrain, constrain_slots
 
@@ -333,9 +334,9 @@ def run_layers(
         rope = ropes[0]
         if ropes[1] is not None:
             rope = jax.tree.map(lambda far, near: jnp.where(inputs.window == NO_WINDOW, far, near), *ropes)
-        module = _bind(config, "layers", _plain(inputs.weights, options.dtype))
+        module = _bind(config, "layers", _plain(fetched(inputs.weights), options.dtype))
         attend_here = functools.partial(attend, window=inputs.window, cache=inputs.cache)
-        x_BTD, kept, load = module(x_BTD, rope, attend_here, inputs.lora, real_BT, options)
+        x_BTD, kept, load = module(x_BTD, rope, attend_here, fetched(inputs.lora), real_BT, options)
         return x_BTD, (kept, load)
 
     policy = REMAT[options.remat]

@@ -54,7 +54,8 @@ def compiler_devices(topology: Topology) -> list[Any]:
         raise Unavailable('the TPU compiler is not installed: pip install "jax[tpu]" brings it, also where there is no TPU')
     for name, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.shape or "").devices)
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.shape or "", num_slices=topology.num_slices)
+    return list(described.devices)
 
 
 def _gpus(topology: Topology) -> list[Any]:
@@ -75,10 +76,11 @@ def compile_step(program: Program, rows: Rows) -> Compiled:
             raise
         return Compiled(peak=_refused_bytes(str(error)), arguments=0.0, fits=False, collectives=[])
     memory: Any = compiled.memory_analysis()
+    waiting = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes  # which a TPU's peak includes
     on_cpu = program.options.forward.on_cpu  # where the compiler's own peak leaves out what is temporary
     added = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
-        peak=float(added if on_cpu else memory.peak_memory_in_bytes),
+        peak=float(added if on_cpu else memory.peak_memory_in_bytes - waiting),
         arguments=float(memory.argument_size_in_bytes),
         fits=True,
         collectives=collectives(compiled.as_text() or "", program.mesh),

@@ -16,7 +16,8 @@ def describe(choice: Choice, machine: Topology, *, pairs: int, price: float | No
     program, chip = choice.program, machine.chip
     trained, every = program.weights.num_trained(), program.weights.num_all()
     what = "all trained" if trained == every else f"{trained / 1e6:.1f}M trained in adapters"
-    hosts = f"{machine.num_hosts} host{'s' * (machine.num_hosts > 1)}"
+    slices = f"{machine.num_slices} slices, " if machine.num_slices > 1 else ""
+    hosts = f"{slices}{machine.num_hosts} host{'s' * (machine.num_hosts > 1)}"
     yield f"{machine.name}: {machine.num_chips} x {chip.kind} with {gib(chip.memory)}, {hosts}"
     yield f"{program.model.family} of {every / 1e9:.2f}B weights, {what}; reference {program.weights.reference_kind}; {choice.options}"
     rows = choice.rows
@@ -27,6 +28,7 @@ def describe(choice: Choice, machine: Topology, *, pairs: int, price: float | No
     for name, size in choice.memory.parts.items():
         yield f"  {name:26}{gib(size):>12}"
     verdict = "fits" if choice.fits else "does NOT fit"
+    yield from (f"  {name + ' (host)':26}{gib(size):>12}" for name, size in choice.memory.waiting.items())
     yield f"  {'at most (' + choice.memory.worst + ')':26}{gib(choice.memory.peak):>12}  {verdict} into {gib(chip.memory)}"
     yield ""
     yield from _speed(choice, machine, pairs, price, efficiency)
@@ -37,6 +39,9 @@ def _speed(choice: Choice, machine: Topology, pairs: int, price: float | None, e
     yield f"useful work of a step: {speed.useful / 1e12:.3g} TFLOP"
     sent = ", ".join(f"{axis} {size / 1e9:.3g} GB" for axis, size in speed.sent.items()) or "nothing"
     yield f"sent by a device: {sent}"
+    if speed.waited:
+        parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in speed.waited.items())
+        yield f"brought from the host to a device: {parts}, in {speed.bringing:.3g} s"
     times = f"matrix products {speed.products:.3g} s, memory {speed.memory:.3g} s, links {speed.links:.3g} s"
     yield f"roofline: {times} of which {speed.exposed:.3g} s nothing hides; at best {speed.seconds:.3g} s a step, MFU {speed.mfu:.0%}"
     seconds = speed.seconds / efficiency

@@ -15,6 +15,7 @@ import jax
 from jaxdpo.logprobs import chunk_size
 from jaxdpo.planning.rows import Rows
 from jaxdpo.program import Program
+from jaxdpo.step import Fixed
 
 FLOAT32 = 4
 
@@ -25,6 +26,8 @@ class Memory:
 
     held: dict[str, float]
     """What is there from step to step, by part."""
+    waiting: dict[str, float]
+    """What waits in the memory of its host, by part."""
     phases: dict[str, dict[str, float]]
     """What is there besides at the step's worst moments, by part."""
 
@@ -48,25 +51,45 @@ def estimate(program: Program, rows: Rows) -> Memory:
     """The memory of a step on its longest rows."""
     sizes = _Sizes.of(program, rows)
     state, fixed = program.abstract_state(with_reference=False), program.abstract_fixed(rows.batch)
+    apart = waiting_parts(state, fixed, program)
+    waiting = {name: local_bytes(tree) for name, tree in apart.items()}
     held = {
         "parameters": local_bytes(state["params"]),
         "base under the adapter": local_bytes(fixed.base),
-        "reference": local_bytes(fixed.reference),
-        "optimizer moments": local_bytes(state["opt"]),
+        "reference": local_bytes(fixed.reference) - waiting.get("reference", 0.0),
+        "optimizer moments": local_bytes(state["opt"]) - waiting.get("optimizer moments", 0.0),
         "batch": sum(math.prod(leaf.shape) * FLOAT32 for leaf in jax.tree.leaves(rows.batch)) / rows.rows,
     }
     # Microbatches add up in a copy of their own.
     gradients = FLOAT32 * local_bytes(state["params"], sizes_only=True)
     sums = gradients if rows.microbatches > 1 else 0.0
     saved = sizes.layers * sizes.saved
+    moving = _moments_on_their_way(apart["optimizer moments"], sizes.layers) if "optimizer moments" in apart else 0.0
     return Memory(
         held=held,
+        waiting=waiting,
         phases={
             "LM head": {"gradients": sums, "activations": saved + sizes.hidden, "LM head": sizes.head, "logits of a chunk": sizes.logits},
             "backward": {"gradients": gradients + sums, "activations": saved, "a layer at work": sizes.layer + sizes.gathered},
-            "update": {"gradients": gradients + sums},
+            "update": {"gradients": gradients + sums, "moments on their way": moving},
         },
     )
+
+
+def waiting_parts(state: dict[str, Any], fixed: Fixed, program: Program) -> dict[str, Any]:
+    """What is in the hosts' memory but for a layer at a time, by part: moments, and the layers of a reference.
+
+    A CPU has no memory but that of its host, so nothing is elsewhere.
+    """
+    what = [] if program.options.forward.on_cpu else program.config.train.offload
+    reference = {"reference": (fixed.reference or {})["layers"]} if "reference" in what else {}
+    return reference | ({"optimizer moments": [state["opt"]["mu"], state["opt"]["nu"]]} if "moments" in what else {})
+
+
+def _moments_on_their_way(moments: list[Any], num_layers: int) -> float:
+    """Bytes of moments that are on the device at once, old and new: of one layer or of one part beside the layers."""
+    sizes = [sum(local_bytes(tree[name]) for tree in moments) / (num_layers if name == "layers" else 1) for name in moments[0]]
+    return 2 * max(sizes)
 
 
 def local_bytes(tree: Any, *, sizes_only: bool = False) -> float:

@@ -4,14 +4,16 @@ What can go on at once is taken to do so, and everything runs at the makers' pea
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
 from jaxdpo.flops import step_flops
-from jaxdpo.planning.memory import FLOAT32, local_bytes
+from jaxdpo.planning.memory import FLOAT32, local_bytes, waiting_parts
 from jaxdpo.planning.rows import Rows
 from jaxdpo.planning.topologies import Topology
 from jaxdpo.program import Program
+from jaxdpo.sharding import AXES
 
 RING = 0.5
 """Share of a TPU's links that a ring of its neighbours uses: those along one of the torus's dimensions."""
@@ -27,27 +29,31 @@ class Speed:
     """Seconds of matrix products, with what is computed again and what is padding."""
     memory: float
     """Seconds of reading and writing memory."""
-    link: float
-    """Bytes a second that a device sends along one mesh axis."""
     sent: dict[str, float]
-    """Bytes that a device sends, by mesh axis."""
+    """Bytes that a device sends, by mesh axis; `slices` is what the axis data sends between slices or hosts."""
+    sending: dict[str, float]
+    """Seconds that takes, likewise."""
+    waited: dict[str, float]
+    """Bytes that come from the memory of the device's host, and for moments as many that go back, by part."""
+    bringing: float
+    """Seconds that takes."""
     peak: float
     """FLOPs a second of all devices."""
 
     @property
     def links(self) -> float:
         """Seconds of sending."""
-        return sum(self.sent.values()) / self.link
+        return sum(self.sending.values())
 
     @property
     def exposed(self) -> float:
         """Seconds of sending that products wait for: sums of activations. Weights and gradients travel while others are computed."""
-        return sum(self.sent.get(axis, 0.0) for axis in ("context", "tensor")) / self.link
+        return sum(self.sending.get(axis, 0.0) for axis in ("context", "tensor"))
 
     @property
     def seconds(self) -> float:
-        """The step at best."""
-        return max(self.products, self.memory, self.links - self.exposed) + self.exposed
+        """The step at best. What comes from the hosts is taken to come while others are computed, too."""
+        return max(self.products, self.memory, self.links - self.exposed, self.bringing) + self.exposed
 
     @property
     def mfu(self) -> float:
@@ -57,7 +63,8 @@ class Speed:
 
 def roofline(program: Program, rows: Rows, topology: Topology) -> Speed:
     """The speed of a usual step."""
-    work, sent, chip = _Work.of(program, rows), _sent(program, rows), topology.chip
+    work, chip = _Work.of(program, rows), topology.chip
+    sent, waited = _sent(program, rows, topology), _waited(program, rows)
     full, live = program.weights.lora is None, program.weights.reference_kind in ("frozen", "adapter_off")
     again = 1 if program.options.forward.remat == "full" else 0
     times = 2 + again + full + live
@@ -65,8 +72,10 @@ def roofline(program: Program, rows: Rows, topology: Topology) -> Speed:
         useful=step_flops(program.model, rows.lengths, full=full, live_reference=live),
         products=(times * work.body + (3 + full + live) * work.head + (3.5 + live) * work.scores) / chip.flops,
         memory=(_weight_traffic(program, rows) + (2 + again + live) * work.activations) / chip.bandwidth,
-        link=topology.link * (RING if chip.platform == "tpu" else 1.0),
         sent=sent,
+        sending={axis: size / _pace(axis, program, topology) for axis, size in sent.items()},
+        waited=waited,
+        bringing=sum(waited.values()) / chip.host,
         peak=chip.flops * topology.num_chips,
     )
 
@@ -115,18 +124,41 @@ def _used_weights(program: Program) -> float:
     return shapes.num_all() / (mesh["tensor"] * experts)
 
 
-def _sent(program: Program, rows: Rows) -> dict[str, float]:
-    """Bytes that a device sends in a step, by mesh axis, with ring algorithms."""
+def _waited(program: Program, rows: Rows) -> dict[str, float]:
+    """Bytes that come to a device from its host in a step, by part. The reference's come for each microbatch."""
+    parts = waiting_parts(program.abstract_state(with_reference=False), program.abstract_fixed(rows.batch), program)
+    return {name: local_bytes(tree) * (rows.microbatches if name == "reference" else 1) for name, tree in parts.items()}
+
+
+def _inner(axis: str, program: Program) -> int:
+    """Devices along a mesh axis and those inside it, which lie together."""
+    mesh = program.mesh.shape
+    return math.prod(mesh[inner] for inner in AXES[AXES.index(axis) :])
+
+
+def _pace(axis: str, program: Program, topology: Topology) -> float:
+    """Bytes a second that a device sends along a mesh axis."""
+    if axis == "slices":
+        return topology.chip.network
+    link = topology.link(topology.joined if axis == "data" else _inner(axis, program))
+    return link * (RING if topology.chip.platform == "tpu" and link == topology.chip.link else 1.0)
+
+
+def _sent(program: Program, rows: Rows, topology: Topology) -> dict[str, float]:
+    """Bytes that a device sends in a step, by mesh axis, with ring algorithms; gradients are summed in each slice (or host) first."""
     model, mesh, item = program.model, program.mesh.shape, program.options.forward.dtype.itemsize
     live = program.weights.reference_kind in ("frozen", "adapter_off")
     again = 1 if program.options.forward.remat == "full" else 0
     shards = mesh["fsdp"] * mesh["expert"]
+    near = math.gcd(mesh["data"], max(1, topology.joined // _inner("fsdp", program)))  # copies that links connect
+    far = mesh["data"] // near
     trained = program.weights.num_trained() / mesh["tensor"]
     slots, D = rows.slots / mesh["context"], model.hidden_size
     keys = rows.slots * 2 * model.num_kv_heads * model.head_dim / mesh["tensor"] * model.num_layers
     micro = {
         "fsdp": _share(shards) * ((2 + live) * item * _used_weights(program) + FLOAT32 * trained),
-        "data": 2 * _share(mesh["data"]) * FLOAT32 * trained / shards,
+        "data": 2 * _share(near) * FLOAT32 * trained / shards,
+        "slices": 2 * _share(far) * FLOAT32 * trained / (shards * near),
         "context": _share(mesh["context"]) * keys * ((1 + again + live) * item + FLOAT32),
         "tensor": 2 * _share(mesh["tensor"]) * FLOAT32 * slots * D * model.num_layers * 2 * (2 + again + live),
     }

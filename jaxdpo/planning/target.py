@@ -17,12 +17,13 @@ from jaxdpo.settle import settle, settle_lora
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    """A device in name only, for shapes and places that no compiler looks at."""
+    """A device in name only, for shapes and places that no compiler looks at. It has no memories to tell apart."""
 
     id: int
     platform: str
     device_kind: str
     process_index: int = 0
+    slice_index: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,9 @@ class Target:
 
     def stand_ins(self) -> list[Any]:
         """The machine's devices, in name only."""
-        chip = self.topology.chip
-        return [StandIn(i, chip.platform, chip.kind, i // chip.per_host) for i in range(self.topology.num_chips)]
+        machine, chip = self.topology, self.topology.chip
+        each = machine.num_chips // machine.num_slices
+        return [StandIn(i, chip.platform, chip.kind, i // chip.per_host, i // each) for i in range(machine.num_chips)]
 
     def program(self, config: Config, devices: Sequence[Any] | None = None) -> Program:
         """The run's program on these devices; by default on stand-ins.
@@ -56,4 +58,6 @@ class Target:
         """
         mesh = sharding.make_mesh(config.mesh, devices or self.stand_ins(), sizes=axis_sizes(self.model))
         config, lora, _ = settle_lora(settle(config, mesh, self.model, self.raw), self.model)
-        return Program.of(config, mesh, self.model, Path(), lora=lora, start=None, total_steps=config.train.steps or 1000)
+        placed = config if devices else dataclasses.replace(config, train=dataclasses.replace(config.train, offload=[]))
+        program = Program.of(placed, mesh, self.model, Path(), lora=lora, start=None, total_steps=config.train.steps or 1000)
+        return dataclasses.replace(program, config=config)

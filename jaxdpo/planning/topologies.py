@@ -1,6 +1,7 @@
-"""Machines by name: `v5e-16`, `v5p-128`, `h100-8`, `cpu-8`, with what a plan has to know of them.
+"""Machines by name: `v5e-16`, `v5p-128`, `2xv5e-16`, `h100-8`, `cpu-8`, with what a plan has to know of them.
 
 TPU names are those of the cloud, where the number of v4 and v5p counts TensorCores, two to a chip, and that of v5e and v6e chips.
+`2x` in front: two such slices.
 """
 
 import dataclasses
@@ -29,7 +30,9 @@ class Chip:
     link: float
     """Bytes a second that the chip can send to its neighbours, and as many that it can receive."""
     network: float
-    """The same between chips that no such link connects: hosts of GPUs."""
+    """The same between chips that no such link connects: in other slices of TPUs, in other hosts of GPUs."""
+    host: float
+    """The same between a chip and the memory of its host."""
     per_host: int
     """Chips of a host in the larger machines of this kind."""
 
@@ -43,6 +46,7 @@ class Topology:
     num_chips: int
     shape: str | None
     """How a slice's chips are connected, as the TPU compiler takes it; None for other platforms."""
+    num_slices: int = 1
 
     @property
     def num_hosts(self) -> int:
@@ -50,23 +54,33 @@ class Topology:
         return max(1, self.num_chips // self.chip.per_host)
 
     @property
-    def link(self) -> float:
-        """Bytes a second of a collective over all chips, at the slowest connection."""
-        joined = self.chip.platform == "tpu" or self.num_hosts == 1
-        return self.chip.link if joined else self.chip.network
+    def joined(self) -> int:
+        """Chips that links connect: those of a slice of TPUs, those of a host of GPUs."""
+        return min(self.num_chips, self.chip.per_host) if self.chip.platform == "cuda" else self.num_chips // self.num_slices
+
+    def link(self, count: int) -> float:
+        """Bytes a second of a collective over so many neighbouring chips, at the slowest connection."""
+        return self.chip.network if self.joined % count else self.chip.link
 
 
-def _tpu(kind: str, memory: float, bandwidth: float, gigabits: float, per_host: int) -> Chip:
-    """`gigabits`: the interconnect's bits of all links of a chip, one way. `network` stays unused: a slice is one fabric."""
-    link = gigabits / 8 * 1e9
+def _tpu(kind: str, memory: float, bandwidth: float, gigabits: float, per_host: int, host: float = 15) -> Chip:
+    """`gigabits`: the interconnect's bits of all links of a chip, one way. The network is 200 Gbit/s a host."""
     flops = PEAK_FLOPS[kind]
     return Chip(
-        platform="tpu", kind=kind, memory=memory * GIB, flops=flops, bandwidth=bandwidth * 1e9, link=link, network=link, per_host=per_host
+        platform="tpu",
+        kind=kind,
+        memory=memory * GIB,
+        flops=flops,
+        bandwidth=bandwidth * 1e9,
+        link=gigabits / 8 * 1e9,
+        network=25e9 / per_host,
+        host=host * 1e9,
+        per_host=per_host,
     )
 
 
-def _gpu(kind: str, memory: float, bandwidth: float, link: float, per_host: int = 8) -> Chip:
-    """`link`: NVLink's (or PCIe's) bytes one way, which is half of what data sheets add up. The network is 400 Gbit/s a GPU."""
+def _gpu(kind: str, memory: float, bandwidth: float, link: float, host: float, per_host: int = 8) -> Chip:
+    """`link` and `host`: bytes of NVLink (or PCIe) one way, half of what data sheets add up. The network is 400 Gbit/s a GPU."""
     flops = PEAK_FLOPS[kind]
     return Chip(
         platform="cuda",
@@ -76,6 +90,7 @@ def _gpu(kind: str, memory: float, bandwidth: float, link: float, per_host: int 
         bandwidth=bandwidth * 1e9,
         link=link * 1e9,
         network=50e9,
+        host=host * 1e9,
         per_host=per_host,
     )
 
@@ -83,17 +98,18 @@ def _gpu(kind: str, memory: float, bandwidth: float, link: float, per_host: int 
 GPU_SHARE = 0.92
 """Share of a GPU's memory that programs can have with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92; the driver and NCCL take the rest."""
 
-# TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (bandwidth, interconnect). Memory is what their compiler allows a program.
+# TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (bandwidth, interconnect); hosts and network: jax-ml.github.io/scaling-book/tpus.
+# Memory is what their compiler allows a program.
 # GPUs: NVIDIA's data sheets of A100 80 GB SXM, H100 SXM, H200 SXM and L4; memory as nvidia-smi shows it.
 _CHIPS = {
     "v4": _tpu("TPU v4", 31.75, 1228, 2400, 4),
     "v5e": _tpu("TPU v5e", 15.75, 819, 1600, 8),
     "v5p": _tpu("TPU v5p", 95.74, 2765, 4800, 4),
-    "v6e": _tpu("TPU v6e", 31.25, 1640, 3584, 8),
-    "a100": _gpu("NVIDIA A100", 80.0, 2039, 300),
-    "h100": _gpu("NVIDIA H100", 79.6, 3350, 450),
-    "h200": _gpu("NVIDIA H200", 140.4, 4800, 450),
-    "l4": _gpu("NVIDIA L4", 22.5, 300, 32),
+    "v6e": _tpu("TPU v6e", 31.25, 1640, 3584, 8, host=32),
+    "a100": _gpu("NVIDIA A100", 80.0, 2039, 300, 32),
+    "h100": _gpu("NVIDIA H100", 79.6, 3350, 450, 64),
+    "h200": _gpu("NVIDIA H200", 140.4, 4800, 450, 64),
+    "l4": _gpu("NVIDIA L4", 22.5, 300, 32, 32),
 }
 _CORES = {"v4": 2, "v5p": 2}
 """Generations whose names count TensorCores: how many a chip has."""
@@ -117,8 +133,11 @@ _GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _CPUS = tuple(range(1, 65))
 
 
+MOST_SLICES = 256
+
+
 def names() -> list[str]:
-    """All names that `topology` knows."""
+    """All names that `topology` knows, those of several slices aside."""
     slices = [f"{kind}-{chips * _CORES.get(kind, 1)}" for kind, shapes in _SHAPES.items() for chips in shapes]
     gpus = [f"{kind}-{count}" for kind, chip in _CHIPS.items() if chip.platform == "cuda" for count in _GPUS]
     return [*slices, *gpus, *(f"cpu-{count}" for count in _CPUS)]
@@ -130,10 +149,19 @@ def topology(name: str) -> Topology:
     >>> found = topology("v5p-128")
     >>> found.num_chips, found.num_hosts, found.shape
     (64, 16, 'v5p:4x4x4')
+    >>> topology("2xv5e-16").num_chips
+    32
 
     Raises:
         ValueError: there is none; names the nearest.
     """
+    slices, times, one = name.partition("x")
+    if times and slices.isdecimal() and 1 <= int(slices) <= MOST_SLICES:
+        part = topology(one)
+        if part.shape is None:
+            raise ValueError(f"topology={name}: only TPUs come in slices. Use {one.partition('-')[0]}-<number of all>")
+        count = int(slices)
+        return dataclasses.replace(part, name=name, num_chips=count * part.num_chips, num_slices=count)
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1) or ["v5e-8"]
         kinds = ", ".join([*_CHIPS, "cpu"])
@@ -158,5 +186,6 @@ def _cpu(count: int) -> Chip:
         bandwidth=1e10 * cores,
         link=5e9 * cores,
         network=5e9 * cores,
+        host=1e10 * cores,
         per_host=count,
     )

@@ -52,6 +52,33 @@ def test_a_slower_network_is_seen() -> None:
     assert roofline(choice.program, choice.rows, near).links == pytest.approx(choice.speed.links / 9)
 
 
+def test_slices_send_each_other_the_sums_of_their_gradients() -> None:
+    one, two = (planned(target(name, **BIG), 64, mesh={"fsdp": 16}).speed for name in ("v5e-16", "2xv5e-16"))
+    assert set(one.sent) == {"fsdp"} and set(two.sent) == {"fsdp", "slices"}
+    choice = planned(target("2xv5e-16", **BIG), 64, mesh={"fsdp": 16})
+    weights = choice.program.weights.num_trained()
+    assert two.sent["slices"] == pytest.approx(choice.rows.microbatches * 4 * weights / 16)  # 2 * (2 - 1) / 2 of a device's share
+    assert two.sending["slices"] / two.sent["slices"] > 10 * two.sending["fsdp"] / two.sent["fsdp"]
+    near = planned(target("2xv5e-16", **BIG), 64, mesh={"fsdp": 8}).speed
+    assert near.sent["data"] == near.sent["slices"] * 2  # to the sister in the slice, then half of it to the other slice
+    across = planned(target("2xv5e-16", **BIG), 64, mesh={"fsdp": 32}).speed
+    assert across.links > 5 * two.links
+
+
+def test_what_waits_is_brought_over() -> None:
+    some = target("v5e-8", **BIG)
+    plain, apart = (
+        planned(some, 64, mesh={"fsdp": 8}, train={"offload": what, "pairs_per_step": 64}) for what in ([], ["reference", "moments"])
+    )
+    assert plain.speed.waited == {} and plain.memory.waiting == {}
+    assert apart.speed.waited["optimizer moments"] == apart.memory.waiting["optimizer moments"]
+    assert apart.speed.waited["reference"] == apart.rows.microbatches * apart.memory.waiting["reference"]
+    assert apart.speed.bringing == pytest.approx(sum(apart.speed.waited.values()) / 15e9)
+    moved = sum(apart.memory.waiting.values())
+    assert apart.memory.peak < plain.memory.peak - 0.9 * moved
+    assert apart.memory.held["optimizer moments"] < 100
+
+
 @pytest.mark.slow
 def test_what_is_sent_is_what_the_compiled_program_sends() -> None:
     """Sharded weights: within a third, as the compiler gathers some twice and sends float32 on a CPU."""

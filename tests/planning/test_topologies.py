@@ -34,11 +34,25 @@ def test_every_name_is_known_and_every_shape_holds_its_chips() -> None:
             for size in sizes:
                 product *= size
             assert product == found.num_chips, name
-        assert found.chip.memory > GIB / 100 and found.chip.flops > 1e9 and found.link > 0
+        assert found.chip.memory > GIB / 100 and found.chip.flops > 1e9 and min(found.chip.link, found.chip.network, found.chip.host) > 0
 
 
 def test_gpus_of_several_hosts_talk_over_the_network() -> None:
-    assert topology("h100-16").link < topology("h100-8").link == topology("h100-1").link
+    hosts = topology("h100-16")
+    assert hosts.link(16) < hosts.link(8) == hosts.link(2) == topology("h100-8").link(8) == topology("h100-1").link(1)
+
+
+def test_slices_of_tpus_talk_over_the_network() -> None:
+    found = topology("4xv5p-128")
+    assert (found.name, found.num_chips, found.num_slices, found.num_hosts, found.shape) == ("4xv5p-128", 256, 4, 64, "v5p:4x4x4")
+    assert found.link(64) == found.chip.link > 10 * found.link(128) == 10 * found.link(256)
+    assert topology("1xv5e-8").num_chips == 8
+    with pytest.raises(ValueError, match=r"only TPUs come in slices\. Use h100-<number of all>"):
+        topology("2xh100-8")
+    with pytest.raises(ValueError, match="topology=v5e-15: is not known"):
+        topology("2xv5e-15")
+    with pytest.raises(ValueError, match="topology=0xv5e-16: is not known"):
+        topology("0xv5e-16")
 
 
 def test_the_devices_of_cpu_share_this_machine() -> None:
