@@ -7,8 +7,7 @@ which was set but does not apply can be told from one that was left alone. Readi
 import dataclasses
 from typing import Literal
 
-from jaxdpo.sections import STRICT_KEYS as STRICT_KEYS
-from jaxdpo.sections import require as require
+from jaxdpo.sections import require
 from jaxdpo.sections import section as _section
 
 
@@ -279,8 +278,7 @@ class TrainSection:
     epochs: int | None = None
     """Passes over the training pairs. Default 1. Give this or train.steps, not both."""
     offload: list[Literal["reference", "moments"]] = dataclasses.field(default_factory=list)
-    """What waits in the memory of the hosts between its uses, to leave that of GPUs and TPUs to the rest: a frozen reference, of which one
-    layer at a time then comes to the devices, and AdamW's moments, likewise. Slower: each step brings all of it over."""
+    """What waits in the hosts' memory and comes to GPUs and TPUs a layer at a time: a frozen reference, AdamW's moments. Slower."""
     compilation_cache: str | None = "~/.cache/jaxdpo"
     """Folder that keeps compiled programs, so that the next start is quicker. null: keep none."""
     watchdog_minutes: float = 60
@@ -290,7 +288,6 @@ class TrainSection:
     def __post_init__(self) -> None:
         require(
             (self.watchdog_minutes >= 0, f"train.watchdog_minutes={self.watchdog_minutes}: must be 0 (never) or positive"),
-            (len(set(self.offload)) == len(self.offload), f"train.offload={self.offload}: names something twice"),
             (self.pairs_per_step >= 1, f"train.pairs_per_step={self.pairs_per_step}: must be at least 1"),
             (self.steps is None or self.steps >= 1, f"train.steps={self.steps}: must be at least 1"),
             (self.epochs is None or self.epochs >= 1, f"train.epochs={self.epochs}: must be at least 1"),

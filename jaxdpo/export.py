@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from jaxdpo import options
 from jaxdpo.checkpoint import open_params
-from jaxdpo.config import STRICT_KEYS, Config, require
+from jaxdpo.config import Config
 from jaxdpo.hub import HubModel
 from jaxdpo.modelcard import Card, model_card, run_card
 from jaxdpo.models.config import ModelConfig
@@ -29,6 +29,7 @@ from jaxdpo.models.lora import Lora, merge
 from jaxdpo.models.peft import write_peft
 from jaxdpo.models.weights import fetch, open_weights, save_params
 from jaxdpo.runfolder import check_base, find_base, is_local, lora_of_run, model_files, read_run_config
+from jaxdpo.sections import STRICT_KEYS, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxdpo import options, sharding
-from jaxdpo.config import STRICT_KEYS, MeshSection, require
+from jaxdpo.config import MeshSection
 from jaxdpo.console import clean
 from jaxdpo.conversation import converse
 from jaxdpo.data.prompts import Prompt, read_prompts
@@ -20,6 +20,7 @@ from jaxdpo.data.records import strings
 from jaxdpo.disk import whole_file
 from jaxdpo.loaded import Answer, LoadedModel, Sampling, Source
 from jaxdpo.runner import keep_compiled_programs
+from jaxdpo.sections import STRICT_KEYS, require
 
 DONE, FAULT, INTERRUPTED = 0, 1, 130
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

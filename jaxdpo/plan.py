@@ -140,7 +140,7 @@ def plan(config: PlanConfig) -> int:
     fits = choice.fits
     if config.compile:
         try:
-            program = target.program(config, compiler_devices(machine))
+            program = target.program(config, compiler_devices(machine, offload=bool(config.train.offload)))
         except Unavailable as reason:
             print(f"not compiled: {reason}; all of the above is an estimate")
         else:

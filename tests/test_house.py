@@ -26,6 +26,7 @@ FLOORS = [
         "checks",
         "options",
         "sharding",
+        "offload",
         "collectives",
         "products",
         "console",

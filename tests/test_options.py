@@ -8,8 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdpo import config as config_module
-from jaxdpo import options
+from jaxdpo import options, sections
 from jaxdpo.checks import cross_check
 from jaxdpo.config import Config, DataSection, LossSection, ModelSection, OptimSection, TrainSection
 from jaxdpo.losses import check
@@ -244,7 +243,7 @@ def test_required_options_of_other_commands(capsys: pytest.CaptureFixture[str]) 
     class Small:
         """A command's options."""
 
-        __pydantic_config__ = config_module.STRICT_KEYS
+        __pydantic_config__ = sections.STRICT_KEYS
         out: str
         step: int = 0
 

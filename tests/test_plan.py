@@ -60,6 +60,10 @@ def test_where_there_is_no_compiler_the_estimate_says_so(
     assert "search:" not in out
     assert main(["topology=h100-8", f"model_config={folder}", "search=false"]) == 0
     assert 'not compiled: the CUDA compiler is not installed: pip install "jax[cuda12]"' in lines_of(capsys)
+    assert main(["topology=h100-8", f"model_config={folder}", "search=false", "train.offload=[moments]"]) == 0
+    out = lines_of(capsys)
+    assert "not compiled: away from a GPU" in out and re.search(r"^  optimizer moments \(host\) .* GiB$", out, re.M)
+    assert re.search(r"^brought from the host to a device: optimizer moments .* GB, in .* s$", out, re.M)
 
 
 def test_what_does_not_fit_is_said_with_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdpo import options, report
-from jaxdpo.config import STRICT_KEYS, DataSection
+from jaxdpo.config import DataSection
 from jaxdpo.console import Console, say, show_table, stdout
 from jaxdpo.data import neighbours
 from jaxdpo.data.chat import Encoder, Tokenizer, load_tokenizer
@@ -27,6 +27,7 @@ from jaxdpo.data.survey import NAMED, Survey, Texts, read_texts, survey_tokens
 from jaxdpo.data.table import LENGTHS, EncodedPair
 from jaxdpo.data.tables import bars, tables
 from jaxdpo.disk import whole_file
+from jaxdpo.sections import STRICT_KEYS
 
 DONE, FAULT, STOPPED = 0, 1, 130
 UNCUT = 2**24

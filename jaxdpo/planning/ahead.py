@@ -37,11 +37,14 @@ class Compiled:
     collectives: list[Collective]
 
 
-def compiler_devices(topology: Topology) -> list[Any]:
+def compiler_devices(topology: Topology, *, offload: bool = False) -> list[Any]:
     """Devices to compile for.
 
+    Args:
+        offload: whether the program keeps something in the memory of the hosts.
+
     Raises:
-        Unavailable: the platform's compiler is not installed.
+        Unavailable: the platform's compiler is not installed, or cannot compile that for devices that are elsewhere.
     """
     if topology.chip.platform == "cpu":
         found = jax.devices("cpu")
@@ -49,6 +52,8 @@ def compiler_devices(topology: Topology) -> list[Any]:
             raise Unavailable(f"this process has {len(found)} CPU devices; start it with JAX_NUM_CPU_DEVICES={topology.num_chips}")
         return found[: topology.num_chips]
     if topology.chip.platform == "cuda":
+        if offload:
+            raise Unavailable("away from a GPU, JAX tells the CUDA compiler nothing of the host's memory (train.offload)")
         return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise Unavailable('the TPU compiler is not installed: pip install "jax[tpu]" brings it, also where there is no TPU')

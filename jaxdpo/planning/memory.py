@@ -87,9 +87,8 @@ def waiting_parts(state: dict[str, Any], fixed: Fixed, program: Program) -> dict
 
 
 def _moments_on_their_way(moments: list[Any], num_layers: int) -> float:
-    """Bytes of moments that are on the device at once, old and new: of one layer or of one part beside the layers."""
-    sizes = [sum(local_bytes(tree[name]) for tree in moments) / (num_layers if name == "layers" else 1) for name in moments[0]]
-    return 2 * max(sizes)
+    """Bytes of moments that are on the device at once: of one layer, or of one part beside the layers."""
+    return max(sum(local_bytes(tree[name]) for tree in moments) / (num_layers if name == "layers" else 1) for name in moments[0])
 
 
 def local_bytes(tree: Any, *, sizes_only: bool = False) -> float:

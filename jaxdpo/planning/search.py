@@ -99,6 +99,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "reference=cached": {"reference": "cached"},
     "optim.moments_dtype=bfloat16": {"optim": {"moments_dtype": "bfloat16"}},
     "reference=cached optim.moments_dtype=bfloat16": {"reference": "cached", "optim": {"moments_dtype": "bfloat16"}},
+    "reference=cached train.offload=[moments]": {"reference": "cached", "train": {"offload": ["moments"]}},
     "lora.rank=16": {"reference": "auto", "lora": {"rank": 16}},
     "lora.rank=16 model.quantize=nf4": {"reference": "auto", "lora": {"rank": 16}, "model": {"quantize": "nf4"}},
 }
