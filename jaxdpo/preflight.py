@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxdpo import disk, hosts, options, sharding
+from jaxdpo import disk, hosts, options
 from jaxdpo.checks import cross_check
 from jaxdpo.config import Config
 from jaxdpo.data.chat import load_tokenizer
@@ -26,9 +26,8 @@ from jaxdpo.data.sources import read_set
 from jaxdpo.models.hfconfig import load_model_config, read_config_json
 from jaxdpo.models.weights import open_weights
 from jaxdpo.program import Program
-from jaxdpo.runweights import axis_sizes
 from jaxdpo.session import model_folder
-from jaxdpo.settle import settle, settle_lora
+from jaxdpo.settle import settle_for
 from jaxdpo.train import check_loss
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -154,12 +153,11 @@ def open_program(config: Config) -> Program:
     """
     folder = model_folder(config)
     model = load_model_config(folder)
-    mesh = sharding.make_mesh(config.mesh, sizes=axis_sizes(model))
+    settled = settle_for(config, model, read_config_json(folder))
     load_tokenizer(str(folder))
     if config.model.init == "pretrained":
         open_weights(folder, model)
-    config, lora, found = settle_lora(settle(config, mesh, model, read_config_json(folder)), model)
-    return Program.of(config, mesh, model, folder, lora=lora, start=found and found.adapter, total_steps=config.train.steps or 1)
+    return Program.of(settled, model, folder, total_steps=config.train.steps or 1)
 
 
 def data(config: Config, name: str, option: str) -> str:

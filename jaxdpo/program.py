@@ -15,9 +15,8 @@ from jaxdpo.config import Config
 from jaxdpo.data.packing import Batch
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params
-from jaxdpo.models.lora import Lora
 from jaxdpo.runweights import RunWeights, state_shardings
-from jaxdpo.settle import attention_of
+from jaxdpo.settle import Settled, attention_of
 from jaxdpo.step import Fixed, TrainState, compile_steps, init_state
 
 
@@ -40,21 +39,19 @@ class Program:
     eval_step: Callable
 
     @classmethod
-    def of(
-        cls, config: Config, mesh: Mesh, model: ModelConfig, folder: Path, *, lora: Lora | None, start: Params | None, total_steps: int
-    ) -> "Program":
+    def of(cls, settled: Settled, model: ModelConfig, folder: Path, *, total_steps: int) -> "Program":
         """The program of a settled config.
 
         Args:
-            lora, start: the adapter that is trained and its weights on the host, where there are some.
             total_steps: length of the learning rate's schedule.
 
         Raises:
             ValueError: the mesh does not divide the model.
         """
+        config, mesh, lora = settled.config, settled.mesh, settled.lora
         forward = _forward(config, mesh, model, 1.0 if lora is None else lora.scale)
         options = StepOptions(model=model, loss=config.loss, optim=config.optim, forward=forward, total_steps=total_steps)
-        weights = RunWeights(config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=start)
+        weights = RunWeights(config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=settled.start)
         shardings = state_shardings(model, mesh, lora, moments_wait="moments" in config.train.offload)
         train_step, eval_step = compile_steps(options, mesh, shardings, weights.fixed_shardings)
         return cls(

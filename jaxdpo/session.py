@@ -28,9 +28,9 @@ from jaxdpo.models.peft import PeftAdapter, adapter_fingerprint
 from jaxdpo.models.weightfiles import weights_fingerprint
 from jaxdpo.program import Program
 from jaxdpo.reference import CachedLogps, cached_logps
-from jaxdpo.runweights import RunWeights, axis_sizes
+from jaxdpo.runweights import RunWeights
 from jaxdpo.sampling import generate
-from jaxdpo.settle import settle, settle_lora
+from jaxdpo.settle import settle_for
 from jaxdpo.step import Fixed, TrainState, averages
 
 
@@ -56,9 +56,9 @@ class Session(Program):
         """
         folder = model_folder(config)
         model = load_model_config(folder)
-        mesh = sharding.make_mesh(config.mesh, sizes=axis_sizes(model))
+        settled = settle_for(config, model, read_config_json(folder))
+        config, mesh = settled.config, settled.mesh
         tokenizer = load_tokenizer(str(folder))
-        config, lora, found = settle_lora(settle(config, mesh, model, read_config_json(folder)), model)
         data = prepare(config.data, tokenizer, model.vocab_size)
         _check_weights(config, data)
         _check_margins(config, data)
@@ -72,8 +72,7 @@ class Session(Program):
             mine=sharding.rows_here(mesh),
         )
         total_steps = config.train.steps or (config.train.epochs or 1) * loader.steps_per_epoch
-        start = None if found is None else found.adapter
-        program = Program.of(config, mesh, model, folder, lora=lora, start=start, total_steps=total_steps)
+        program = Program.of(settled, model, folder, total_steps=total_steps)
         return cls(
             **vars(program),
             tokenizer=tokenizer,
@@ -81,7 +80,7 @@ class Session(Program):
             loader=loader,
             total_steps=total_steps,
             notes=tuple(_notes(config, program.weights)),
-            warnings=tuple(_warnings(config, found)),
+            warnings=tuple(_warnings(config, settled.found)),
         )
 
     def start(self, params: Params, base: Params | None) -> tuple[TrainState, Fixed]:

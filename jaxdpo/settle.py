@@ -1,17 +1,49 @@
 """A run's config with values in place of all that is left open, once the model is known."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from jaxdpo import sharding
 from jaxdpo.config import Config, LoraSection
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.lora import Lora, find_targets, lora_of
 from jaxdpo.models.peft import PeftAdapter, read_peft
+from jaxdpo.runweights import axis_sizes
 from jaxdpo.step import needs_reference
+
+
+class Settled(NamedTuple):
+    """A config that leaves nothing open, and what it stands for."""
+
+    config: Config
+    mesh: Mesh
+    lora: Lora | None
+    """The adapter that is trained."""
+    found: PeftAdapter | None
+    """The adapter at lora.path."""
+
+    @property
+    def start(self) -> Any:
+        """The weights of the adapter at lora.path."""
+        return None if self.found is None else self.found.adapter
+
+
+def settle_for(config: Config, model: ModelConfig, raw: Mapping[str, Any], devices: Sequence[Any] | None = None) -> Settled:
+    """The config settled for a model and for devices; by default, for all that are here.
+
+    Args:
+        raw: the model's config.json.
+
+    Raises:
+        ValueError: the mesh or an option does not fit the devices, the model, or the adapter at lora.path.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices=devices, sizes=axis_sizes(model))
+    config, lora, found = settle_lora(settle(config, mesh, model, raw), model)
+    return Settled(config, mesh, lora, found)
 
 
 def settle(config: Config, mesh: Mesh, model: ModelConfig, raw: Mapping[str, Any]) -> Config:

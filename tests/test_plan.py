@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 
 from jaxdpo import options
 from jaxdpo.plan import PlanConfig, check, choose, main
+from jaxdpo.planning.ahead import refused_bytes
 from jaxdpo.planning.target import Target
-from jaxdpo.planning.topologies import topology
+from jaxdpo.planning.topologies import GIB, topology
 from tests.planning.llama import LLAMA
 from tests.tiny import HF, rows, write_model, write_rows
 
@@ -161,12 +163,33 @@ def test_every_preset_fits_its_machine_by_the_estimate(path: Path, tmp_path: Pat
     assert options.load(PlanConfig, arguments, command="train")[0].data.train  # there is something to train on
 
 
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 25.50G of 15.75G hbm. Exceeded hbm capacity by 9.75G.", 25.5),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (512.00M) exceeds available", 0.5),
+        ("RESOURCE_EXHAUSTED: in words that are new", math.inf),
+    ],
+)
+def test_a_refusal_says_how_much_memory_is_needed(message: str, gib: float) -> None:
+    assert refused_bytes(message) == gib * GIB
+
+
 @pytest.mark.tpu
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_a_step_is_compiled_for_a_tpu_that_is_not_here(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["topology=v5e-4", "mesh.fsdp=4"],
+        ["topology=v5e-4", "mesh.fsdp=4", "train.offload=[reference,moments]", "model.param_dtype=bfloat16"],
+        ["topology=v5e-4", "mesh.fsdp=2", "mesh.context=2"],
+        ["topology=2xv5e-4", "mesh.fsdp=4"],
+    ],
+)
+def test_a_step_is_compiled_for_tpus_that_are_not_here(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     (folder / "config.json").write_text(json.dumps(HF | sizes | {"max_position_embeddings": 4096}))
-    assert main(["topology=v5e-4", f"model_config={folder}", "mesh.fsdp=4", "train.pairs_per_step=16", "search=false"]) == 0
+    assert main([*arguments, f"model_config={folder}", "train.pairs_per_step=16", "search=false"]) == 0
     assert re.search(r"compiled ahead of time: 0\.\d+ GiB of a device at most, fits into 15.75 GiB", lines_of(capsys))
 
 

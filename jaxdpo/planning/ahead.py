@@ -79,7 +79,7 @@ def compile_step(program: Program, rows: Rows) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(peak=_refused_bytes(str(error)), arguments=0.0, fits=False, collectives=[])
+        return Compiled(peak=refused_bytes(str(error)), arguments=0.0, fits=False, collectives=[])
     memory: Any = compiled.memory_analysis()
     waiting = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes  # which a TPU's peak includes
     on_cpu = program.options.forward.on_cpu  # where the compiler's own peak leaves out what is temporary
@@ -92,10 +92,12 @@ def compile_step(program: Program, rows: Rows) -> Compiled:
     )
 
 
-def _refused_bytes(message: str) -> float:
-    """How much memory a refused program wants, as the TPU compiler tells it ("Used 25.31G of 15.75G hbm")."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of", message)
-    return float(found[1]) * _UNITS[found[2]] if found else float("inf")
+def refused_bytes(message: str) -> float:
+    """How much memory a refused program wants at least, as the TPU compiler tells it: "Used 25.31G of 15.75G hbm", or "the total memory
+    required for HLO temporaries (19.00G) exceeds available HBM (15.75G)"."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of|required for .*?\(([\d.]+)([KMG])\) exceeds", message)
+    number, unit = [part for part in found.groups() if part] if found else ("inf", "G")
+    return float(number) * _UNITS[unit]
 
 
 def gib(size: float) -> str:

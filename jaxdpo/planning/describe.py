@@ -56,7 +56,7 @@ def describe_compiled(compiled: Compiled, choice: Choice, machine: Topology) -> 
     yield ""
     limit = gib(machine.chip.memory)
     if not compiled.fits:
-        yield f"compiled ahead of time: refused, it needs {gib(compiled.peak)} of {limit}"
+        yield f"compiled ahead of time: refused, it needs at least {gib(compiled.peak)} of {limit}"
         return
     verdict = "fits" if compiled.peak <= machine.chip.memory else "does NOT fit"
     off = choice.memory.peak / compiled.peak - 1

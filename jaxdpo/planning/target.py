@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxdpo import sharding
 from jaxdpo.config import Config
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hfconfig import from_hf
 from jaxdpo.planning.topologies import Topology
 from jaxdpo.program import Program
-from jaxdpo.runweights import axis_sizes
-from jaxdpo.settle import settle, settle_lora
+from jaxdpo.settle import settle_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +54,8 @@ class Target:
         Raises:
             ValueError: the mesh or an option does not fit the machine or the model.
         """
-        mesh = sharding.make_mesh(config.mesh, devices or self.stand_ins(), sizes=axis_sizes(self.model))
-        config, lora, _ = settle_lora(settle(config, mesh, self.model, self.raw), self.model)
-        placed = config if devices else dataclasses.replace(config, train=dataclasses.replace(config.train, offload=[]))
-        program = Program.of(placed, mesh, self.model, Path(), lora=lora, start=None, total_steps=config.train.steps or 1000)
-        return dataclasses.replace(program, config=config)
+        settled = settle_for(config, self.model, self.raw, devices or self.stand_ins())
+        here = settled.config
+        placed = here if devices else dataclasses.replace(here, train=dataclasses.replace(here.train, offload=[]))
+        program = Program.of(settled._replace(config=placed), self.model, Path(), total_steps=config.train.steps or 1000)
+        return dataclasses.replace(program, config=here)
