@@ -106,15 +106,16 @@ def _nearest(asked: Shape, count: int, per_slice: int, sizes: Mapping[str, int] 
     def distance(shape: Shape) -> tuple:
         return sum(abs(math.log2(shape[axis] / asked[axis])) for axis in AXES[1:]), -shape["fsdp"], shape["tensor"], shape["context"]
 
-    def shapes() -> Iterator[Shape]:
-        divisors = [size for size in range(1, count + 1) if count % size == 0]
-        for inner in itertools.product(divisors, repeat=len(AXES) - 1):
-            if count % math.prod(inner) == 0:
-                shape: Shape = dict(zip(AXES, (count // math.prod(inner), *inner), strict=True))
-                if 64 % shape["context"] == 0 and not any(_problems(shape, count, per_slice, sizes)):
-                    yield shape
+    good = (shape for shape in all_shapes(count) if 64 % shape["context"] == 0 and not any(_problems(shape, count, per_slice, sizes)))
+    return min(good, key=distance)
 
-    return min(shapes(), key=distance)
+
+def all_shapes(count: int) -> Iterator[Shape]:
+    """Every mesh of so many devices."""
+    divisors = [size for size in range(1, count + 1) if count % size == 0]
+    for inner in itertools.product(divisors, repeat=len(AXES) - 1):
+        if count % math.prod(inner) == 0:
+            yield dict(zip(AXES, (count // math.prod(inner), *inner), strict=True))
 
 
 def _written(shape: Shape, also: Shape | None = None) -> str:

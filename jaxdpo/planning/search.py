@@ -11,7 +11,7 @@ from jaxdpo.planning.rows import Rows
 from jaxdpo.planning.speed import Speed, roofline
 from jaxdpo.planning.target import Target
 from jaxdpo.program import Program
-from jaxdpo.sharding import num_row_shards
+from jaxdpo.sharding import Shape, all_shapes, num_row_shards
 
 T = TypeVar("T")
 
@@ -84,15 +84,13 @@ def choices(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -
             yield Choice.with_rows(target, asked, dataclasses.replace(program, options=options), rows)
 
 
-def _meshes(target: Target) -> Iterator[dict[str, int]]:
-    count, model = target.topology.num_chips, target.model
-    sizes = [size for size in range(1, count + 1) if count % size == 0]
-    for fsdp, expert, context, tensor in itertools.product(sizes, repeat=4):
-        if count % (fsdp * expert * context * tensor):
-            continue
+def _meshes(target: Target) -> Iterator[Shape]:
+    model = target.model
+    for shape in all_shapes(target.topology.num_chips):
+        expert, tensor = shape["expert"], shape["tensor"]
         divides = model.num_kv_heads % tensor == 0 and (expert == 1 or (model.num_experts and model.num_experts % expert == 0))
-        if divides and context <= LARGEST_CONTEXT and tensor <= target.topology.chip.per_host:
-            yield {"data": -1, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
+        if divides and shape["context"] <= LARGEST_CONTEXT and tensor <= target.topology.chip.per_host:
+            yield shape
 
 
 REMEDIES: dict[str, dict[str, Any]] = {
