@@ -9,7 +9,7 @@ Dimension names: B rows, T slots, S slots of a cache, N query heads, K key-value
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,18 @@ class Window(NamedTuple):
     def of_keys(self) -> jax.Array:
         """int32 [B, S]: positions of the keys."""
         return self.positions_BT if self.key_positions_BS is None else self.key_positions_BS
+
+
+class Inputs(NamedTuple):
+    """What an implementation takes, as `attention` describes it."""
+
+    q_BTNH: jax.Array
+    k_BTKH: jax.Array
+    v_BTKH: jax.Array
+    k_start_BT: jax.Array
+    k_end_BT: jax.Array
+    window: Window | None
+    sinks_N: jax.Array | None
 
 
 def attention(
@@ -73,47 +85,28 @@ def attention(
         slots = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, :]
         k_start_BT = jnp.maximum(k_start_BT, slots - window.size + 1)
     attend = functools.partial(IMPLEMENTATIONS[implementation], scale, cap)
+    inputs = Inputs(q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, window, sinks_N)
     if mesh is None or mesh.size == 1:
-        return attend(q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, window, sinks_N)
+        return attend(inputs)
     slots = slots_spec(mesh, q_BTNH.shape[1])
     heads = PartitionSpec(*slots, "tensor", None)
     windows = None if window is None else jax.tree.map(lambda x: slots if x.ndim else PartitionSpec(), window)
-    sinks = None if sinks_N is None else PartitionSpec("tensor")
+    where: Any = (heads, heads, heads, slots, slots, windows, None if sinks_N is None else PartitionSpec("tensor"))
     here = attend if slots[1] is None else functools.partial(_to_whole_rows, attend, slots[1])
-    local = jax.shard_map(here, mesh=mesh, in_specs=(heads, heads, heads, slots, slots, windows, sinks), out_specs=heads, check_vma=False)
-    return local(q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, window, sinks_N)
+    return jax.shard_map(here, mesh=mesh, in_specs=(Inputs(*where),), out_specs=heads, check_vma=False)(inputs)
 
 
-def _to_whole_rows(
-    attend: Callable,
-    axis: str,
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    k_start_BT: jax.Array,
-    k_end_BT: jax.Array,
-    window: Window | None,
-    sinks_N: jax.Array | None,
-) -> jax.Array:
+def _to_whole_rows(attend: Callable[[Inputs], jax.Array], axis: str, inputs: Inputs) -> jax.Array:
     """On one device of the mesh axis that shares slots: its queries attend to the keys of all. Backward, each key's gradients are added
     up where it lives. Keys and values travel because they have the fewer heads."""
     gather = functools.partial(jax.lax.all_gather, axis_name=axis, axis=1, tiled=True)
-    whole = None if window is None else window._replace(key_positions_BS=gather(window.positions_BT))
-    return attend(q_BTNH, gather(k_BTKH), gather(v_BTKH), k_start_BT, k_end_BT, whole, sinks_N)
+    window = None if inputs.window is None else inputs.window._replace(key_positions_BS=gather(inputs.window.positions_BT))
+    return attend(inputs._replace(k_BTKH=gather(inputs.k_BTKH), v_BTKH=gather(inputs.v_BTKH), window=window))
 
 
-def dense(
-    scale: float,
-    cap: float | None,
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    k_start_BT: jax.Array,
-    k_end_BT: jax.Array,
-    window: Window | None,
-    sinks_N: jax.Array | None,
-) -> jax.Array:
+def dense(scale: float, cap: float | None, inputs: Inputs) -> jax.Array:
     """The reference: all T x S scores, then masked."""
+    q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, window, sinks_N = inputs
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -156,21 +149,12 @@ def attend_to_cache(
     return jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS, v_BKSH, preferred_element_type=jnp.float32).reshape(B, N, H)
 
 
-def blocks(
-    scale: float,
-    cap: float | None,
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    k_start_BT: jax.Array,
-    k_end_BT: jax.Array,
-    window: Window | None,
-    sinks_N: jax.Array | None,
-) -> jax.Array:
+def blocks(scale: float, cap: float | None, inputs: Inputs) -> jax.Array:
     """Block by block with a running softmax, visiting only blocks that hold an allowed key.
 
     Online softmax: Milakov and Gimelshein 1805.02867; blocks and recomputed backward: FlashAttention 2205.14135.
     """
+    q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, window, sinks_N = inputs
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q, k, v = (_whole_blocks(x) for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -193,20 +177,9 @@ def _whole_blocks(x_BT: jax.Array, mode: str = "constant") -> jax.Array:
     return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % BLOCK)] + [(0, 0)] * (x_BT.ndim - 2), mode=mode)
 
 
-def on_tpu(
-    scale: float,
-    cap: float | None,
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    k_start_BT: jax.Array,
-    k_end_BT: jax.Array,
-    window: Window | None,
-    sinks_N: jax.Array | None,
-) -> jax.Array:
+def on_tpu(scale: float, cap: float | None, inputs: Inputs) -> jax.Array:
     """splash.splash. A window is in the intervals already, since every slot looks back (settle.check_attention sees to that)."""
-    del window
-    return splash(scale, cap, q_BTNH, k_BTKH, v_BTKH, k_start_BT, k_end_BT, sinks_N)
+    return splash(scale, cap, *inputs[:5], inputs.sinks_N)
 
 
 IMPLEMENTATIONS = {"dense": dense, "blocks": blocks, "splash": on_tpu}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.models.attention import dense
+from jaxdpo.models.attention import Inputs, dense
 from jaxdpo.models.splash import _tables, splash
 from tests.models.test_attention import any_intervals, inputs, packed_intervals, value_and_grads
 
@@ -26,7 +26,9 @@ def test_is_the_dense_form(T: int, packed: bool) -> None:
     sinks = jnp.asarray([0.5, -1.0, 2.0, 0.0])
     for cap, sink in ((None, None), (5.0, sinks)):
         ours = value_and_grads(lambda *args, cap=cap, sink=sink: interpreted(cap, *args, sink), inputs(T), bounds)
-        theirs = value_and_grads(lambda *args, cap=cap, sink=sink: wanted(cap, *args, None, sink), inputs(T), bounds)
+        theirs = value_and_grads(
+            lambda q, k, v, start, end, cap=cap, sink=sink: wanted(cap, Inputs(q, k, v, start, end, None, sink)), inputs(T), bounds
+        )
         close(ours, theirs)
 
 
@@ -36,7 +38,7 @@ def test_queries_may_be_a_share_of_the_keys() -> None:
     part = slice(128, 256)
     close(
         [np.asarray(interpreted(None, q[:, part], k, v, start[:, part], end[:, part], None))],
-        [np.asarray(wanted(None, q, k, v, start, end, None, None))[:, part]],
+        [np.asarray(wanted(None, Inputs(q, k, v, start, end, None, None)))[:, part]],
     )
 
 
