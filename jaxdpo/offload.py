@@ -19,11 +19,13 @@ KIND = "pinned_host"
 def waiting(shardings: Tree) -> Tree:
     """The same places, in the memory of the devices' hosts.
 
-    Vectors of stacked layers (norms, biases), which are small, stay on the devices: a TPU cannot take one row of packed rows from its host.
+    Stacked vectors of all layers (norms, most biases), which are small, stay on the devices: a TPU cannot take one row of packed rows from
+    its host.
     """
 
     def place(path: tuple, where: NamedSharding) -> NamedSharding:
-        return where if "layers" in jax.tree_util.keystr(path) and len(where.spec) < 3 else where.with_memory_kind(KIND)
+        stacked = jax.tree_util.DictKey("layers") in path
+        return where if stacked and len(where.spec) < 3 else where.with_memory_kind(KIND)
 
     return jax.tree_util.tree_map_with_path(place, shardings)
 

@@ -144,7 +144,9 @@ class RunWeights:
         """A copy where a frozen reference lives."""
         places = self.fixed_shardings.reference
         if "reference" in self.config.train.offload:  # one weight at a time, as the devices may not have room for all
-            return jax.tree.map(lambda w, where: jax.device_put(jnp.array(w, dtype or w.dtype, copy=True), where), tree, places)
+            return jax.tree.map(
+                lambda w, where: jax.block_until_ready(jax.device_put(jnp.array(w, dtype or w.dtype, copy=True), where)), tree, places
+            )
         return jax.jit(lambda tree: jax.tree.map(lambda w: jnp.array(w, dtype or w.dtype, copy=True), tree), out_shardings=places)(tree)
 
     def _put_start(self, start: Params) -> Params:

@@ -41,7 +41,7 @@ def _speed(choice: Choice, machine: Topology, pairs: int, price: float | None, e
     yield f"sent by a device: {sent}"
     if speed.waited:
         parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in speed.waited.items())
-        yield f"brought from the host to a device: {parts}, in {speed.bringing:.3g} s"
+        yield f"brought from the host to a device: {parts}, in {sum(speed.bringing.values()):.3g} s"
     times = f"matrix products {speed.products:.3g} s, memory {speed.memory:.3g} s, links {speed.links:.3g} s"
     yield f"roofline: {times} of which {speed.exposed:.3g} s nothing hides; at best {speed.seconds:.3g} s a step, MFU {speed.mfu:.0%}"
     seconds = speed.seconds / efficiency

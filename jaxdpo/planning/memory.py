@@ -18,6 +18,8 @@ from jaxdpo.program import Program
 from jaxdpo.step import Fixed
 
 FLOAT32 = 4
+REFERENCE, MOMENTS = "reference", "optimizer moments"
+"""Parts that may wait on the hosts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,22 +54,22 @@ def estimate(program: Program, rows: Rows) -> Memory:
     sizes = _Sizes.of(program, rows)
     state, fixed = program.abstract_state(with_reference=False), program.abstract_fixed(rows.batch)
     apart = waiting_parts(state, fixed, program)
-    waiting = {name: local_bytes(tree) for name, tree in apart.items()}
+    layers_apart = local_bytes(apart[REFERENCE]["layers"]) if REFERENCE in apart else 0.0  # its other parts come for the whole step
     held = {
         "parameters": local_bytes(state["params"]),
         "base under the adapter": local_bytes(fixed.base),
-        "reference": local_bytes(fixed.reference) - waiting.get("reference", 0.0),
-        "optimizer moments": local_bytes(state["opt"]) - waiting.get("optimizer moments", 0.0),
+        REFERENCE: local_bytes(fixed.reference) - layers_apart,
+        MOMENTS: 0.0 if MOMENTS in apart else local_bytes(state["opt"]),
         "batch": sum(math.prod(leaf.shape) * FLOAT32 for leaf in jax.tree.leaves(rows.batch)) / rows.rows,
     }
     # Microbatches add up in a copy of their own.
     gradients = FLOAT32 * local_bytes(state["params"], sizes_only=True)
     sums = gradients if rows.microbatches > 1 else 0.0
     saved = sizes.layers * sizes.saved
-    moving = _moments_on_their_way(apart["optimizer moments"], sizes.layers) if "optimizer moments" in apart else 0.0
+    moving = _moments_on_their_way(apart[MOMENTS], sizes.layers) if MOMENTS in apart else 0.0
     return Memory(
         held=held,
-        waiting=waiting,
+        waiting={name: local_bytes(tree) for name, tree in apart.items()},
         phases={
             "LM head": {"gradients": sums, "activations": saved + sizes.hidden, "LM head": sizes.head, "logits of a chunk": sizes.logits},
             "backward": {"gradients": gradients + sums, "activations": saved, "a layer at work": sizes.layer + sizes.gathered},
@@ -77,13 +79,13 @@ def estimate(program: Program, rows: Rows) -> Memory:
 
 
 def waiting_parts(state: dict[str, Any], fixed: Fixed, program: Program) -> dict[str, Any]:
-    """What is in the hosts' memory but for a layer at a time, by part: moments, and the layers of a reference.
+    """What is in the hosts' memory, by part: moments and the reference.
 
     A CPU has no memory but that of its host, so nothing is elsewhere.
     """
     what = [] if program.options.forward.on_cpu else program.config.train.offload
-    reference = {"reference": (fixed.reference or {})["layers"]} if "reference" in what else {}
-    return reference | ({"optimizer moments": [state["opt"]["mu"], state["opt"]["nu"]]} if "moments" in what else {})
+    reference = {REFERENCE: fixed.reference} if "reference" in what else {}
+    return reference | ({MOMENTS: [state["opt"]["mu"], state["opt"]["nu"]]} if "moments" in what else {})
 
 
 def _moments_on_their_way(moments: list[Any], num_layers: int) -> float:

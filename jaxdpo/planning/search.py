@@ -109,6 +109,10 @@ def remedy(target: Target, config: Config, pair_tokens: tuple[int, int, int]) ->
     for name, change in REMEDIES.items():
         if config.lora.enabled and "reference" in change and "lora" not in change:
             continue
+        if "reference" in change and "reference" in config.train.offload:  # there will be none to wait
+            stays = [what for what in config.train.offload if what != "reference"]
+            change = {"train": {"offload": stays}} | change
+            name += "" if "train.offload" in name else f" train.offload=[{','.join(stays)}]"
         if found := search(target, changed(config, **change), pair_tokens):
             return name, found[0]
     return None

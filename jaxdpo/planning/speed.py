@@ -9,11 +9,10 @@ import math
 import numpy as np
 
 from jaxdpo.flops import step_flops
-from jaxdpo.planning.memory import FLOAT32, local_bytes, waiting_parts
+from jaxdpo.planning.memory import FLOAT32, MOMENTS, REFERENCE, local_bytes, waiting_parts
 from jaxdpo.planning.rows import Rows
 from jaxdpo.planning.topologies import Topology
 from jaxdpo.program import Program
-from jaxdpo.sharding import AXES
 
 RING = 0.5
 """Share of a TPU's links that a ring of its neighbours uses: those along one of the torus's dimensions."""
@@ -30,13 +29,13 @@ class Speed:
     memory: float
     """Seconds of reading and writing memory."""
     sent: dict[str, float]
-    """Bytes that a device sends, by mesh axis; `slices` is what the axis data sends between slices or hosts."""
+    """Bytes that a device sends, by mesh axis; `slices` is what `data` and `fsdp` send between slices or hosts."""
     sending: dict[str, float]
     """Seconds that takes, likewise."""
     waited: dict[str, float]
     """Bytes that come from the memory of the device's host, and for moments as many that go back, by part."""
-    bringing: float
-    """Seconds that takes."""
+    bringing: dict[str, float]
+    """Seconds that takes, likewise."""
     peak: float
     """FLOPs a second of all devices."""
 
@@ -51,9 +50,15 @@ class Speed:
         return sum(self.sending.get(axis, 0.0) for axis in ("context", "tensor"))
 
     @property
+    def behind(self) -> float:
+        """Seconds in which moments come from the host and go back: when all gradients are known, and nothing else is left to compute."""
+        return self.bringing.get(MOMENTS, 0.0)
+
+    @property
     def seconds(self) -> float:
-        """The step at best. What comes from the hosts is taken to come while others are computed, too."""
-        return max(self.products, self.memory, self.links - self.exposed, self.bringing) + self.exposed
+        """The step at best."""
+        hidden = max(self.links - self.exposed, self.bringing.get(REFERENCE, 0.0))
+        return max(self.products, self.memory, hidden) + self.exposed + self.behind
 
     @property
     def mfu(self) -> float:
@@ -75,7 +80,7 @@ def roofline(program: Program, rows: Rows, topology: Topology) -> Speed:
         sent=sent,
         sending={axis: size / _pace(axis, program, topology) for axis, size in sent.items()},
         waited=waited,
-        bringing=sum(waited.values()) / chip.host,
+        bringing={name: size / chip.host for name, size in waited.items()},
         peak=chip.flops * topology.num_chips,
     )
 
@@ -125,40 +130,41 @@ def _used_weights(program: Program) -> float:
 
 
 def _waited(program: Program, rows: Rows) -> dict[str, float]:
-    """Bytes that come to a device from its host in a step, by part. The reference's come for each microbatch."""
+    """Bytes that come to a device from its host in a step, by part: the reference's layers for each microbatch, the rest once."""
     parts = waiting_parts(program.abstract_state(with_reference=False), program.abstract_fixed(rows.batch), program)
-    return {name: local_bytes(tree) * (rows.microbatches if name == "reference" else 1) for name, tree in parts.items()}
-
-
-def _inner(axis: str, program: Program) -> int:
-    """Devices along a mesh axis and those inside it, which lie together."""
-    mesh = program.mesh.shape
-    return math.prod(mesh[inner] for inner in AXES[AXES.index(axis) :])
+    again = {REFERENCE: (rows.microbatches - 1) * local_bytes(parts[REFERENCE]["layers"])} if REFERENCE in parts else {}
+    return {name: local_bytes(tree) + again.get(name, 0.0) for name, tree in parts.items()}
 
 
 def _pace(axis: str, program: Program, topology: Topology) -> float:
-    """Bytes a second that a device sends along a mesh axis."""
-    if axis == "slices":
-        return topology.chip.network
-    link = topology.link(topology.joined if axis == "data" else _inner(axis, program))
+    """Bytes a second that a device sends along a mesh axis. What goes between slices (or hosts) of `data` and `fsdp` is counted apart."""
+    mesh = program.mesh.shape
+    together = {"tensor": mesh["tensor"], "context": mesh["tensor"] * mesh["context"]}
+    link = topology.chip.network if axis == "slices" else topology.link(together.get(axis, 1))
     return link * (RING if topology.chip.platform == "tpu" and link == topology.chip.link else 1.0)
 
 
+def _near(size: int, inside: int, topology: Topology) -> int:
+    """Of `size` neighbours along an axis, each of `inside` devices, those that links connect."""
+    return math.gcd(size, max(1, topology.joined // inside))
+
+
 def _sent(program: Program, rows: Rows, topology: Topology) -> dict[str, float]:
-    """Bytes that a device sends in a step, by mesh axis, with ring algorithms; gradients are summed in each slice (or host) first."""
+    """Bytes that a device sends in a step, by mesh axis, with ring algorithms in each slice (or host) and between them."""
     model, mesh, item = program.model, program.mesh.shape, program.options.forward.dtype.itemsize
     live = program.weights.reference_kind in ("frozen", "adapter_off")
     again = 1 if program.options.forward.remat == "full" else 0
     shards = mesh["fsdp"] * mesh["expert"]
-    near = math.gcd(mesh["data"], max(1, topology.joined // _inner("fsdp", program)))  # copies that links connect
-    far = mesh["data"] // near
+    inside = mesh["context"] * mesh["tensor"]
+    near, copies = _near(shards, inside, topology), _near(mesh["data"], inside * shards, topology)
     trained = program.weights.num_trained() / mesh["tensor"]
+    gathered = (2 + live) * item * _used_weights(program) + FLOAT32 * trained
     slots, D = rows.slots / mesh["context"], model.hidden_size
     keys = rows.slots * 2 * model.num_kv_heads * model.head_dim / mesh["tensor"] * model.num_layers
     micro = {
-        "fsdp": _share(shards) * ((2 + live) * item * _used_weights(program) + FLOAT32 * trained),
-        "data": 2 * _share(near) * FLOAT32 * trained / shards,
-        "slices": 2 * _share(far) * FLOAT32 * trained / (shards * near),
+        "fsdp": _share(near) * gathered,
+        "data": 2 * _share(copies) * FLOAT32 * trained / shards,
+        "slices": _share(shards // near) * gathered / near + 2 * _share(mesh["data"] // copies) * FLOAT32 * trained / (shards * copies),
         "context": _share(mesh["context"]) * keys * ((1 + again + live) * item + FLOAT32),
         "tensor": 2 * _share(mesh["tensor"]) * FLOAT32 * slots * D * model.num_layers * 2 * (2 + again + live),
     }

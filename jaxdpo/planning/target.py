@@ -45,8 +45,8 @@ class Target:
     def stand_ins(self) -> list[Any]:
         """The machine's devices, in name only."""
         machine, chip = self.topology, self.topology.chip
-        each = machine.num_chips // machine.num_slices
-        return [StandIn(i, chip.platform, chip.kind, i // chip.per_host, i // each) for i in range(machine.num_chips)]
+        each, per_host = machine.num_chips // machine.num_slices, machine.num_chips // machine.num_hosts
+        return [StandIn(i, chip.platform, chip.kind, i // per_host, i // each) for i in range(machine.num_chips)]
 
     def program(self, config: Config, devices: Sequence[Any] | None = None) -> Program:
         """The run's program on these devices; by default on stand-ins.

@@ -51,7 +51,7 @@ class Topology:
     @property
     def num_hosts(self) -> int:
         """Hosts that the chips sit in."""
-        return max(1, self.num_chips // self.chip.per_host)
+        return self.num_slices * max(1, self.num_chips // self.num_slices // self.chip.per_host)
 
     @property
     def joined(self) -> int:
@@ -63,8 +63,8 @@ class Topology:
         return self.chip.network if self.joined % count else self.chip.link
 
 
-def _tpu(kind: str, memory: float, bandwidth: float, gigabits: float, per_host: int, host: float = 15) -> Chip:
-    """`gigabits`: the interconnect's bits of all links of a chip, one way. The network is 200 Gbit/s a host."""
+def _tpu(kind: str, memory: float, bandwidth: float, gigabits: float, per_host: int, *, host: float = 15, network: float = 200) -> Chip:
+    """`gigabits`: the interconnect's bits of all links of a chip, one way. `network`: Gbit/s of a host."""
     flops = PEAK_FLOPS[kind]
     return Chip(
         platform="tpu",
@@ -73,7 +73,7 @@ def _tpu(kind: str, memory: float, bandwidth: float, gigabits: float, per_host: 
         flops=flops,
         bandwidth=bandwidth * 1e9,
         link=gigabits / 8 * 1e9,
-        network=25e9 / per_host,
+        network=network / 8 * 1e9 / per_host,
         host=host * 1e9,
         per_host=per_host,
     )
@@ -105,7 +105,7 @@ _CHIPS = {
     "v4": _tpu("TPU v4", 31.75, 1228, 2400, 4),
     "v5e": _tpu("TPU v5e", 15.75, 819, 1600, 8),
     "v5p": _tpu("TPU v5p", 95.74, 2765, 4800, 4),
-    "v6e": _tpu("TPU v6e", 31.25, 1640, 3584, 8, host=32),
+    "v6e": _tpu("TPU v6e", 31.25, 1640, 3584, 8, host=32, network=800),
     "a100": _gpu("NVIDIA A100", 80.0, 2039, 300, 32),
     "h100": _gpu("NVIDIA H100", 79.6, 3350, 450, 64),
     "h200": _gpu("NVIDIA H200", 140.4, 4800, 450, 64),
@@ -155,8 +155,8 @@ def topology(name: str) -> Topology:
     Raises:
         ValueError: there is none; names the nearest.
     """
-    slices, times, one = name.partition("x")
-    if times and slices.isdecimal() and 1 <= int(slices) <= MOST_SLICES:
+    slices, _, one = name.partition("x")
+    if one in names() and slices.isdecimal() and 1 <= int(slices) <= MOST_SLICES:
         part = topology(one)
         if part.shape is None:
             raise ValueError(f"topology={name}: only TPUs come in slices. Use {one.partition('-')[0]}-<number of all>")

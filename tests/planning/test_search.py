@@ -52,6 +52,10 @@ def test_where_nothing_fits_the_mildest_remedy_is_told() -> None:
     found = remedy(tight, config(), PAIR)
     assert found is not None and found[0] == "reference=cached" and found[1].fits
     assert remedy(with_memory(some, 0.01), config(), PAIR) is None
+    waiting = config(train={"pairs_per_step": 5, "offload": ["reference"]})
+    adapted = changed(config(), lora={"rank": 16})
+    found = remedy(with_memory(some, 1.01 * least(some, adapted) / ROOM), waiting, PAIR)
+    assert found is not None and found[0] == "lora.rank=16 train.offload=[]" and found[1].fits  # whose reference is its base
     adapters = changed(config(), lora={"rank": 4})
     found = remedy(with_memory(some, 0.97 * least(some, adapters) / ROOM), adapters, PAIR)
     assert found is not None and "quantize=nf4" in found[0]

@@ -49,10 +49,10 @@ def test_slices_of_tpus_talk_over_the_network() -> None:
     assert topology("1xv5e-8").num_chips == 8
     with pytest.raises(ValueError, match=r"only TPUs come in slices\. Use h100-<number of all>"):
         topology("2xh100-8")
-    with pytest.raises(ValueError, match="topology=v5e-15: is not known"):
-        topology("2xv5e-15")
-    with pytest.raises(ValueError, match="topology=0xv5e-16: is not known"):
-        topology("0xv5e-16")
+    assert topology("2xv5e-4").num_hosts == 2 and topology("2xv6e-8").chip.network == 12.5e9
+    for name in ("2xv5e-15", "0xv5e-16", "2x2xv5e-4", "xv5e-4"):
+        with pytest.raises(ValueError, match=f"topology={name}: is not known"):
+            topology(name)
 
 
 def test_the_devices_of_cpu_share_this_machine() -> None:
