@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdpo.products import soft_cap, soft_cap_slope, sum_of_outer_products
-from jaxdpo.sharding import ROWS, shared_axes
+from jaxdpo.sharding import ROWS, alone_on, on_each_device, shared_axes
 
 CHUNK_LOGITS_CPU, CHUNK_LOGITS = 1 << 23, 1 << 27
 """Logits held at once for one row, as a number of float32: what stays near a CPU's caches, and what keeps an accelerator busy."""
@@ -250,16 +250,11 @@ def _on_devices(here: Callable, head: Head, takes: str, gives: str) -> Callable:
         return functools.partial(here, head, _Over())
     vocab, embed = shared_axes(mesh, "vocab"), shared_axes(mesh, "embed")
     rows = (*ROWS, "context")
-    over = _Over(vocab, embed, tuple(axis for axis in rows if mesh.shape[axis] > 1 and axis not in embed))
+    over = _Over(vocab, embed, tuple(axis for axis in rows if mesh.shape[axis] > 1 and axis not in {*embed, *alone_on()}))
     specs = {"r": PartitionSpec(rows), "w": PartitionSpec(vocab or None, embed or None), "n": PartitionSpec()}
     results = tuple(specs[kind] for kind in gives)
-    return jax.shard_map(
-        functools.partial(here, head, over),
-        mesh=mesh,
-        in_specs=tuple(specs[kind] for kind in takes),
-        out_specs=results[0] if len(gives) == 1 else results,
-        check_vma=False,
-    )
+    each = functools.partial(here, head, over)
+    return on_each_device(each, mesh, tuple(specs[kind] for kind in takes), results[0] if len(gives) == 1 else results)
 
 
 def sum_by_side(values_BS: jax.Array, sides_BS: jax.Array, num_places: int) -> jax.Array:

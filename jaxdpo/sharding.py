@@ -8,7 +8,7 @@ weight carries into its sharding; optimizer moments take the sharding of their w
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -233,7 +233,45 @@ def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
     """Pin an intermediate value to a sharding, so that the compiler does not choose another; without a mesh, nothing."""
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    here = jax.sharding.get_abstract_mesh() if alone_on() else mesh
+    return jax.lax.with_sharding_constraint(x, NamedSharding(here, _rest(PartitionSpec(*spec))))
+
+
+def on_each_device(here: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """`here` as what one device does: it takes that device's shares of the arguments and gives its shares of the results."""
+    if not (alone := alone_on()):
+        return jax.shard_map(here, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    in_specs, out_specs = jax.tree.map(_rest, (in_specs, out_specs))
+    return jax.shard_map(here, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(AXES) - alone, check_vma=False)
+
+
+def summed_over_data(f: Callable[[Any], Any], mesh: Mesh | None, batch: Any) -> Any:
+    """f(batch), a tree of sums over rows: the devices along `data` each add up their rows' alone, and all of these at its end.
+
+    Args:
+        mesh: None: the compiler is left to add up where it likes.
+        batch: arrays [M, B, ...] with rows spread as `rows` says. What else `f` uses is the same for all rows.
+    """
+    if mesh is None:
+        return f(batch)
+
+    def here(batch: Any) -> Any:
+        return jax.lax.psum(f(batch), "data")
+
+    own, same = PartitionSpec(None, "data"), PartitionSpec()
+    return jax.shard_map(here, mesh=mesh, in_specs=(own,), out_specs=same, axis_names={"data"}, check_vma=False)(batch)
+
+
+def alone_on() -> frozenset[str]:
+    """The mesh axes along which devices work each for itself where this is called; specs do not name them there."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _rest(spec: PartitionSpec) -> PartitionSpec:
+    """A spec without the axes of `alone_on`."""
+    alone = alone_on()
+    sharing = (tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in alone) for axes in spec)
+    return PartitionSpec(*(axes or None for axes in sharing))
 
 
 def put(tree: Any, shardings: Any) -> Any:

@@ -19,7 +19,7 @@ from jaxdpo.config import LossSection, OptimSection
 from jaxdpo.data.packing import Batch
 from jaxdpo.models.decoder import Params
 from jaxdpo.pairs import PairLogps, given
-from jaxdpo.sharding import replicated, rows
+from jaxdpo.sharding import replicated, rows, summed_over_data
 
 Sums = dict[str, jax.Array]
 
@@ -158,8 +158,9 @@ def averages(sums: Sums) -> Sums:
 def loss_and_grads(params: Params, fixed: Fixed, batch: Batch, options: StepOptions) -> tuple[Sums, Params]:
     """Loss sums of a whole batch, and the gradients of the loss; float32, like params.
 
-    The microbatches are scanned. A loss that mixes pairs of the whole batch is differentiated by its log-probs first (one
-    forward pass more), and its gradient then carried back through each microbatch.
+    The microbatches are scanned; where adds_up_once says so, the devices along `data` each do that alone. A loss that mixes pairs of the
+    whole batch is differentiated by its log-probs first (one forward pass more), and its gradient then carried back through each
+    microbatch.
     """
     totals, section, ref_weights = _totals(batch), options.loss, fixed.reference_view()
     coupled = losses.coupled(section)
@@ -185,12 +186,26 @@ def loss_and_grads(params: Params, fixed: Fixed, batch: Batch, options: StepOpti
         (_, sums), micro_grads = jax.value_and_grad(objective, has_aux=True)(params, micro, ref_logps, pull)
         return jax.tree.map(lambda total, g: total + g.astype(jnp.float32), grads, micro_grads), sums
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
-    grads, sums = jax.lax.scan(micro_step, zeros, (batch, ref_all, pull_all))
-    sums = jax.tree.map(lambda x: x.sum(0), sums)
+    def all_steps(args: tuple) -> tuple[Params, Sums]:
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
+        grads, sums = jax.lax.scan(micro_step, zeros, args)
+        return grads, jax.tree.map(lambda x: x.sum(0), sums)
+
+    mesh = options.forward.mesh if adds_up_once(options, len(batch.tokens_MBT)) else None
+    grads, sums = summed_over_data(all_steps, mesh, (batch, ref_all, pull_all))
     if policy_all is not None:
         sums |= _loss_sums(policy_all, ref_all, batch, section)
     return sums, grads
+
+
+def adds_up_once(options: StepOptions, num_microbatches: int) -> bool:
+    """Whether gradients are added up along `data` once a step, and not by the compiler in each layer of each microbatch.
+
+    Not with one microbatch, where each layer's sum can be under way beside the work on the next; nor with experts, as how unevenly they
+    are used is measured over all rows of a microbatch.
+    """
+    mesh = options.forward.mesh
+    return mesh is not None and mesh.shape["data"] > 1 and num_microbatches > 1 and not options.model.num_experts
 
 
 def _pair_logps(policy: Answers, ref_logps: jax.Array | None, batch: Batch) -> PairLogps:

@@ -177,6 +177,20 @@ def test_no_program_sends_stacks_of_weights_or_holds_all_logits(name: str) -> No
     assert too_large(text, run) == []
 
 
+def test_gradients_cross_data_once_in_a_step_of_several_microbatches() -> None:
+    many = pairs(120, seed=0, low=3, high=25, vocab=V)
+    run, alone = (Stepper(Setup(config=DENSE, mesh=sizes, size=T, remat="full", chunk=CHUNK)) for sizes in ((2, 2, 1, 2), (1,)))
+    batch, same = run.pack(many), alone.pack(many)
+    assert len(batch.tokens_MBT) > 1
+    text = run.train_step.lower(run.state, run.fixed, batch, np.asarray(True)).compile().as_text()
+    sent = sum(one.sent for one in collectives(text, run.mesh) if "data" in one.axes)
+    assert sent == pytest.approx(sum(leaf.nbytes for leaf in jax.tree.leaves(run.state.params)) / 2, rel=0.05)  # a half over fsdp
+    for _ in range(4):
+        ours, theirs = run.train(batch), alone.train(same)
+        for key in KEYS:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
+
+
 @pytest.mark.slow
 def test_programs_that_gather_stacks_or_hold_all_logits_are_found_out() -> None:
     run, batches, _ = started(DENSE, MESHES["fsdp 4 x tensor 2"])

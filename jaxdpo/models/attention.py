@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdpo.models.splash import splash
 from jaxdpo.products import soft_cap, soft_cap_slope
-from jaxdpo.sharding import slots_spec
+from jaxdpo.sharding import on_each_device, slots_spec
 
 BLOCK = 64
 MASKED = -1e30  # finite, so that a block without any allowed key gives exp(...) = 0 and not NaN
@@ -93,7 +93,7 @@ def attention(
     windows = None if window is None else jax.tree.map(lambda x: slots if x.ndim else PartitionSpec(), window)
     where: Any = (heads, heads, heads, slots, slots, windows, None if sinks_N is None else PartitionSpec("tensor"))
     here = attend if slots[1] is None else functools.partial(_to_whole_rows, attend, slots[1])
-    return jax.shard_map(here, mesh=mesh, in_specs=(Inputs(*where),), out_specs=heads, check_vma=False)(inputs)
+    return on_each_device(here, mesh, (Inputs(*where),), heads)(inputs)
 
 
 def _to_whole_rows(attend: Callable[[Inputs], jax.Array], axis: str, inputs: Inputs) -> jax.Array:

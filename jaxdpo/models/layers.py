@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdpo.models.config import RopeScaling
 from jaxdpo.products import sum_of_outer_products
-from jaxdpo.sharding import shared_axes, slots_spec
+from jaxdpo.sharding import on_each_device, shared_axes, slots_spec
 
 Adapter = Mapping[str, jax.Array]
 """One weight's low-rank update: "a" [*inputs, R] and "b" [R, *outputs]."""
@@ -119,7 +119,7 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, mesh: Mesh | None) -> jax.Ar
         return jax.lax.all_to_all(x_BTD, embed, split_axis=0, concat_axis=2, tiled=True) if embed else x_BTD
 
     places = (PartitionSpec(vocab or None, embed or None), slots)
-    return jax.shard_map(here, mesh=mesh, in_specs=places, out_specs=slots, check_vma=False)(table_VD, ids_BT)
+    return on_each_device(here, mesh, places, slots)(table_VD, ids_BT)
 
 
 def rounded(weight: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:

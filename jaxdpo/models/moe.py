@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.layers import gated, param, project, rounded
-from jaxdpo.sharding import slots_spec
+from jaxdpo.sharding import on_each_device, slots_spec
 
 
 class RouterLoad(NamedTuple):
@@ -90,7 +90,7 @@ class MoE(nnx.Module):
             tokens = slots_spec(mesh, x_BTD.shape[1])
             places: list[Any] = [None if value is None else _PLACES[name] for name, value in experts._asdict().items()]
             here, taken = functools.partial(_exchange, apply, mesh), (tokens, tokens, tokens, Experts(*places))
-            spread = jax.shard_map(here, mesh=mesh, in_specs=taken, out_specs=tokens, check_vma=False)
+            spread = on_each_device(here, mesh, taken, tokens)
             y_BTD = spread(x_BTD, weights_BTC, chosen_BTC, experts)
         return y_BTD, _load(probs_BTE, chosen_BTC, real_BT)
 

@@ -13,6 +13,7 @@ from jaxdpo.planning.memory import FLOAT32, MOMENTS, REFERENCE, local_bytes, wai
 from jaxdpo.planning.rows import Rows
 from jaxdpo.planning.topologies import Topology
 from jaxdpo.program import Program
+from jaxdpo.step import adds_up_once
 
 RING = 0.5
 """Share of a TPU's links that a ring of its neighbours uses: those along one of the torus's dimensions."""
@@ -161,10 +162,11 @@ def _sent(program: Program, rows: Rows, topology: Topology) -> dict[str, float]:
     gathered = (2 + live) * item * _used_weights(program) + FLOAT32 * trained
     slots, D = rows.slots / mesh["context"], model.hidden_size
     keys = rows.slots * 2 * model.num_kv_heads * model.head_dim / mesh["tensor"] * model.num_layers
+    summed = (1 / rows.microbatches if adds_up_once(program.options, rows.microbatches) else 1) * 2 * FLOAT32 * trained / shards
     micro = {
         "fsdp": _share(near) * gathered,
-        "data": 2 * _share(copies) * FLOAT32 * trained / shards,
-        "slices": _share(shards // near) * gathered / near + 2 * _share(mesh["data"] // copies) * FLOAT32 * trained / (shards * copies),
+        "data": _share(copies) * summed,
+        "slices": _share(shards // near) * gathered / near + _share(mesh["data"] // copies) * summed / copies,
         "context": _share(mesh["context"]) * keys * ((1 + again + live) * item + FLOAT32),
         "tensor": 2 * _share(mesh["tensor"]) * FLOAT32 * slots * D * model.num_layers * 2 * (2 + again + live),
     }
