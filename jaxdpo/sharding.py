@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxdpo.config import MeshSection
 
@@ -233,16 +233,14 @@ def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
     """Pin an intermediate value to a sharding, so that the compiler does not choose another; without a mesh, nothing."""
     if mesh is None or mesh.size == 1:
         return x
-    here = jax.sharding.get_abstract_mesh() if alone_on() else mesh
-    return jax.lax.with_sharding_constraint(x, NamedSharding(here, _rest(PartitionSpec(*spec))))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(_mesh_here(mesh), _rest(PartitionSpec(*spec))))
 
 
 def on_each_device(here: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """`here` as what one device does: it takes that device's shares of the arguments and gives its shares of the results."""
-    if not (alone := alone_on()):
-        return jax.shard_map(here, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    in_specs, out_specs = jax.tree.map(_rest, (in_specs, out_specs))
-    return jax.shard_map(here, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(AXES) - alone, check_vma=False)
+    taken, given = jax.tree.map(_rest, (in_specs, out_specs))
+    together = frozenset(AXES) - alone_on()
+    return jax.shard_map(here, mesh=_mesh_here(mesh), in_specs=taken, out_specs=given, axis_names=together, check_vma=False)
 
 
 def summed_over_data(f: Callable[[Any], Any], mesh: Mesh | None, batch: Any) -> Any:
@@ -267,11 +265,16 @@ def alone_on() -> frozenset[str]:
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def _mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
+    """The mesh as it is known where this is called."""
+    return jax.sharding.get_abstract_mesh() if alone_on() else mesh
+
+
 def _rest(spec: PartitionSpec) -> PartitionSpec:
     """A spec without the axes of `alone_on`."""
-    alone = alone_on()
-    sharing = (tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in alone) for axes in spec)
-    return PartitionSpec(*(axes or None for axes in sharing))
+    left_out = {None, *alone_on()}
+    dims = (axes if isinstance(axes, tuple) else (axes,) for axes in spec)
+    return PartitionSpec(*(tuple(axis for axis in axes if axis not in left_out) or None for axes in dims))
 
 
 def put(tree: Any, shardings: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdpo.collectives import collectives
-from jaxdpo.config import OptimSection
+from jaxdpo.config import LossSection, OptimSection
 from jaxdpo.data.packing import Batch
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.step import Fixed, StepOptions, TrainState, train_step
@@ -177,14 +177,23 @@ def test_no_program_sends_stacks_of_weights_or_holds_all_logits(name: str) -> No
     assert too_large(text, run) == []
 
 
-def test_gradients_cross_data_once_in_a_step_of_several_microbatches() -> None:
-    many = pairs(120, seed=0, low=3, high=25, vocab=V)
-    run, alone = (Stepper(Setup(config=DENSE, mesh=sizes, size=T, remat="full", chunk=CHUNK)) for sizes in ((2, 2, 1, 2), (1,)))
-    batch, same = run.pack(many), alone.pack(many)
+def several_microbatches(sizes: tuple[int, ...], loss: str) -> tuple[Stepper, Batch]:
+    run = Stepper(Setup(loss=LossSection(name=loss), config=DENSE, mesh=sizes, size=T, remat="full", chunk=CHUNK))
+    batch = run.pack(pairs(120, seed=0, low=3, high=25, vocab=V))
     assert len(batch.tokens_MBT) > 1
+    return run, batch
+
+
+def test_gradients_cross_data_once_in_a_step_of_several_microbatches() -> None:
+    run, batch = several_microbatches(MESHES["data 2 x fsdp 2 x context 2"], "sigmoid")
     text = run.train_step.lower(run.state, run.fixed, batch, np.asarray(True)).compile().as_text()
     sent = sum(one.sent for one in collectives(text, run.mesh) if "data" in one.axes)
     assert sent == pytest.approx(sum(leaf.nbytes for leaf in jax.tree.leaves(run.state.params)) / 2, rel=0.05)  # a half over fsdp
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", pytest.param("aot", marks=pytest.mark.slow)])  # of each pair, and of the whole batch
+def test_steps_of_several_microbatches_on_eight_devices_are_those_of_one(loss: str) -> None:
+    (run, batch), (alone, same) = (several_microbatches(sizes, loss) for sizes in (MESHES["data 2 x fsdp 2 x context 2"], (1,)))
     for _ in range(4):
         ours, theirs = run.train(batch), alone.train(same)
         for key in KEYS:

@@ -162,7 +162,8 @@ def _sent(program: Program, rows: Rows, topology: Topology) -> dict[str, float]:
     gathered = (2 + live) * item * _used_weights(program) + FLOAT32 * trained
     slots, D = rows.slots / mesh["context"], model.hidden_size
     keys = rows.slots * 2 * model.num_kv_heads * model.head_dim / mesh["tensor"] * model.num_layers
-    summed = (1 / rows.microbatches if adds_up_once(program.options, rows.microbatches) else 1) * 2 * FLOAT32 * trained / shards
+    sums = 1 if adds_up_once(program.options, rows.microbatches) else rows.microbatches  # of gradients along data, in a step
+    summed = 2 * FLOAT32 * trained / shards * sums / rows.microbatches
     micro = {
         "fsdp": _share(near) * gathered,
         "data": _share(copies) * summed,
