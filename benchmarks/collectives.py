@@ -30,17 +30,17 @@ import numpy as np
 from jax.experimental import topologies
 from versus.machine import commit, hardware, tell
 
-from jaxdpo import sharding
-from jaxdpo.answers import StepOptions
-from jaxdpo.collectives import Collective, collectives
-from jaxdpo.config import LossSection, MeshSection, OptimSection
+from jaxdpo.config.schema import LossSection, MeshSection, OptimSection
 from jaxdpo.data.packing import Batch, Packer
-from jaxdpo.data.table import EncodedPair
+from jaxdpo.data.pair_table import EncodedPair
+from jaxdpo.distributed import sharding
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, abstract_params
-from jaxdpo.models.hfconfig import from_hf
-from jaxdpo.runweights import axis_sizes, state_shardings
-from jaxdpo.step import Fixed, compile_steps, init_state
+from jaxdpo.models.hf.config_json import from_hf
+from jaxdpo.planning.hlo_collectives import Collective, collectives
+from jaxdpo.training.completion_logps import StepOptions
+from jaxdpo.training.step import Fixed, compile_steps, init_state
+from jaxdpo.training.weights import axis_sizes, state_shardings
 
 TOKENS, PAIRS = 16_384, 16
 SIZES: dict[str, Any] = {
@@ -57,7 +57,13 @@ SIZES: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "dense": SIZES | {"model_type": "llama", "num_key_value_heads": 2},
     "dense, 8 key-value heads": SIZES | {"model_type": "llama"},
-    "8 experts, 2 a token": SIZES | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+    "8 experts, 2 a token": SIZES
+    | {
+        "model_type": "mixtral",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+    },
 }
 MESHES: dict[str, list[dict[str, int]]] = {
     "dense": [
@@ -71,21 +77,36 @@ MESHES: dict[str, list[dict[str, int]]] = {
         {"context": 8},
     ],
     "dense, 8 key-value heads": [{"fsdp": 4, "context": 2}, {"context": 8}, {"tensor": 8}],
-    "8 experts, 2 a token": [{"fsdp": 8}, {"fsdp": 2, "expert": 4}, {"expert": 8}, {"expert": 4, "tensor": 2}],
+    "8 experts, 2 a token": [
+        {"fsdp": 8},
+        {"fsdp": 2, "expert": 4},
+        {"expert": 8},
+        {"expert": 4, "tensor": 2},
+    ],
 }
 
 
 def main(argv: list[str]) -> None:
     """Compile every program and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", help="a TPU slice of eight chips, e.g. v5e:2x4, instead of eight virtual CPU devices")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--topology",
+        help="a TPU slice of eight chips, e.g. v5e:2x4, instead of eight virtual CPU devices",
+    )
     parser.add_argument("--only", choices=MODELS, help="one of the models")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     devices = jax.devices()
     if args.topology:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
-    found = [measured(name, sizes, devices) for name in MODELS if args.only in (None, name) for sizes in MESHES[name]]
+    found = [
+        measured(name, sizes, devices)
+        for name in MODELS
+        if args.only in (None, name)
+        for sizes in MESHES[name]
+    ]
     about = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
@@ -96,7 +117,9 @@ def main(argv: list[str]) -> None:
     }
     suffix = f"-{args.topology.replace(':', '-')}" if args.topology else ""
     path = args.out / f"collectives-{about['date']}{suffix}"
-    path.with_suffix(".json").write_text(json.dumps(about | {"models": MODELS, "found": found}, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".json").write_text(
+        json.dumps(about | {"models": MODELS, "found": found}, indent=1) + "\n", encoding="utf-8"
+    )
     path.with_suffix(".md").write_text(markdown(about, found), encoding="utf-8")
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
 
@@ -132,20 +155,38 @@ def compiled_step(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
     """The train step, compiled from shapes alone."""
     dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     forward = ForwardOptions(compute_dtype=dtype, remat="full", mesh=mesh)
-    options = StepOptions(model=model, loss=LossSection(), optim=OptimSection(), forward=forward, total_steps=10)
+    options = StepOptions(
+        model=model, loss=LossSection(), optim=OptimSection(), forward=forward, total_steps=10
+    )
     where = state_shardings(model, mesh)
-    state = jax.eval_shape(lambda params: init_state(params, options.optim), abstract_params(model, "float32"))
-    fixed, fixed_where = Fixed(reference=abstract_params(model, dtype)), Fixed(reference=where.params)
+    state = jax.eval_shape(
+        lambda params: init_state(params, options.optim), abstract_params(model, "float32")
+    )
+    fixed, fixed_where = (
+        Fixed(reference=abstract_params(model, dtype)),
+        Fixed(reference=where.params),
+    )
     train_step, _ = compile_steps(options, mesh, where, fixed_where)
-    placed = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), (state, fixed), (where, fixed_where))
-    return train_step.lower(*placed, batch(mesh), jax.ShapeDtypeStruct((), np.bool_, sharding=sharding.replicated(mesh))).compile()
+    placed = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        (state, fixed),
+        (where, fixed_where),
+    )
+    return train_step.lower(
+        *placed, batch(mesh), jax.ShapeDtypeStruct((), np.bool_, sharding=sharding.replicated(mesh))
+    ).compile()
 
 
 def batch(mesh: jax.sharding.Mesh) -> Batch:
     """Shapes of a batch of TOKENS slots."""
     rows, ids = sharding.num_row_shards(mesh), np.ones(2, np.int32)
-    packed = Packer(layout="shared", num_rows=rows, row_sizes=(TOKENS // rows,), num_places=PAIRS)([EncodedPair(ids, ids, ids)])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.rows(mesh, 1)), packed)
+    packed = Packer(layout="shared", num_rows=rows, row_sizes=(TOKENS // rows,), num_places=PAIRS)(
+        [EncodedPair(ids, ids, ids)]
+    )
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.rows(mesh, 1)),
+        packed,
+    )
 
 
 def markdown(about: dict[str, Any], found: list[dict[str, Any]]) -> str:
@@ -158,10 +199,15 @@ def markdown(about: dict[str, Any], found: list[dict[str, Any]]) -> str:
         lines += [f"## {name}: {some[0]['weights'] / 1e6:.0f} million weights", ""]
         lines += ["| mesh | sent, MiB | of which | temporaries, MiB |", "|---|---|---|---|"]
         for item in some:
-            total, parts = sum(item["sent"].values()), [(key, size / 2**20) for key, size in item["sent"].items()]
+            total, parts = (
+                sum(item["sent"].values()),
+                [(key, size / 2**20) for key, size in item["sent"].items()],
+            )
             told = ", ".join(f"{size:,.0f} {key}" for key, size in parts if size >= 1)
             mesh = " x ".join(f"{axis} {size}" for axis, size in item["mesh"].items())
-            lines.append(f"| {mesh} | {total / 2**20:,.0f} | {told} | {item['temporary_bytes'] / 2**20:,.0f} |")
+            lines.append(
+                f"| {mesh} | {total / 2**20:,.0f} | {told} | {item['temporary_bytes'] / 2**20:,.0f} |"
+            )
         lines.append("")
     return "\n".join(lines)
 

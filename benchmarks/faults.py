@@ -31,8 +31,8 @@ from typing import Any
 
 from benchmarks.forks import Forked, Server
 from benchmarks.kill_and_resume import different_arrays, different_rows
-from jaxdpo.checkpoint import restore_params
-from jaxdpo.manifest import find_damage
+from jaxdpo.checkpoints.checkpoint import restore_params
+from jaxdpo.utils.manifest import find_damage
 from tests.runs import folder_with_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -75,19 +75,46 @@ class Runs:
         process = self.start(self.untouched)
         assert process.wait() == 0, told(self.untouched)
 
-    def start(self, run: Path, server: Server | None = None, mutation: str = "") -> subprocess.Popen[bytes] | Forked:
+    def start(
+        self, run: Path, server: Server | None = None, mutation: str = ""
+    ) -> subprocess.Popen[bytes] | Forked:
         """The command for this run folder, printing into it: as it is typed, or in a fork of the server, perhaps changed."""
-        places = [f"run_dir={run}", f"model.path={self.folder / 'model'}", f"data.train=[{self.folder / 'rows.jsonl'}]"]
-        caches = [f"train.compilation_cache={self.folder / 'programs'}", f"data.cache={self.folder / 'pairs'}"]
-        sizes = ["data.max_length=32", "data.max_row_tokens=64", "data.row_sizes=1", "data.eval_fraction=0.3", "train.pairs_per_step=2"]
+        places = [
+            f"run_dir={run}",
+            f"model.path={self.folder / 'model'}",
+            f"data.train=[{self.folder / 'rows.jsonl'}]",
+        ]
+        caches = [
+            f"train.compilation_cache={self.folder / 'programs'}",
+            f"data.cache={self.folder / 'pairs'}",
+        ]
+        sizes = [
+            "data.max_length=32",
+            "data.max_row_tokens=64",
+            "data.row_sizes=1",
+            "data.eval_fraction=0.3",
+            "train.pairs_per_step=2",
+        ]
         often = [f"train.steps={self.total}", f"checkpoint.save_every={SAVE_EVERY}"]
-        often += ["eval.every=25", "eval.samples=1", "eval.sample_tokens=4", "optim.learning_rate=1e-3", "log.tensorboard=false"]
+        often += [
+            "eval.every=25",
+            "eval.samples=1",
+            "eval.sample_tokens=4",
+            "optim.learning_rate=1e-3",
+            "log.tensorboard=false",
+        ]
         words = [*places, *caches, *sizes, *often]
         run.mkdir(exist_ok=True, parents=True)
         if server is not None:
             return server.start(words, mutation, run / "out.txt")
         with (run / "out.txt").open("ab") as out:
-            return subprocess.Popen([sys.executable, "-m", "jaxdpo.train", *words], cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out)
+            return subprocess.Popen(
+                [sys.executable, "-m", "jaxdpo.train", *words],
+                cwd=ROOT,
+                env=ENVIRONMENT,
+                stdout=out,
+                stderr=out,
+            )
 
     def finish(self, run: Path, server: Server | None = None, mutation: str = "") -> int:
         """Run the command to its end; its exit status."""
@@ -96,7 +123,9 @@ class Runs:
     def differences(self, run: Path) -> list[str]:
         """What is not as in the untouched run."""
         rows = different_rows(run, self.untouched)
-        return different_arrays(run, self.untouched, self.total) + [f"metrics of step {step}" for step in rows]
+        return different_arrays(run, self.untouched, self.total) + [
+            f"metrics of step {step}" for step in rows
+        ]
 
 
 def told(run: Path) -> str:
@@ -117,7 +146,14 @@ def last_step(run: Path) -> int:
 
 def newest(run: Path) -> int:
     """The newest checkpoint; 0 when there is none."""
-    return max((int(path.parent.name) for path in (run / "checkpoints").glob("*/manifest.json") if path.parent.name.isdecimal()), default=0)
+    return max(
+        (
+            int(path.parent.name)
+            for path in (run / "checkpoints").glob("*/manifest.json")
+            if path.parent.name.isdecimal()
+        ),
+        default=0,
+    )
 
 
 def phase(run: Path) -> str:
@@ -187,7 +223,13 @@ MOMENTS: dict[str, Moment] = {
 
 
 def interrupt(
-    runs: Runs, run: Path, number: signal.Signals, kind: str, mark: int, draw: random.Random, server: Server | None = None
+    runs: Runs,
+    run: Path,
+    number: signal.Signals,
+    kind: str,
+    mark: int,
+    draw: random.Random,
+    server: Server | None = None,
 ) -> dict[str, Any]:
     """Start the command, and signal it at a moment; what came of it. With a server, imports can be interrupted at the start alone."""
     saved_before = newest(run)
@@ -203,10 +245,19 @@ def interrupt(
     started = time.monotonic()
     code = process.wait(PATIENCE)
     seconds = round(time.monotonic() - started, 2)
-    return {"at": kind, "logged": logged, "saved before": saved_before, "saved": newest(run), "code": code, "seconds": seconds}
+    return {
+        "at": kind,
+        "logged": logged,
+        "saved before": saved_before,
+        "saved": newest(run),
+        "code": code,
+        "seconds": seconds,
+    }
 
 
-def lane(runs: Runs, run: Path, number: signal.Signals, kinds: list[str], seed: int) -> dict[str, Any]:
+def lane(
+    runs: Runs, run: Path, number: signal.Signals, kinds: list[str], seed: int
+) -> dict[str, Any]:
     """One run that is interrupted at these moments, one after the other, spread over its steps, and then goes to its end."""
     draw, events = random.Random(seed), []
     with contextlib.closing(Server(ENVIRONMENT)) as server:
@@ -214,7 +265,9 @@ def lane(runs: Runs, run: Path, number: signal.Signals, kinds: list[str], seed: 
             mark = 1 + (runs.total - 60) * count // len(kinds) + draw.randrange(10)
             events.append(interrupt(runs, run, number, kind, mark, draw, server))
         code = runs.finish(run, server)
-    failures = [f"seed {seed}: {name}" for name in runs.differences(run)] + ([f"seed {seed}: ended with {code}"] if code else [])
+    failures = [f"seed {seed}: {name}" for name in runs.differences(run)] + (
+        [f"seed {seed}: ended with {code}"] if code else []
+    )
     for event in events:
         if number == signal.SIGKILL and event["code"] != -signal.SIGKILL:
             failures.append(f"seed {seed}: ended by itself: {event}")
@@ -223,18 +276,33 @@ def lane(runs: Runs, run: Path, number: signal.Signals, kinds: list[str], seed: 
     return {"events": events, "failures": failures}
 
 
-def lanes(runs: Runs, name: str, number: signal.Signals, kinds: list[str], count: int, num_lanes: int, seed: int) -> dict[str, Any]:
+def lanes(
+    runs: Runs,
+    name: str,
+    number: signal.Signals,
+    kinds: list[str],
+    count: int,
+    num_lanes: int,
+    seed: int,
+) -> dict[str, Any]:
     """`count` interruptions, each kind as often as another, over several runs side by side."""
     draw = random.Random(seed)
     drawn = [kinds[i % len(kinds)] for i in range(count)]
     draw.shuffle(drawn)
     with concurrent.futures.ThreadPoolExecutor(num_lanes) as pool:
-        parts = [pool.submit(lane, runs, runs.folder / f"{name}{i}", number, drawn[i::num_lanes], seed + i) for i in range(num_lanes)]
+        parts = [
+            pool.submit(
+                lane, runs, runs.folder / f"{name}{i}", number, drawn[i::num_lanes], seed + i
+            )
+            for i in range(num_lanes)
+        ]
         found = [part.result() for part in parts]
     events = [event for part in found for event in part["events"]]
     return {
         "interruptions": len(events),
-        "by moment": {kind: sum(event["at"] == kind for event in events) for kind in dict.fromkeys(kinds)},
+        "by moment": {
+            kind: sum(event["at"] == kind for event in events) for kind in dict.fromkeys(kinds)
+        },
         "after the first epoch": sum(event["logged"] > 5 for event in events),
         "most seconds to the end": max((event["seconds"] for event in events), default=0),
         "failures": [failure for part in found for failure in part["failures"]],
@@ -249,8 +317,14 @@ def mutations(runs: Runs, stopped: Path, server: Server) -> dict[str, Any]:
         run = runs.folder / f"mutated{number}"
         shutil.copytree(stopped, run)
         code = runs.finish(run, server, program)
-        seen[name] = f"{len(runs.differences(run))} differences" if code == 0 else f"ended with {code}"
-    failures = [f"left out and not noticed: {name}" for name, found in seen.items() if not found[:1].isdigit() or found.startswith("0 ")]
+        seen[name] = (
+            f"{len(runs.differences(run))} differences" if code == 0 else f"ended with {code}"
+        )
+    failures = [
+        f"left out and not noticed: {name}"
+        for name, found in seen.items()
+        if not found[:1].isdigit() or found.startswith("0 ")
+    ]
     return {"seen": seen, "failures": failures}
 
 
@@ -305,7 +379,9 @@ def broken_files(runs: Runs, stopped: Path, server: Server, *, every: bool) -> d
         run = runs.folder / f"broken{number}"
         shutil.copytree(stopped, run)
         folder = run / "checkpoints" / str(newest(run))
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+        files = [
+            path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size
+        ]
         for path in files if every else []:
             good = path.read_bytes()
             harm(path)
@@ -317,22 +393,41 @@ def broken_files(runs: Runs, stopped: Path, server: Server, *, every: bool) -> d
             (run / "checkpoints" / junk).mkdir()
         (run / "checkpoints" / "88").write_text("junk")
         code, words = runs.finish(run, server), told(run)
-        problems = [] if code == 0 and not runs.differences(run) else [f"ended with {code}: {runs.differences(run)}"]
-        problems += [] if ".damaged" in words and "999999 has no manifest.json" in words else ["nothing was told"]
+        problems = (
+            []
+            if code == 0 and not runs.differences(run)
+            else [f"ended with {code}: {runs.differences(run)}"]
+        )
+        problems += (
+            []
+            if ".damaged" in words and "999999 has no manifest.json" in words
+            else ["nothing was told"]
+        )
         failures += [f"{harm.__name__}: {problem}" for problem in problems]
     return {"failures": failures}
 
 
 def main() -> int:
     """Do everything, write the result; the number of failures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"kills": 50, "terms": 20, "flips": 200, "lanes": 3, "seed": 0, "steps": 500}.items():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in {
+        "kills": 50,
+        "terms": 20,
+        "flips": 200,
+        "lanes": 3,
+        "seed": 0,
+        "steps": 500,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args, started = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as name, contextlib.closing(Server(ENVIRONMENT)) as server:
         runs = Runs(Path(name), args.steps)
         stopped = runs.folder / "stopped"
-        stop = interrupt(runs, stopped, signal.SIGTERM, "step", args.steps // 2, random.Random(args.seed))
+        stop = interrupt(
+            runs, stopped, signal.SIGTERM, "step", args.steps // 2, random.Random(args.seed)
+        )
         kill_moments = ["step", "save", "before the first step"] * 3 + ["start"]
         term_moments = ["step", "save", "before the first step", "evaluation", "generation"]
         result = {
@@ -342,14 +437,30 @@ def main() -> int:
             "left out of a resume": mutations(runs, stopped, server),
             "bit flips": flips(stopped, args.flips, args.seed),
             "cut, empty and deleted files, junk": broken_files(runs, stopped, server, every=True),
-            "SIGTERM": lanes(runs, "term", signal.SIGTERM, term_moments, args.terms, args.lanes, args.seed),
-            "SIGKILL": lanes(runs, "kill", signal.SIGKILL, kill_moments, args.kills, args.lanes, args.seed),
+            "SIGTERM": lanes(
+                runs, "term", signal.SIGTERM, term_moments, args.terms, args.lanes, args.seed
+            ),
+            "SIGKILL": lanes(
+                runs, "kill", signal.SIGKILL, kill_moments, args.kills, args.lanes, args.seed
+            ),
         }
-    failures = [failure for part in result.values() if isinstance(part, dict) for failure in part["failures"]]
+    failures = [
+        failure
+        for part in result.values()
+        if isinstance(part, dict)
+        for failure in part["failures"]
+    ]
     result |= {"failures": failures, "minutes": round((time.monotonic() - started) / 60, 1)}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"faults-{datetime.date.today()}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key not in ("SIGTERM", "SIGKILL")}, indent=1))
+    (RESULTS / f"faults-{datetime.date.today()}.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
+    print(
+        json.dumps(
+            {key: value for key, value in result.items() if key not in ("SIGTERM", "SIGKILL")},
+            indent=1,
+        )
+    )
     return len(failures)
 
 

@@ -57,7 +57,12 @@ class Server:
     def __init__(self, env: dict[str, str]):
         """Start it."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.forks"], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "benchmarks.forks"],
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def answer(self) -> str:
@@ -68,7 +73,9 @@ class Server:
     def start(self, argv: list[str], before: str, out: Path) -> Forked:
         """Run jaxdpo.train's main with these words in a fork; `before` is a program to run first, `out` takes what is printed."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"argv": argv, "before": before, "out": str(out)}) + "\n")
+        self._process.stdin.write(
+            json.dumps({"argv": argv, "before": before, "out": str(out)}) + "\n"
+        )
         self._process.stdin.flush()
         return Forked(self, int(self.answer()))
 

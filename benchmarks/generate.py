@@ -44,7 +44,11 @@ def main(argv: list[str]) -> None:
     args = arguments(argv)
     cores = sorted(os.sched_getaffinity(0))[: args.cores]
     os.sched_setaffinity(0, cores)  # the workers inherit it
-    results = {"config": configuration(args), "hardware": hardware(len(cores)), "versions": versions(args.torch_python)}
+    results = {
+        "config": configuration(args),
+        "hardware": hardware(len(cores)),
+        "versions": versions(args.torch_python),
+    }
     with tempfile.TemporaryDirectory(prefix="generate-") as scratch:
         results["rounds"] = measure(Path(scratch), args)
     results["agreement"] = agreement(results["rounds"])
@@ -60,8 +64,14 @@ def main(argv: list[str]) -> None:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch-python", required=True, help="the python of an environment that has torch and transformers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--torch-python",
+        required=True,
+        help="the python of an environment that has torch and transformers",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="undisturbed rounds wanted")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
@@ -76,10 +86,22 @@ def measure(scratch: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     tell("making the model")
     code = "import sys, pathlib; from versus.prepare import make_weights; make_weights(pathlib.Path(sys.argv[1]), 0)"
     folder = scratch / "model"
-    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=BENCHMARKS, check=True, env=environment(args.cores))
-    workers = {f"{side} {dtype}": start(side, dtype, folder, scratch, args) for dtype in DTYPES for side in ("ours", "transformers")}
+    subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=BENCHMARKS,
+        check=True,
+        env=environment(args.cores),
+    )
+    workers = {
+        f"{side} {dtype}": start(side, dtype, folder, scratch, args)
+        for dtype in DTYPES
+        for side in ("ours", "transformers")
+    }
     draw = random.Random(0)
-    prompts = {batch: [[draw.randrange(1, VOCAB) for _ in range(args.prompt)] for _ in range(batch)] for batch in BATCHES}
+    prompts = {
+        batch: [[draw.randrange(1, VOCAB) for _ in range(args.prompt)] for _ in range(batch)]
+        for batch in BATCHES
+    }
     for worker in workers.values():
         for batch in BATCHES:
             worker.ask(do="answer", prompts=prompts[batch], new=args.new)
@@ -89,11 +111,17 @@ def measure(scratch: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         for batch in BATCHES:
             for name, worker in workers.items():
                 wait_until_quiet(PATIENCE)
-                answers[f"{name}, batch {batch}"] = worker.ask(do="answer", prompts=prompts[batch], new=args.new)
+                answers[f"{name}, batch {batch}"] = worker.ask(
+                    do="answer", prompts=prompts[batch], new=args.new
+                )
         foreign = max(answer["foreign"] for answer in answers.values())
         done.append({"answers": answers, "foreign": foreign, "clean": foreign <= FOREIGN_LIMIT})
-        speeds = ", ".join(f"{name} {tokens(answer) / answer['seconds']:.0f}" for name, answer in answers.items())
-        tell(f"round {len(done)}, tokens/s: {speeds}; others used at most {foreign:.1%} of the cores")
+        speeds = ", ".join(
+            f"{name} {tokens(answer) / answer['seconds']:.0f}" for name, answer in answers.items()
+        )
+        tell(
+            f"round {len(done)}, tokens/s: {speeds}; others used at most {foreign:.1%} of the cores"
+        )
     for worker in workers.values():
         worker.quit()
     return done
@@ -101,9 +129,10 @@ def measure(scratch: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def start(side: str, dtype: str, folder: Path, scratch: Path, args: argparse.Namespace) -> Worker:
     """A rival's process, its model loaded."""
-    module = {"ours": [sys.executable, "-m", "versus.generate_ours"], "transformers": [args.torch_python, "-m", "versus.generate_theirs"]}[
-        side
-    ]
+    module = {
+        "ours": [sys.executable, "-m", "versus.generate_ours"],
+        "transformers": [args.torch_python, "-m", "versus.generate_theirs"],
+    }[side]
     threads = [] if side == "ours" else [f"--threads={args.cores}"]
     command = [*module, f"--folder={folder}", f"--dtype={dtype}", *threads]
     return Worker(command, scratch / f"{side}-{dtype}.log", environment(args.cores))
@@ -122,14 +151,24 @@ def agreement(rounds: list[dict[str, Any]]) -> dict[str, float]:
     """
 
     def same(ours: list[int], theirs: list[int]) -> int:
-        return next((place for place, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+        return next(
+            (place for place, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b),
+            len(ours),
+        )
 
     shares = {}
     for dtype in DTYPES:
-        sides = [rounds[0]["answers"][f"{side} {dtype}, batch {max(BATCHES)}"]["answers"] for side in ("ours", "transformers")]
-        shares[dtype] = sum(same(*pair) for pair in zip(*sides, strict=True)) / sum(map(len, sides[0]))
+        sides = [
+            rounds[0]["answers"][f"{side} {dtype}, batch {max(BATCHES)}"]["answers"]
+            for side in ("ours", "transformers")
+        ]
+        shares[dtype] = sum(same(*pair) for pair in zip(*sides, strict=True)) / sum(
+            map(len, sides[0])
+        )
     if shares["float32"] < 1:
-        raise ValueError(f"only {shares['float32']:.1%} of the float32 answers agree; the sides did not do the same work")
+        raise ValueError(
+            f"only {shares['float32']:.1%} of the float32 answers agree; the sides did not do the same work"
+        )
     return shares
 
 
@@ -146,15 +185,24 @@ def markdown(results: dict[str, Any]) -> str:
     rows = []
     for batch in BATCHES:
         for dtype in DTYPES:
-            ours, theirs = (speeds(results, f"{side} {dtype}, batch {batch}") for side in ("ours", "transformers"))
+            ours, theirs = (
+                speeds(results, f"{side} {dtype}, batch {batch}")
+                for side in ("ours", "transformers")
+            )
             ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-            cells = [f"{statistics.median(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in (ours, theirs)]
+            cells = [
+                f"{statistics.median(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in (ours, theirs)
+            ]
             aim = f"at least {AIM:.0f}x" if batch == max(BATCHES) else ""
             faster = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
             met = ("yes" if statistics.median(ratios) >= AIM else "**no**") if aim else ""
-            rows.append(f"| {batch} | {dtype} | {cells[0]} | {cells[1]} | {faster} | {aim} | {met} |")
+            rows.append(
+                f"| {batch} | {dtype} | {cells[0]} | {cells[1]} | {faster} | {aim} | {met} |"
+            )
     clean = sum(item["clean"] for item in results["rounds"])
-    disturbed = "" if clean else "**Other work ran beside every round: these numbers mean little.**\n\n"
+    disturbed = (
+        "" if clean else "**Other work ran beside every round: these numbers mean little.**\n\n"
+    )
     return (
         f"# Decoding: jaxdpo and transformers side by side, {config['date']}\n\n`{config['command']}` at commit {config['commit']}\n\n"
         f"- {machine['cpu']} (family/model {machine['family_model']}; {', '.join(machine['isa'])}), {machine['cores_used']} of "
@@ -176,7 +224,14 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, without places on this machine."""
     command = f"python benchmarks/generate.py --torch-python <python> --rounds {args.rounds} --cores {args.cores}"
     today = datetime.date.today().isoformat()
-    return {"date": today, "command": command, "commit": commit(), "rounds": args.rounds, "prompt": args.prompt, "new": args.new}
+    return {
+        "date": today,
+        "command": command,
+        "commit": commit(),
+        "rounds": args.rounds,
+        "prompt": args.prompt,
+        "new": args.new,
+    }
 
 
 def versions(torch_python: str) -> dict[str, str]:

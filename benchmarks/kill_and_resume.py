@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxdpo.metrics import TIME_KEYS
+from jaxdpo.training.metric_logger import TIME_KEYS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,8 +44,12 @@ def main() -> int:
         subprocess.run([*command, f"run_dir={untouched}"], check=True, stdout=subprocess.DEVNULL)
         total = max(row["step"] for row in rows(untouched))
         draw = random.Random(args.seed)
-        marks = sorted(draw.randint(2, total - 2) for _ in range(args.kills - 1)) + [draw.randint(total // 2 + 1, total - 1)]
-        kills = [kill_at([*command, f"run_dir={killed}"], killed, mark, draw) for mark in sorted(marks)]
+        marks = sorted(draw.randint(2, total - 2) for _ in range(args.kills - 1)) + [
+            draw.randint(total // 2 + 1, total - 1)
+        ]
+        kills = [
+            kill_at([*command, f"run_dir={killed}"], killed, mark, draw) for mark in sorted(marks)
+        ]
         subprocess.run([*command, f"run_dir={killed}"], check=True, stdout=subprocess.DEVNULL)
         result = {
             "command": " ".join(["python -m jaxdpo.train", *options, "train.epochs=2"]),
@@ -55,14 +59,18 @@ def main() -> int:
             "different metrics rows": different_rows(untouched, killed),
         }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"kill_and_resume-{datetime.date.today()}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"kill_and_resume-{datetime.date.today()}.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
     print(json.dumps(result, indent=1))
     return int(bool(result["different arrays"] or result["different metrics rows"]))
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
     """The script's own arguments, and those for jaxdpo.train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--kills", type=int, default=3)
@@ -97,7 +105,9 @@ def different_rows(one: Path, other: Path) -> list[int]:
     """Steps whose rows differ, or that one run lacks."""
     a, b = rows(one), rows(other)
     return sorted(
-        {row["step"] for row in a if row not in b} | {row["step"] for row in b if row not in a} | ({-1} if len(a) != len(b) else set())
+        {row["step"] for row in a if row not in b}
+        | {row["step"] for row in b if row not in a}
+        | ({-1} if len(a) != len(b) else set())
     )
 
 
@@ -106,7 +116,10 @@ def different_arrays(one: Path, other: Path, step: int) -> list[str]:
     leaves = [flat(load(run / "checkpoints" / str(step) / "state")) for run in (one, other)]
     names = leaves[0].keys() | leaves[1].keys()
     return sorted(
-        name for name in names if not all(name in side for side in leaves) or leaves[0][name].tobytes() != leaves[1][name].tobytes()
+        name
+        for name in names
+        if not all(name in side for side in leaves)
+        or leaves[0][name].tobytes() != leaves[1][name].tobytes()
     )
 
 
@@ -120,7 +133,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
     """Arrays by path."""
     found: dict[str, np.ndarray] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": np.asarray(value)}
+        found |= (
+            flat(value, f"{prefix}{key}/")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": np.asarray(value)}
+        )
     return found
 
 

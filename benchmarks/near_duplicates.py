@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxdpo import __version__
-from jaxdpo.config import DataSection
-from jaxdpo.data.neighbours import USUAL
-from jaxdpo.data.records import Preference
-from jaxdpo.data.survey import Texts
+from jaxdpo.config.schema import DataSection
+from jaxdpo.data.formats.records import Preference
+from jaxdpo.data.inspect.near_duplicates import USUAL
+from jaxdpo.data.inspect.survey import Texts
 
 SIZES = (10_000, 100_000)
 EVERY = 100
@@ -43,7 +43,9 @@ def pairs(count: int) -> Iterator[Preference]:
                 text[-1] = "changed"
         else:
             sizes = [max(20, int(random.lognormal(np.log(size), 0.7))) for size in WORDS]
-            words = [vocabulary[np.searchsorted(common, random.random(size))].tolist() for size in sizes]
+            words = [
+                vocabulary[np.searchsorted(common, random.random(size))].tolist() for size in sizes
+            ]
         yield Preference(*map(" ".join, words), id=str(number))
 
 
@@ -75,12 +77,25 @@ def main() -> None:
         return
     rows = []
     for size in (1, *sizes):
-        done = subprocess.run([sys.executable, __file__, str(-size)], check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, str(-size)], check=True, stdout=subprocess.PIPE, text=True
+        )
         rows.append(json.loads(done.stdout))
         print(rows[-1], flush=True)
-    about = {"date": str(date.today()), "jaxdpo": __version__, "python": platform.python_version(), "cores": os.cpu_count()}
-    about |= {"machine": platform.machine(), "load": round(os.getloadavg()[0], 1), "command": "python benchmarks/near_duplicates.py"}
-    RESULTS.joinpath(f"near_duplicates-{date.today()}.json").write_text(json.dumps({**about, "runs": rows}, indent=1) + "\n")
+    about = {
+        "date": str(date.today()),
+        "jaxdpo": __version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+    }
+    about |= {
+        "machine": platform.machine(),
+        "load": round(os.getloadavg()[0], 1),
+        "command": "python benchmarks/near_duplicates.py",
+    }
+    RESULTS.joinpath(f"near_duplicates-{date.today()}.json").write_text(
+        json.dumps({**about, "runs": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -32,14 +32,14 @@ import jax.numpy as jnp
 import numpy as np
 from versus.machine import commit, hardware, tell
 
-from jaxdpo import sharding
-from jaxdpo.config import MeshSection
-from jaxdpo.data.chat import load_tokenizer
+from jaxdpo.config.schema import MeshSection
+from jaxdpo.data.tokenize import load_tokenizer
+from jaxdpo.distributed import sharding
 from jaxdpo.models.decoder import ForwardOptions, abstract_params, forward, logical_axes, logits
-from jaxdpo.models.hf_folder import copy_tokenizer, write_json
-from jaxdpo.models.hfconfig import load_model_config
-from jaxdpo.models.peft import read_peft
-from jaxdpo.models.weights import load_params, save_params
+from jaxdpo.models.hf.config_json import load_model_config
+from jaxdpo.models.hf.folder import copy_tokenizer, write_json
+from jaxdpo.models.hf.load_save import load_params, save_params
+from jaxdpo.models.hf.peft import read_peft
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = {
@@ -91,7 +91,11 @@ class Drawn:
     def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
         """The layer, or all of it."""
         shape, rng = self.shape[len(index) :], np.random.default_rng((self._seed, *index))
-        return np.ones(shape, np.float32) if self._norm else np.float32(0.02) * rng.standard_normal(shape, dtype=np.float32)
+        return (
+            np.ones(shape, np.float32)
+            if self._norm
+            else np.float32(0.02) * rng.standard_normal(shape, dtype=np.float32)
+        )
 
 
 def make(folder: Path, tokenizer: Path) -> dict[str, Any]:
@@ -101,9 +105,15 @@ def make(folder: Path, tokenizer: Path) -> dict[str, Any]:
     write_json(folder / "config.json", MODEL)
     model = load_model_config(folder)
     shapes = abstract_params(model, "float32")
-    drawn = jax.tree_util.tree_map_with_path(lambda path, leaf: Drawn(jax.tree_util.keystr(path), leaf.shape), shapes)
+    drawn = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: Drawn(jax.tree_util.keystr(path), leaf.shape), shapes
+    )
     files = save_params(folder, model, drawn, "bfloat16", SHARD_BYTES)
-    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)), "files": len(files), "bytes": num_bytes(folder)}
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+        "files": len(files),
+        "bytes": num_bytes(folder),
+    }
 
 
 def load(folder: Path, axis: str, dtype: str) -> dict[str, Any]:
@@ -115,15 +125,23 @@ def load(folder: Path, axis: str, dtype: str) -> dict[str, Any]:
     began = time.perf_counter()
     params = jax.block_until_ready(load_params(folder, model, places, dtype))
     seconds = time.perf_counter() - began
-    return {"devices": len(jax.devices()), "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)), "load_seconds": seconds}
+    return {
+        "devices": len(jax.devices()),
+        "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        "load_seconds": seconds,
+    }
 
 
 def answer(folder: Path, adapter: str, out: str) -> dict[str, Any]:
     """Logits of the prompt, in float32, by a model or by one with an adapter."""
     model = load_model_config(folder)
     found = read_peft(Path(adapter), model) if adapter else None
-    params = load_params(folder, model, None, "float32") | ({} if found is None else {"lora": found.adapter})
-    options = ForwardOptions(compute_dtype="float32", lora_scale=1.0 if found is None else found.lora.scale)
+    params = load_params(folder, model, None, "float32") | (
+        {} if found is None else {"lora": found.adapter}
+    )
+    options = ForwardOptions(
+        compute_dtype="float32", lora_scale=1.0 if found is None else found.lora.scale
+    )
     tokens = jnp.asarray([load_tokenizer(str(folder))(PROMPT)["input_ids"]], jnp.int32)
     slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
@@ -154,10 +172,17 @@ def part(name: str, *args: str) -> list[str]:
 def measured(command: list[str], log: Path, devices: int = 1) -> dict[str, Any]:
     """Run a command: its seconds, the most memory it held, and its last line where that is a JSON object."""
     tell(" ".join(command[1:]))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "NPROC": "32", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "NPROC": "32",
+        "HF_HUB_OFFLINE": "1",
+    }
     began = time.perf_counter()
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
         _, status, usage = os.wait4(process.pid, 0)
     seconds, lines = time.perf_counter() - began, log.read_text().splitlines()
     if os.waitstatus_to_exitcode(status) != 0:
@@ -176,21 +201,43 @@ def run_all(data: Path, scratch: Path) -> dict[str, Any]:
         results[f"load, {axis}=8"] = measured(part("load", base, axis, "bfloat16"), log, devices=8)
     pairs = data / "hh-rlhf" / "harmless-base-test.jsonl.gz"
     options = {"model.path": base, "data.train": f"[{pairs}]", "run_dir": run} | TRAINING
-    train = measured([sys.executable, "-m", "jaxdpo.train", *(f"{key}={value}" for key, value in options.items())], log)
+    train = measured(
+        [
+            sys.executable,
+            "-m",
+            "jaxdpo.train",
+            *(f"{key}={value}" for key, value in options.items()),
+        ],
+        log,
+    )
     (row,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     results["train"] = train | {"metrics": row}
-    forms = {"adapter": ["form=adapter"], "merged": ["form=merged"], "merged float32": ["form=merged", "dtype=float32"]}
+    forms = {
+        "adapter": ["form=adapter"],
+        "merged": ["form=merged"],
+        "merged float32": ["form=merged", "dtype=float32"],
+    }
     for name, more in forms.items():
         out = scratch / name.replace(" ", "-")
-        results[f"export, {name}"] = measured([sys.executable, "-m", "jaxdpo.export", f"run_dir={run}", f"out={out}", *more], log)
+        results[f"export, {name}"] = measured(
+            [sys.executable, "-m", "jaxdpo.export", f"run_dir={run}", f"out={out}", *more], log
+        )
         results[f"export, {name}"]["bytes"] = num_bytes(out)
     models = {"base": (base, ""), "adapter": (base, str(scratch / "adapter"))}
-    models |= {name: (str(scratch / name.replace(" ", "-")), "") for name in ("merged", "merged float32")}
+    models |= {
+        name: (str(scratch / name.replace(" ", "-")), "") for name in ("merged", "merged float32")
+    }
     answers = {}
     for name, (folder, adapter) in models.items():
-        results[f"logits, {name}"] = measured(part("answer", folder, adapter, str(scratch / "logits.npy")), log)
+        results[f"logits, {name}"] = measured(
+            part("answer", folder, adapter, str(scratch / "logits.npy")), log
+        )
         answers[name] = np.load(scratch / "logits.npy")
-    results["difference"] = {name: float(np.abs(found - answers["adapter"]).max()) for name, found in answers.items() if name != "adapter"}
+    results["difference"] = {
+        name: float(np.abs(found - answers["adapter"]).max())
+        for name, found in answers.items()
+        if name != "adapter"
+    }
     return results
 
 
@@ -211,8 +258,16 @@ def markdown(results: dict[str, Any]) -> str:
         "load": f"{parts['load']['load_seconds']:.1f} s of it loading; the weights are {gib(parts['load']['weights_bytes'])}",
         "train": f"the step {step['step_seconds']:.1f} s, {step['tokens']:,} tokens; the rest: start, load, compilation, closed form, save",
     }
-    notes |= {name: f"{item['load_seconds']:.1f} s of it loading" for name, item in parts.items() if name.startswith("load, ")}
-    notes |= {name: f"{item['bytes'] / 1e9:.3f} GB written" for name, item in parts.items() if name.startswith("export")}
+    notes |= {
+        name: f"{item['load_seconds']:.1f} s of it loading"
+        for name, item in parts.items()
+        if name.startswith("load, ")
+    }
+    notes |= {
+        name: f"{item['bytes'] / 1e9:.3f} GB written"
+        for name, item in parts.items()
+        if name.startswith("export")
+    }
     rows = [
         f"| {name} | {item['seconds']:.0f} | {gib(item['peak_bytes'])} | {notes.get(name, '')} |"
         for name, item in parts.items()
@@ -252,8 +307,15 @@ def gib(size: float) -> str:
 
 def main() -> int:
     """Run everything and write the result; 0 when what was exported computes what was trained."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("JAXDPO_DATA"), help="folder with hh-rlhf and tokenizers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("JAXDPO_DATA"),
+        help="folder with hh-rlhf and tokenizers",
+    )
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
@@ -261,13 +323,24 @@ def main() -> int:
         return 0
     if args.data is None:
         parser.error("name the folder of data: --data, or JAXDPO_DATA")
-    available = 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0])
+    available = 1024 * int(
+        re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0]
+    )
     if available < FREE_BYTES:
         raise SystemExit(f"{gib(available)} of memory are free; this needs {gib(FREE_BYTES)}")
     date = datetime.date.today().isoformat()
     versions = {name: version(name) for name in ("jax", "jaxlib", "numpy", "orbax-checkpoint")}
-    results: dict[str, Any] = {"date": date, "commit": commit(), "command": "python benchmarks/one_billion.py", "versions": versions}
-    results |= {"hardware": hardware(len(os.sched_getaffinity(0))), "model": MODEL, "training": TRAINING}
+    results: dict[str, Any] = {
+        "date": date,
+        "commit": commit(),
+        "command": "python benchmarks/one_billion.py",
+        "versions": versions,
+    }
+    results |= {
+        "hardware": hardware(len(os.sched_getaffinity(0))),
+        "model": MODEL,
+        "training": TRAINING,
+    }
     scratch = Path(tempfile.mkdtemp(prefix="one_billion-"))
     try:
         results["parts"] = run_all(Path(args.data).resolve(), scratch)

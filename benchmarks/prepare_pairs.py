@@ -45,7 +45,10 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "hardware": hardware(len(os.sched_getaffinity(0))),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jaxdpo", "tokenizers", "transformers")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("jaxdpo", "tokenizers", "transformers")},
+        },
         "pairs": args.pairs,
         "processes": args.processes,
     }
@@ -56,7 +59,12 @@ def main() -> None:
         ours = [sys.executable, "-m", "versus.pairs_ours"]
         results["ours"] = worker(ours, args, folder / "rows.jsonl", folder / "ours")
         results["ours again"] = worker(ours, args, folder / "rows.jsonl", folder / "ours")
-        results["TRL"] = worker([args.trl_python, "-m", "versus.pairs_theirs"], args, folder / "rows.jsonl", folder / "theirs")
+        results["TRL"] = worker(
+            [args.trl_python, "-m", "versus.pairs_theirs"],
+            args,
+            folder / "rows.jsonl",
+            folder / "theirs",
+        )
         results["ours, more"] = worker(ours, args, folder / "more.jsonl", folder / "ours")
         results["ours, more again"] = worker(ours, args, folder / "more.jsonl", folder / "ours")
         results["wait_fraction"] = measure_wait(args, folder)
@@ -68,14 +76,25 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     data = os.environ.get("JAXDPO_DATA", ".")
-    parser.add_argument("--trl-python", required=True, help="the python of an environment that has trl")
-    parser.add_argument("--data", type=Path, default=Path(data) / "hh-rlhf" / "harmless-base-test.jsonl.gz", help="real hh-rlhf pairs")
+    parser.add_argument(
+        "--trl-python", required=True, help="the python of an environment that has trl"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(data) / "hh-rlhf" / "harmless-base-test.jsonl.gz",
+        help="real hh-rlhf pairs",
+    )
     parser.add_argument("--tokenizer", type=Path, default=Path(data) / "tokenizers" / "gpt2")
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12, help="steps of the run that measures the wait")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="steps of the run that measures the wait"
+    )
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results")
     parser.add_argument("--suffix", default="", help="put after the date in the files' names")
     return parser.parse_args()
@@ -85,13 +104,18 @@ def write_rows(path: Path, data: Path, count: int) -> None:
     """Rows of {prompt, chosen, rejected}: turns of words drawn as the real ones are, as long as the real ones."""
     with gzip.open(data, "rt", encoding="utf-8") as file:
         texts = [json.loads(line)["chosen"] for line in file]
-    words, counts = zip(*collections.Counter(word for text in texts for word in text.split()).most_common(), strict=True)
+    words, counts = zip(
+        *collections.Counter(word for text in texts for word in text.split()).most_common(),
+        strict=True,
+    )
     turns = [len(turn.split()) for text in texts for turn in text.split("\n\n")[1:]]
     rng, share = np.random.default_rng(count), np.array(counts) / sum(counts)
     bounds = share.cumsum()[:-1]
 
     def say(length: int) -> str:
-        return " ".join(words[number] for number in bounds.searchsorted(rng.random(length), side="right"))
+        return " ".join(
+            words[number] for number in bounds.searchsorted(rng.random(length), side="right")
+        )
 
     tell(f"writing {count} pairs")
     with path.open("w", encoding="utf-8") as file:
@@ -105,8 +129,16 @@ def write_rows(path: Path, data: Path, count: int) -> None:
 def worker(command: list[str], args: argparse.Namespace, rows: Path, cache: Path) -> dict[str, Any]:
     """Run one side in a process of its own; what it measured."""
     tell(f"{command[-1]} on {rows.name}")
-    command = [*command, f"--rows={rows}", f"--tokenizer={args.tokenizer}", f"--processes={args.processes}", f"--cache={cache}"]
-    done = subprocess.run(command, cwd=BENCHMARKS, env=environment(2), stdout=subprocess.PIPE, text=True, check=True)
+    command = [
+        *command,
+        f"--rows={rows}",
+        f"--tokenizer={args.tokenizer}",
+        f"--processes={args.processes}",
+        f"--cache={cache}",
+    ]
+    done = subprocess.run(
+        command, cwd=BENCHMARKS, env=environment(2), stdout=subprocess.PIPE, text=True, check=True
+    )
     answer = json.loads(done.stdout.splitlines()[-1])
     tell(f"{answer['seconds']:.1f} s, {answer['tokens']} tokens, {answer['gigabytes']:.2f} GB")
     return answer
@@ -115,19 +147,40 @@ def worker(command: list[str], args: argparse.Namespace, rows: Path, cache: Path
 def measure_wait(args: argparse.Namespace, folder: Path) -> float:
     """Median share of a step that the 56M model waits for its batch."""
     tell(f"{args.steps} steps of the 56M model")
-    prepare = [sys.executable, "-m", "versus.prepare", f"--out={folder / 'model'}", f"--data={args.data}"]
+    prepare = [
+        sys.executable,
+        "-m",
+        "versus.prepare",
+        f"--out={folder / 'model'}",
+        f"--data={args.data}",
+    ]
     prepare += ["--rounds=1", "--steps-per-round=1"]
-    subprocess.run(prepare, cwd=BENCHMARKS, env=environment(2), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        prepare, cwd=BENCHMARKS, env=environment(2), check=True, stdout=subprocess.DEVNULL
+    )
     options = [
         f"model.path={folder / 'model' / 'model'}",
         f"data.train=[{args.data}]",
         f"run_dir={folder / 'run'}",
         f"data.cache={folder / 'pairs'}",
     ]
-    options += [f"train.steps={args.steps}", "train.pairs_per_step=8", "data.max_length=512", "eval.every=0", "log.tensorboard=false"]
+    options += [
+        f"train.steps={args.steps}",
+        "train.pairs_per_step=8",
+        "data.max_length=512",
+        "eval.every=0",
+        "log.tensorboard=false",
+    ]
     options += ["train.compilation_cache=null", "data.row_sizes=1"]
-    subprocess.run([sys.executable, "-m", "jaxdpo.train", *options], env=environment(2), check=True, stdout=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    subprocess.run(
+        [sys.executable, "-m", "jaxdpo.train", *options],
+        env=environment(2),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    rows = [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     return float(np.median([row["wait_fraction"] for row in rows if "wait_fraction" in row][1:]))
 
 
@@ -144,11 +197,23 @@ def markdown(results: dict[str, Any]) -> str:
             f"{more['gigabytes']:.2f} GB",
             more["gigabytes"] < MEMORY_AIM,
         ),
-        (f"memory, {GROWTH}x the pairs / the pairs", "flat: below 1.1", f"{growth:.2f}", growth < 1.1),
-        ("wait for a batch / step, 56M model", f"under {WAIT_AIM}", f"{results['wait_fraction']:.4f}", results["wait_fraction"] < WAIT_AIM),
+        (
+            f"memory, {GROWTH}x the pairs / the pairs",
+            "flat: below 1.1",
+            f"{growth:.2f}",
+            growth < 1.1,
+        ),
+        (
+            "wait for a batch / step, 56M model",
+            f"under {WAIT_AIM}",
+            f"{results['wait_fraction']:.4f}",
+            results["wait_fraction"] < WAIT_AIM,
+        ),
     ]
     machine = results["hardware"]
-    versions = ", ".join(f"{name} {number}" for name, number in {**results["versions"], **theirs["versions"]}.items())
+    versions = ", ".join(
+        f"{name} {number}" for name, number in {**results["versions"], **theirs["versions"]}.items()
+    )
     lines = [
         f"# Preparation of pairs, {results['date']}",
         "",
@@ -157,7 +222,10 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         "|  | wanted | measured | met |",
         "| --- | ---: | ---: | ---: |",
-        *(f"| {name} | {wanted} | {found} | {'yes' if met else '**no**'} |" for name, wanted, found, met in aims),
+        *(
+            f"| {name} | {wanted} | {found} | {'yes' if met else '**no**'} |"
+            for name, wanted, found, met in aims
+        ),
         "",
         "|  | pairs | tokens | seconds | tokens/s | memory, GB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -165,7 +233,9 @@ def markdown(results: dict[str, Any]) -> str:
     for name in ("ours", "ours again", "TRL", "ours, more", "ours, more again"):
         row = results[name]
         rate = f"{row['tokens'] / row['seconds']:,.0f}"
-        lines.append(f"| {name} | {row['pairs']:,} | {row['tokens']:,} | {row['seconds']:.1f} | {rate} | {row['gigabytes']:.2f} |")
+        lines.append(
+            f"| {name} | {row['pairs']:,} | {row['tokens']:,} | {row['seconds']:.1f} | {rate} | {row['gigabytes']:.2f} |"
+        )
     return "\n".join([*lines, "", "`again`: the same start with encoded pairs in the cache.", ""])
 
 

@@ -32,8 +32,19 @@ def planned(path: Path, models: Path | None) -> tuple[str, str]:
     name = re.search(r"^  path: \S+?/(\S+)$", text, re.M)
     assert machine and name, path
     model = [] if models is None else [f"model_config={models / name[1]}"]
-    command = [sys.executable, "-m", "jaxdpo.plan", "--config", str(path), machine[0], *model, "search=false"]
-    return machine[1], subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "jaxdpo.plan",
+        "--config",
+        str(path),
+        machine[0],
+        *model,
+        "search=false",
+    ]
+    return machine[1], subprocess.run(
+        command, capture_output=True, text=True, cwd=CONFIGS.parent
+    ).stdout
 
 
 def row(name: str, machine: str, output: str) -> str:

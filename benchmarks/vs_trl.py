@@ -27,7 +27,17 @@ from typing import Any
 
 from versus.machine import commit, hardware, tell
 from versus.report import markdown, verdicts
-from versus.workers import BENCHMARKS, FOREIGN_LIMIT, RIVALS, SPARING, Rival, Setup, Worker, start, wait_until_quiet
+from versus.workers import (
+    BENCHMARKS,
+    FOREIGN_LIMIT,
+    RIVALS,
+    SPARING,
+    Rival,
+    Setup,
+    Worker,
+    start,
+    wait_until_quiet,
+)
 
 HH_FILE = "hh-rlhf/harmless-base-test.jsonl.gz"
 OURS = ("jaxdpo", "jax", "jaxlib", "numpy")
@@ -56,7 +66,11 @@ def main(argv: list[str]) -> None:
             pairs_per_step=args.pairs_per_step,
             max_length=args.max_length,
         )
-        results = {"config": configuration(args), "hardware": hardware(len(cores)), "versions": versions(args.trl_python)}
+        results = {
+            "config": configuration(args),
+            "hardware": hardware(len(cores)),
+            "versions": versions(args.trl_python),
+        }
         plan = prepare(setup, args)
         results |= {"data": plan["facts"]} | measure(setup, args, plan)
     results["same_work"] = same_work(results["rounds"])
@@ -71,10 +85,23 @@ def main(argv: list[str]) -> None:
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     default = Path(os.environ["JAXDPO_DATA"]) / HH_FILE if "JAXDPO_DATA" in os.environ else None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl-python", required=True, help="the python of an environment that has trl (1.16) and torch")
-    parser.add_argument("--data", default=default, required=default is None, help=f"pairs; default: $JAXDPO_DATA/{HH_FILE}")
-    parser.add_argument("--rounds", type=int, default=6, help="undisturbed rounds wanted, each of both orders")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--trl-python",
+        required=True,
+        help="the python of an environment that has trl (1.16) and torch",
+    )
+    parser.add_argument(
+        "--data",
+        default=default,
+        required=default is None,
+        help=f"pairs; default: $JAXDPO_DATA/{HH_FILE}",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=6, help="undisturbed rounds wanted, each of both orders"
+    )
     parser.add_argument("--steps-per-round", type=int, default=2)
     parser.add_argument("--pairs-per-step", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
@@ -87,7 +114,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def prepare(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
     """Make model, tokenizer and pairs in a process of its own; returns the plan."""
     tell("making the model and the pairs")
-    command = [sys.executable, "-m", "versus.prepare", f"--data={args.data}", f"--out={setup.folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "versus.prepare",
+        f"--data={args.data}",
+        f"--out={setup.folder}",
+    ]
     command += [f"--rounds={SPARE * args.rounds}", f"--steps-per-round={args.steps_per_round}"]
     command += [f"--pairs-per-step={args.pairs_per_step}", f"--max-length={args.max_length}"]
     subprocess.run(command, cwd=BENCHMARKS, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
@@ -122,13 +155,23 @@ def measure(setup: Setup, args: argparse.Namespace, plan: dict[str, Any]) -> dic
     for worker in workers.values():
         worker.quit()
     steps = plan["phases"]["random"]
-    heaviest = max(steps[1 : 1 + len(done) * args.steps_per_round], key=lambda step: count(plan, [step])["padded"])
-    sparing = {rival.name: recomputing(setup, rival, [steps[0], heaviest], starts) for rival in SPARING}
+    heaviest = max(
+        steps[1 : 1 + len(done) * args.steps_per_round],
+        key=lambda step: count(plan, [step])["padded"],
+    )
+    sparing = {
+        rival.name: recomputing(setup, rival, [steps[0], heaviest], starts) for rival in SPARING
+    }
     return {"starts": starts, "rounds": done, "sparing": sparing}
 
 
 def launch(
-    setup: Setup, rival: Rival, label: str, starts: dict[str, dict[str, Any]], cache: str = "", steps: list[list[int]] | None = None
+    setup: Setup,
+    rival: Rival,
+    label: str,
+    starts: dict[str, dict[str, Any]],
+    cache: str = "",
+    steps: list[list[int]] | None = None,
 ) -> Worker:
     """Start a worker and note how long that took; again if the machine was not ours meanwhile."""
     attempt = 1
@@ -137,14 +180,18 @@ def launch(
         name = cache or f"{rival.dtype}-{attempt}"
         worker = start(setup, rival, name, steps)
         starts[label] = worker.start | {"cache": name}
-        tell(f"{label}: {worker.start['seconds']:.1f} s to the end of the first step, others {worker.start['foreign']:.1%}")
+        tell(
+            f"{label}: {worker.start['seconds']:.1f} s to the end of the first step, others {worker.start['foreign']:.1%}"
+        )
         if worker.start["foreign"] <= FOREIGN_LIMIT or attempt == ATTEMPTS:
             return worker
         worker.quit()
         attempt += 1
 
 
-def rounds(workers: dict[str, Worker], plan: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+def rounds(
+    workers: dict[str, Worker], plan: dict[str, Any], args: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Go around until enough rounds were undisturbed, or there are no more spare ones. Each: what every rival answered, by phase."""
     done: list[dict[str, Any]] = []
     size = args.steps_per_round
@@ -156,17 +203,29 @@ def rounds(workers: dict[str, Worker], plan: dict[str, Any], args: argparse.Name
             for name, worker in workers.items():
                 wait_until_quiet(PATIENCE)
                 answers[name] = worker.ask(do="round", phase=phase, steps=size)
-            item["phases"][phase] = {"answers": answers, "tokens": count(plan, steps[first : first + size])}
-            speeds = ", ".join(f"{name} {args.pairs_per_step * size / answers[name]['seconds']:.2f}" for name in workers)
+            item["phases"][phase] = {
+                "answers": answers,
+                "tokens": count(plan, steps[first : first + size]),
+            }
+            speeds = ", ".join(
+                f"{name} {args.pairs_per_step * size / answers[name]['seconds']:.2f}"
+                for name in workers
+            )
             tell(f"round {len(done) + 1}, {phase}, pairs/s: {speeds}")
-        item["foreign"] = max(answer["foreign"] for found in item["phases"].values() for answer in found["answers"].values())
+        item["foreign"] = max(
+            answer["foreign"]
+            for found in item["phases"].values()
+            for answer in found["answers"].values()
+        )
         item["clean"] = item["foreign"] <= FOREIGN_LIMIT
         done.append(item)
         tell(f"round {len(done)}: others used at most {item['foreign']:.1%} of the cores")
     return done
 
 
-def recomputing(setup: Setup, rival: Rival, steps: list[list[int]], starts: dict[str, dict[str, Any]]) -> dict[str, float]:
+def recomputing(
+    setup: Setup, rival: Rival, steps: list[list[int]], starts: dict[str, dict[str, Any]]
+) -> dict[str, float]:
     """Seconds and peak memory of the step with the most padded tokens, in a process that trains on little else."""
     worker = launch(setup, rival, rival.name, starts, steps=steps)
     answer = worker.ask(do="round", phase="random", steps=1)
@@ -183,10 +242,18 @@ def same_work(done: list[dict[str, Any]]) -> dict[str, float]:
     worst = {}
     for rival in RIVALS:
         answers = [found["answers"] for item in done for found in item["phases"].values()]
-        pairs = [pair for answer in answers for pair in zip(answer[rival.name]["logps"], answer[RIVALS[0].name]["logps"], strict=True)]
+        pairs = [
+            pair
+            for answer in answers
+            for pair in zip(
+                answer[rival.name]["logps"], answer[RIVALS[0].name]["logps"], strict=True
+            )
+        ]
         worst[rival.name] = max(abs(a / b - 1) for a, b in pairs)
         if worst[rival.name] > TOLERANCE[rival.dtype]:
-            raise ValueError(f"{rival.name}: log-probs differ from ours by {worst[rival.name]:.2g}; the sides did not do the same work")
+            raise ValueError(
+                f"{rival.name}: log-probs differ from ours by {worst[rival.name]:.2g}; the sides did not do the same work"
+            )
     return worst
 
 
@@ -210,7 +277,11 @@ def versions(trl_python: str) -> dict[str, str]:
     code = "import sys, json, trl; from trl import DPOTrainer; from importlib.metadata import version; "
     code += f"print(json.dumps({{'python (TRL)': sys.version.split()[0]}} | {{name: version(name) for name in {THEIRS}}}))"
     theirs = subprocess.run([trl_python, "-c", code], capture_output=True, text=True, check=True)
-    return {"python": platform.python_version(), **{name: version(name) for name in OURS}, **json.loads(theirs.stdout.splitlines()[-1])}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in OURS},
+        **json.loads(theirs.stdout.splitlines()[-1]),
+    }
 
 
 if __name__ == "__main__":

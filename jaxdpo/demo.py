@@ -14,16 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from jaxdpo.checkpoint import restore_params
-from jaxdpo.config import CheckpointSection, Config, DataSection, EvalSection, LossSection, ModelSection, OptimSection, TrainSection
-from jaxdpo.console import show_table
-from jaxdpo.data.chat import load_tokenizer
+from jaxdpo.checkpoints.checkpoint import restore_params
+from jaxdpo.config.schema import (
+    CheckpointSection,
+    Config,
+    DataSection,
+    EvalSection,
+    LossSection,
+    ModelSection,
+    OptimSection,
+    TrainSection,
+)
 from jaxdpo.data.prepare import prepare
+from jaxdpo.data.tokenize import load_tokenizer
 from jaxdpo.export import ExportConfig, export_run
 from jaxdpo.models.decoder import ForwardOptions
-from jaxdpo.models.hfconfig import load_model_config
-from jaxdpo.runner import train
-from jaxdpo.sampling import generate
+from jaxdpo.models.hf.config_json import load_model_config
+from jaxdpo.models.sampling import generate
+from jaxdpo.training.loop import train
+from jaxdpo.utils.console import show_table
 
 VERBS = (
     "bake",
@@ -123,7 +132,9 @@ def demo() -> bool:
     if not train(_sft_config(folder)):
         return False
     export_run(ExportConfig(run_dir=str(folder / "sft"), out=str(folder / "sft-model")))
-    print("\n2. DPO from that model, on pairs that prefer the patient answer (with the sft loss beside it)")
+    print(
+        "\n2. DPO from that model, on pairs that prefer the patient answer (with the sft loss beside it)"
+    )
     config = _dpo_config(folder)
     if not train(config):
         return False
@@ -136,7 +147,13 @@ def _sft_config(folder: Path) -> Config:
         run_dir=str(folder / "sft"),
         reference="none",
         model=ModelSection(path=str(folder / "model"), init="random"),
-        data=DataSection(train=[str(folder / "sft.jsonl")], max_length=64, max_prompt_length=32, max_row_tokens=1024, row_sizes=1),
+        data=DataSection(
+            train=[str(folder / "sft.jsonl")],
+            max_length=64,
+            max_prompt_length=32,
+            max_row_tokens=1024,
+            row_sizes=1,
+        ),
         loss=LossSection(name="sft"),
         optim=OptimSection(learning_rate=3e-3, warmup_steps=10),
         train=TrainSection(pairs_per_step=16, epochs=8),
@@ -152,9 +169,16 @@ def _dpo_config(folder: Path) -> Config:
         reference="frozen",
         model=ModelSection(path=str(folder / "sft-model")),
         data=DataSection(
-            train=[str(folder / "pairs.jsonl")], eval_fraction=0.15, max_length=64, max_prompt_length=32, max_row_tokens=1024, row_sizes=1
+            train=[str(folder / "pairs.jsonl")],
+            eval_fraction=0.15,
+            max_length=64,
+            max_prompt_length=32,
+            max_row_tokens=1024,
+            row_sizes=1,
         ),
-        loss=LossSection(name=["sigmoid", "sft"], beta=0.1),  # the sft loss keeps so small a model fluent
+        loss=LossSection(
+            name=["sigmoid", "sft"], beta=0.1
+        ),  # the sft loss keeps so small a model fluent
         optim=OptimSection(learning_rate=3e-4),
         train=TrainSection(pairs_per_step=16, epochs=4),
         eval=EvalSection(every=40),
@@ -174,20 +198,40 @@ def _new_folder() -> Path:
 def _write_model(folder: Path) -> None:
     """A Hugging Face folder without weights: config.json, and a tokenizer whose tokens are the task's words."""
     texts = [PROMPT, *PATIENT, *RUDE, *(f" {word}" for word in VERBS + THINGS)]
-    words = sorted({word for text in texts for word in _split(text)} - {"{", "}", " {", "verb", "thing"})
+    words = sorted(
+        {word for text in texts for word in _split(text)} - {"{", "}", " {", "verb", "thing"}
+    )
     vocabulary = {word: i for i, word in enumerate([END, "<|unknown|>", *words])}
     folder.mkdir()
     _write_json(folder / "config.json", MODEL | {"vocab_size": len(vocabulary), "eos_token_id": 0})
     _write_json(
-        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "unk_token": "<|unknown|>"}
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END,
+            "unk_token": "<|unknown|>",
+        },
     )
-    end = {"id": 0, "content": END, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    end = {
+        "id": 0,
+        "content": END,
+        "special": True,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
     _write_json(
         folder / "tokenizer.json",
         {
             "version": "1.0",
             "added_tokens": [end],
-            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": WORD}, "behavior": "Isolated", "invert": False},
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": WORD},
+                "behavior": "Isolated",
+                "invert": False,
+            },
             "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<|unknown|>"},
             "decoder": {"type": "Fuse"},
         },
@@ -216,35 +260,65 @@ def _write_pairs(folder: Path, seed: int) -> None:
 
 def _report(config: Config, folder: Path) -> None:
     """The table of validation metrics, and sampled answers to held-out questions, before and after DPO."""
-    rows = [json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").read_text().splitlines()
+    ]
     measured = [row for row in rows if "eval/loss" in row]
     ends = (measured[0], measured[-1])
     tokenizer = load_tokenizer(str(folder / "model"))
     held_out = prepare(config.data, tokenizer, len(tokenizer)).eval
     prompts = [held_out[i].prompt_ids for i in range(min(SAMPLED, len(held_out)))]
     answers = [
-        [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in _sample(folder, run, prompts)] for run in ("sft", "dpo")
+        [
+            str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            for ids in _sample(folder, run, prompts)
+        ]
+        for run in ("sft", "dpo")
     ]
     print()
     show_table(
         f"{len(held_out)} held-out questions",
         ["", "before (SFT)", "after (DPO)"],
         [
-            ["accuracy (a tie counts half)", *(f"{row['eval/rewards/accuracies_ties_half']:.2f}" for row in ends)],
+            [
+                "accuracy (a tie counts half)",
+                *(f"{row['eval/rewards/accuracies_ties_half']:.2f}" for row in ends),
+            ],
             ["margin between the rewards", *(f"{row['eval/rewards/margins']:.2f}" for row in ends)],
-            ["KL from the reference, nats per token", *(f"{row['eval/kl/token_exact']:.3f}" for row in ends)],
-            ["sampled answers that are patient", *(f"{_share_patient(texts):.0%}" for texts in answers)],
+            [
+                "KL from the reference, nats per token",
+                *(f"{row['eval/kl/token_exact']:.3f}" for row in ends),
+            ],
+            [
+                "sampled answers that are patient",
+                *(f"{_share_patient(texts):.0%}" for texts in answers),
+            ],
         ],
     )
-    questions = [str(tokenizer.decode(prompts[i])).removeprefix("Q: ").removesuffix("\nA:") for i in range(SHOWN)]
-    show_table("Sampled answers", ["question", "before (SFT)", "after (DPO)"], list(map(list, zip(questions, *answers, strict=False))))
+    questions = [
+        str(tokenizer.decode(prompts[i])).removeprefix("Q: ").removesuffix("\nA:")
+        for i in range(SHOWN)
+    ]
+    show_table(
+        "Sampled answers",
+        ["question", "before (SFT)", "after (DPO)"],
+        list(map(list, zip(questions, *answers, strict=False))),
+    )
 
 
 def _sample(folder: Path, run: str, prompts: list[np.ndarray]) -> list[np.ndarray]:
     """Answers of a run's last checkpoint, at temperature 1."""
     _, params, _ = restore_params(folder / run)
     model = load_model_config(folder / "model")
-    return generate(params, model, prompts, max_new_tokens=32, options=ForwardOptions(), stop_ids=[0], temperature=1.0)
+    return generate(
+        params,
+        model,
+        prompts,
+        max_new_tokens=32,
+        options=ForwardOptions(),
+        stop_ids=[0],
+        temperature=1.0,
+    )
 
 
 def _share_patient(answers: list[str]) -> float:

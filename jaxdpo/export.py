@@ -17,19 +17,26 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxdpo import options
-from jaxdpo.checkpoint import open_params
-from jaxdpo.config import Config
-from jaxdpo.hub import HubModel
-from jaxdpo.modelcard import Card, model_card, run_card
+from jaxdpo.checkpoints.checkpoint import open_params
+from jaxdpo.checkpoints.run_dir import (
+    check_base,
+    find_base,
+    is_local,
+    lora_of_run,
+    model_files,
+    read_run_config,
+)
+from jaxdpo.config import cli
+from jaxdpo.config.schema import Config
+from jaxdpo.config.sections import STRICT_KEYS, require
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.hf_folder import copy_tokenizer, generation_config, set_chat_template, write_json
-from jaxdpo.models.hfconfig import from_hf, read_config_json, to_hf
+from jaxdpo.models.hf.config_json import from_hf, read_config_json, to_hf
+from jaxdpo.models.hf.folder import copy_tokenizer, generation_config, set_chat_template, write_json
+from jaxdpo.models.hf.hub import HubModel
+from jaxdpo.models.hf.load_save import fetch, open_weights, save_params
+from jaxdpo.models.hf.model_card import Card, model_card, run_card
+from jaxdpo.models.hf.peft import write_peft
 from jaxdpo.models.lora import Lora, merge
-from jaxdpo.models.peft import write_peft
-from jaxdpo.models.weights import fetch, open_weights, save_params
-from jaxdpo.runfolder import check_base, find_base, is_local, lora_of_run, model_files, read_run_config
-from jaxdpo.sections import STRICT_KEYS, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +78,10 @@ class ExportConfig:
                 self.max_shard_bytes is None or self.max_shard_bytes >= 1,
                 f"max_shard_bytes={self.max_shard_bytes}: must be at least 1",
             ),
-            (self.private or self.push_to is not None, "private=false: does nothing by itself. Set push_to"),
+            (
+                self.private or self.push_to is not None,
+                "private=false: does nothing by itself. Set push_to",
+            ),
         )
 
 
@@ -199,11 +209,15 @@ def _occupied(folder: Path) -> str | None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return f"out={folder}: is not a folder. Name one that does not exist yet"
     if folder.exists() and any(folder.iterdir()):
-        return f"out={folder}: is not empty. Name a folder that does not exist yet, or empty this one"
+        return (
+            f"out={folder}: is not empty. Name a folder that does not exist yet, or empty this one"
+        )
     return None
 
 
-def _write_beside(draft: Path, card: Card, tokenizer: Path | Tokenizer | None, chat_template: str | None) -> None:
+def _write_beside(
+    draft: Path, card: Card, tokenizer: Path | Tokenizer | None, chat_template: str | None
+) -> None:
     """What lies beside the weights: tokenizer, chat template, model card."""
     if isinstance(tokenizer, Path):
         copy_tokenizer(tokenizer, draft)
@@ -219,7 +233,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _source_dtype(raw_config: Mapping[str, Any]) -> str:
-    name = str(raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32").removeprefix("torch.")
+    name = str(raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32").removeprefix(
+        "torch."
+    )
     return name if name in ("float32", "bfloat16", "float16") else "float32"
 
 
@@ -240,8 +256,14 @@ def export_run(config: ExportConfig) -> list[Path]:
     raw_config = read_config_json(source)
     model = from_hf(raw_config)
     step, params, meta = open_params(run_dir, config.step)
-    own_template = source == run_dir / "model" or run_config.data.chat_template is None  # the run's copy has the template that it used
-    template = None if own_template else Path(run_config.data.chat_template or "").expanduser().read_text(encoding="utf-8")
+    own_template = (
+        source == run_dir / "model" or run_config.data.chat_template is None
+    )  # the run's copy has the template that it used
+    template = (
+        None
+        if own_template
+        else Path(run_config.data.chat_template or "").expanduser().read_text(encoding="utf-8")
+    )
     lora = lora_of_run(run_config, model, params) if run_config.lora.enabled else None
     alone = lora if config.form != "merged" else None
     base = config.base or run_config.model.path or "a model made by jaxdpo"
@@ -252,19 +274,31 @@ def export_run(config: ExportConfig) -> list[Path]:
             name, revision = _base_name(config, run_config, meta)
             return export_adapter(out, model, params, alone, base=name, revision=revision, **beside)
         if lora is not None:
-            params = merge(_base_weights(config, run_config, model, meta), jax.tree.map(np.asarray, params), lora.scale)
-        files: dict[str, Any] = {"raw_config": raw_config, "dtype": config.dtype, "max_shard_bytes": config.max_shard_bytes}
+            params = merge(
+                _base_weights(config, run_config, model, meta),
+                jax.tree.map(np.asarray, params),
+                lora.scale,
+            )
+        files: dict[str, Any] = {
+            "raw_config": raw_config,
+            "dtype": config.dtype,
+            "max_shard_bytes": config.max_shard_bytes,
+        }
         return export_model(out, model, params, **files, **beside)
 
 
-def _base_weights(config: ExportConfig, run_config: Config, model: ModelConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
+def _base_weights(
+    config: ExportConfig, run_config: Config, model: ModelConfig, meta: Mapping[str, Any]
+) -> dict[str, Any]:
     """The base under a run's adapter, verified, in its files."""
     folder = find_base(run_config, config.base)
     check_base(run_config, meta, folder)
     return open_weights(folder, model)
 
 
-def _base_name(config: ExportConfig, run_config: Config, meta: Mapping[str, Any]) -> tuple[str, str | None]:
+def _base_name(
+    config: ExportConfig, run_config: Config, meta: Mapping[str, Any]
+) -> tuple[str, str | None]:
     """How adapter_config.json names the base, and which revision of it; a base that is on this machine is verified."""
     name = config.base or run_config.model.path or ""
     folder = Path(name).expanduser()
@@ -290,13 +324,28 @@ def _still_there(run_dir: Path, step: int) -> Iterator[None]:
 
 def _form_problems(config: ExportConfig, run_config: Config) -> list[str]:
     """Options that do not fit the kind of the run."""
-    lora, alone = run_config.lora.enabled, run_config.lora.enabled and config.form in ("auto", "adapter")
+    lora, alone = (
+        run_config.lora.enabled,
+        run_config.lora.enabled and config.form in ("auto", "adapter"),
+    )
     local = is_local(config.base or run_config.model.path or "")
     checks = [
-        (not lora or config.form != "full", f"form={config.form}: the run trained an adapter. Use form=merged or form=adapter"),
-        (lora or config.form in ("auto", "full"), f"form={config.form}: the run trained all weights, there is no adapter. Use form=full"),
-        (lora or config.base is None, f"base={config.base}: the run trained all weights, so its base is not needed. Leave it out"),
-        (not alone or config.dtype == "auto", f"dtype={config.dtype}: an adapter alone is float32. Leave it out, or use form=merged"),
+        (
+            not lora or config.form != "full",
+            f"form={config.form}: the run trained an adapter. Use form=merged or form=adapter",
+        ),
+        (
+            lora or config.form in ("auto", "full"),
+            f"form={config.form}: the run trained all weights, there is no adapter. Use form=full",
+        ),
+        (
+            lora or config.base is None,
+            f"base={config.base}: the run trained all weights, so its base is not needed. Leave it out",
+        ),
+        (
+            not alone or config.dtype == "auto",
+            f"dtype={config.dtype}: an adapter alone is float32. Leave it out, or use form=merged",
+        ),
         (
             not alone or config.max_shard_bytes is None,
             f"max_shard_bytes={config.max_shard_bytes}: an adapter alone is one file. Leave it out, or use form=merged",
@@ -324,7 +373,7 @@ def _check(config: ExportConfig) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status."""
-    config, _ = options.load(ExportConfig, argv, command="export", checks=[_check])
+    config, _ = cli.load(ExportConfig, argv, command="export", checks=[_check])
     try:
         if config.target is not None:
             config.target.check()
@@ -342,7 +391,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _push(target: HubModel, folder: Path, files: Sequence[Path], num_bytes: int) -> None:
     visibility = "private" if target.private else "public"
-    print(f"pushing these {len(files)} files, {num_bytes:,} bytes, to {target.name} ({visibility})", flush=True)
+    print(
+        f"pushing these {len(files)} files, {num_bytes:,} bytes, to {target.name} ({visibility})",
+        flush=True,
+    )
     try:
         print(target.push(folder, files))
     except ValueError as error:

@@ -11,16 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxdpo import options, sharding
-from jaxdpo.config import MeshSection
-from jaxdpo.console import clean
-from jaxdpo.conversation import converse
-from jaxdpo.data.prompts import Prompt, read_prompts
-from jaxdpo.data.records import strings
-from jaxdpo.disk import whole_file
-from jaxdpo.loaded import Answer, LoadedModel, Sampling, Source
-from jaxdpo.runner import keep_compiled_programs
-from jaxdpo.sections import STRICT_KEYS, require
+from jaxdpo.config import cli
+from jaxdpo.config.schema import MeshSection
+from jaxdpo.config.sections import STRICT_KEYS, require
+from jaxdpo.data.formats.records import strings
+from jaxdpo.distributed import sharding
+from jaxdpo.inference.chat import converse
+from jaxdpo.inference.model import Answer, LoadedModel, Sampling, Source
+from jaxdpo.inference.prompts import Prompt, read_prompts
+from jaxdpo.training.loop import keep_compiled_programs
+from jaxdpo.utils.console import clean
+from jaxdpo.utils.files import whole_file
 
 DONE, FAULT, INTERRUPTED = 0, 1, 130
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -87,14 +88,26 @@ class GenerateConfig:
         drawn = self.temperature > 0
         require(
             (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: must be at least 1"),
-            (self.temperature >= 0, f"temperature={self.temperature}: must be 0 (the likeliest token) or positive"),
+            (
+                self.temperature >= 0,
+                f"temperature={self.temperature}: must be 0 (the likeliest token) or positive",
+            ),
             (self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all tokens) or at least 1"),
             (0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0 and at most 1"),
-            (drawn or self.top_k <= 0, f"top_k={self.top_k}: does nothing while temperature=0. Set temperature"),
-            (drawn or self.top_p >= 1 or self.top_p <= 0, f"top_p={self.top_p}: does nothing while temperature=0. Set temperature"),
+            (
+                drawn or self.top_k <= 0,
+                f"top_k={self.top_k}: does nothing while temperature=0. Set temperature",
+            ),
+            (
+                drawn or self.top_p >= 1 or self.top_p <= 0,
+                f"top_p={self.top_p}: does nothing while temperature=0. Set temperature",
+            ),
             (0 <= self.seed < 1 << 32, f"seed={self.seed}: must lie between 0 and {(1 << 32) - 1}"),
             (self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1"),
-            (self.max_prompt_length >= 0, f"max_prompt_length={self.max_prompt_length}: must be 0 (automatic) or at least 1"),
+            (
+                self.max_prompt_length >= 0,
+                f"max_prompt_length={self.max_prompt_length}: must be 0 (automatic) or at least 1",
+            ),
             (self.step is None or self.step >= 0, f"step={self.step}: must not be negative"),
         )
 
@@ -118,7 +131,9 @@ class GenerateConfig:
     @property
     def sampling(self) -> Sampling:
         """How answers are drawn."""
-        return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
+        return Sampling(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
+        )
 
 
 def check(config: GenerateConfig) -> list[str]:
@@ -128,7 +143,10 @@ def check(config: GenerateConfig) -> list[str]:
     checks = [
         (bool(paths), "model.path=[]: name at least one model"),
         (len(set(paths)) == len(paths), f"model.path={paths}: names a model twice"),
-        (config.step is None or "run" in kinds, f"step={config.step}: model.path names no run. Leave it out"),
+        (
+            config.step is None or "run" in kinds,
+            f"step={config.step}: model.path names no run. Leave it out",
+        ),
         (
             config.model.base is None or bool(kinds & {"run", "adapter"}),
             f"model.base={config.model.base}: model.path names no adapter and no run that trained one. Leave it out",
@@ -137,10 +155,15 @@ def check(config: GenerateConfig) -> list[str]:
             config.prompts is not None or sys.stdin.isatty(),
             "prompts=null: there is nothing to answer. Name a file or a list of prompts, or talk to the model in a terminal",
         ),
-        (config.prompts is not None or out is None, f"out={out}: a conversation goes to no file. Name prompts"),
+        (
+            config.prompts is not None or out is None,
+            f"out={out}: a conversation goes to no file. Name prompts",
+        ),
         (out is None or not out.exists(), f"out={out}: exists already. Name a new file"),
     ]
-    problems = [problem for path in paths for problem in _check_path(path)] + [message for ok, message in checks if not ok]
+    problems = [problem for path in paths for problem in _check_path(path)] + [
+        message for ok, message in checks if not ok
+    ]
     try:
         if config.prompts is not None:
             read_prompts(config.prompts)
@@ -152,12 +175,19 @@ def check(config: GenerateConfig) -> list[str]:
 def _check_path(name: str) -> list[str]:
     path = Path(name).expanduser()
     if path.is_dir():
-        known = any((path / file).is_file() for file in ("config.json", "config.yaml", "adapter_config.json"))
+        known = any(
+            (path / file).is_file()
+            for file in ("config.json", "config.yaml", "adapter_config.json")
+        )
         why = "has neither config.json (a model), nor config.yaml (a run), nor adapter_config.json (an adapter)"
         return [] if known else [f"model.path={name}: {why}. Name the folder of one"]
     if path.exists():
         return [f"model.path={name}: is a file. Name the folder that it is in"]
-    return [] if HUB_ID.fullmatch(name) else [f"model.path={name}: no such folder, and no hub id (owner/name) either"]
+    return (
+        []
+        if HUB_ID.fullmatch(name)
+        else [f"model.path={name}: no such folder, and no hub id (owner/name) either"]
+    )
 
 
 def load(config: GenerateConfig, source: Source) -> LoadedModel:
@@ -172,7 +202,9 @@ def load(config: GenerateConfig, source: Source) -> LoadedModel:
     return LoadedModel.open(source, config.sampling, mesh, dtype)
 
 
-def answer_all(config: GenerateConfig, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, dict[str, Answer]]]:
+def answer_all(
+    config: GenerateConfig, prompts: Sequence[Prompt]
+) -> Iterator[tuple[Prompt, dict[str, Answer]]]:
     """Each prompt with the models' answers; one model is in memory at a time.
 
     Raises:
@@ -185,7 +217,10 @@ def answer_all(config: GenerateConfig, prompts: Sequence[Prompt]) -> Iterator[tu
 
         found = load(config, source).answer(prompts, report=report)
         if cut := sum(answer.prompt_truncated for answer in found):
-            print(f"{clean(name)}: {cut} prompts lost their beginning (max_prompt_length)", file=sys.stderr)
+            print(
+                f"{clean(name)}: {cut} prompts lost their beginning (max_prompt_length)",
+                file=sys.stderr,
+            )
         return found
 
     by_model = {name: answers(name, source) for name, source in config.sources.items()}
@@ -195,14 +230,26 @@ def answer_all(config: GenerateConfig, prompts: Sequence[Prompt]) -> Iterator[tu
 
 def row(prompt: Prompt, answers: Mapping[str, Answer]) -> dict[str, Any]:
     """A line of the file: of one model each value as it is, of several an object with a value by model."""
-    text = prompt.text if isinstance(prompt.text, str) else [dataclasses.asdict(turn) for turn in prompt.text]
-    by_key = {key: {name: getattr(answer, key) for name, answer in answers.items()} for key in Answer._fields}
-    return {"prompt": text} | {key: values if len(values) > 1 else next(iter(values.values())) for key, values in by_key.items()}
+    text = (
+        prompt.text
+        if isinstance(prompt.text, str)
+        else [dataclasses.asdict(turn) for turn in prompt.text]
+    )
+    by_key = {
+        key: {name: getattr(answer, key) for name, answer in answers.items()}
+        for key in Answer._fields
+    }
+    return {"prompt": text} | {
+        key: values if len(values) > 1 else next(iter(values.values()))
+        for key, values in by_key.items()
+    }
 
 
 def show(prompt: Prompt, answers: Mapping[str, Answer]) -> None:
     """A prompt and its answers for the terminal."""
-    print(clean("\n".join(f"> {line}" for text in strings(prompt.text) for line in text.split("\n"))))
+    print(
+        clean("\n".join(f"> {line}" for text in strings(prompt.text) for line in text.split("\n")))
+    )
     for name, answer in answers.items():
         print(clean((f"[{name}] " if len(answers) > 1 else "") + answer.text.strip()) + "\n")
 
@@ -215,21 +262,26 @@ def run(config: GenerateConfig) -> None:
         OSError: `out` cannot be written.
     """
     if config.prompts is None:
-        converse({name: load(config, source) for name, source in config.sources.items()}, seed=config.seed)
+        converse(
+            {name: load(config, source) for name, source in config.sources.items()},
+            seed=config.seed,
+        )
         return
     prompts = read_prompts(config.prompts)
     if config.out is None:
         for item in answer_all(config, prompts):
             show(*item)
         return
-    with whole_file(Path(config.out).expanduser()) as file:  # opened first, so that a place that cannot be written to is known at once
+    with whole_file(
+        Path(config.out).expanduser()
+    ) as file:  # opened first, so that a place that cannot be written to is known at once
         for item in answer_all(config, prompts):
             file.write(json.dumps(row(*item), ensure_ascii=False) + "\n")
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status."""
-    config, _ = options.load(GenerateConfig, argv, command="generate", checks=[check])
+    config, _ = cli.load(GenerateConfig, argv, command="generate", checks=[check])
     keep_compiled_programs(config.compilation_cache)
     try:
         run(config)

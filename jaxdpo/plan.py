@@ -11,23 +11,24 @@ from typing import Any
 
 import jax
 
-from jaxdpo import losses, options
-from jaxdpo.checks import cross_check
-from jaxdpo.config import Config
-from jaxdpo.data.chat import load_tokenizer
+from jaxdpo.config import cli
+from jaxdpo.config.cross_checks import cross_check
+from jaxdpo.config.schema import Config
+from jaxdpo.config.sections import require, section
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.prepare import prepare
-from jaxdpo.models.hf_folder import fetch_config, read_json
-from jaxdpo.models.hfconfig import read_config_json
-from jaxdpo.planning.ahead import Unavailable, compile_step, compiler_devices
+from jaxdpo.data.tokenize import load_tokenizer
+from jaxdpo.distributed.sharding import num_row_shards
+from jaxdpo.losses import registry
+from jaxdpo.models.hf.config_json import read_config_json
+from jaxdpo.models.hf.folder import fetch_config, read_json
+from jaxdpo.planning.aot_compile import Unavailable, compile_step, compiler_devices
+from jaxdpo.planning.batch_shapes import Rows
 from jaxdpo.planning.describe import describe, describe_compiled, describe_remedy, describe_search
-from jaxdpo.planning.rows import Rows
+from jaxdpo.planning.machines import Topology, topology
 from jaxdpo.planning.search import Choice, search
 from jaxdpo.planning.target import Target
-from jaxdpo.planning.topologies import Topology, topology
-from jaxdpo.sections import require, section
-from jaxdpo.session import model_folder
-from jaxdpo.sharding import num_row_shards
+from jaxdpo.training.session import model_folder
 
 FITS, FAULT = 0, 1
 UNNEEDED = ("data.train=", "eval.every=", "model.path=null")
@@ -60,22 +61,30 @@ class PlanConfig(Config):
     def __post_init__(self) -> None:
         tokens = self.pair_tokens
         require(
-            (tokens is None or (len(tokens) == 3 and min(tokens) >= 1), f"pair_tokens={tokens}: must be three numbers of at least 1"),
+            (
+                tokens is None or (len(tokens) == 3 and min(tokens) >= 1),
+                f"pair_tokens={tokens}: must be three numbers of at least 1",
+            ),
             (self.pairs >= 1, f"pairs={self.pairs}: must be at least 1"),
             (self.price is None or self.price > 0, f"price={self.price}: must be above 0"),
-            (0 < self.efficiency <= 1, f"efficiency={self.efficiency}: must be above 0 and at most 1"),
+            (
+                0 < self.efficiency <= 1,
+                f"efficiency={self.efficiency}: must be above 0 and at most 1",
+            ),
         )
 
 
 def check(config: PlanConfig) -> list[str]:
     """Problems that involve more than one option, as messages."""
-    problems = [problem for problem in cross_check(config) if not problem.startswith(UNNEEDED)] + losses.check(
-        config.loss, config.reference
-    )
+    problems = [
+        problem for problem in cross_check(config) if not problem.startswith(UNNEEDED)
+    ] + registry.check(config.loss, config.reference)
     if config.topology is None:
         problems.append("topology=null: name a machine, e.g. topology=v5e-16")
     if config.model.path is None and (config.model_config is None or config.read_data):
-        problems.append("model.path=null: name a Hugging Face folder or hub id, or model_config=<config.json>")
+        problems.append(
+            "model.path=null: name a Hugging Face folder or hub id, or model_config=<config.json>"
+        )
     if config.read_data and not config.data.train:
         problems.append("read_data=true: there is nothing to read. Set data.train")
     return problems
@@ -114,7 +123,9 @@ def choose(config: PlanConfig, target: Target) -> Choice:
     program, folder = target.program(config), model_folder(config)
     data = prepare(program.config.data, load_tokenizer(str(folder)), target.model.vocab_size)
     pairs, num_rows = config.train.pairs_per_step, num_row_shards(program.mesh)
-    loader = Loader.create(data.train, program.config.data, pairs_per_step=pairs, num_rows=num_rows, seed=config.seed)
+    loader = Loader.create(
+        data.train, program.config.data, pairs_per_step=pairs, num_rows=num_rows, seed=config.seed
+    )
     return Choice.with_rows(target, config, program, Rows.of(loader))
 
 
@@ -136,11 +147,23 @@ def plan(config: PlanConfig) -> int:
     use_host(machine)
     target = Target.of(machine, read_model(config))
     choice = choose(config, target)
-    print("\n".join(describe(choice, machine, pairs=config.pairs, price=config.price, efficiency=config.efficiency)))
+    print(
+        "\n".join(
+            describe(
+                choice,
+                machine,
+                pairs=config.pairs,
+                price=config.price,
+                efficiency=config.efficiency,
+            )
+        )
+    )
     fits = choice.fits
     if config.compile:
         try:
-            program = target.program(config, compiler_devices(machine, offload=bool(config.train.offload)))
+            program = target.program(
+                config, compiler_devices(machine, offload=bool(config.train.offload))
+            )
         except Unavailable as reason:
             print(f"not compiled: {reason}; all of the above is an estimate")
         else:
@@ -166,7 +189,7 @@ def use_host(machine: Topology) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status."""
-    config, _ = options.load(PlanConfig, argv, command="plan", checks=[check])
+    config, _ = cli.load(PlanConfig, argv, command="plan", checks=[check])
     try:
         return plan(config)
     except (ValueError, OSError) as error:

@@ -12,22 +12,24 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from jaxdpo import hosts, losses, options
-from jaxdpo.checks import cross_check
-from jaxdpo.config import Config
+from jaxdpo.config import cli
+from jaxdpo.config.cross_checks import cross_check
+from jaxdpo.config.schema import Config
 from jaxdpo.demo import demo
-from jaxdpo.dryrun import dry_run
-from jaxdpo.gate import Fault
-from jaxdpo.runner import train
-from jaxdpo.session import Session
-from jaxdpo.signals import REQUEUE
+from jaxdpo.distributed import processes
+from jaxdpo.losses import registry
+from jaxdpo.training.dry_run import dry_run
+from jaxdpo.training.loop import train
+from jaxdpo.training.preemption import REQUEUE
+from jaxdpo.training.session import Session
+from jaxdpo.training.startup_checks import Fault
 
 DONE, FAULT = 0, 1
 
 
 def check_loss(config: Config) -> list[str]:
     """Problems of the loss options, as messages."""
-    return losses.check(config.loss, config.reference)
+    return registry.check(config.loss, config.reference)
 
 
 def main(argv: Sequence[str], leave: Callable[[int], object] | None = None) -> int:
@@ -36,27 +38,33 @@ def main(argv: Sequence[str], leave: Callable[[int], object] | None = None) -> i
     Args:
         leave: see runner.train.
     """
-    flags = {"--dry-run": "Show the first pairs as the model will see them, sizes, memory and time, and stop before the first step."}
+    flags = {
+        "--dry-run": "Show the first pairs as the model will see them, sizes, memory and time, and stop before the first step."
+    }
     try:
-        hosts.connect()
+        processes.connect()
         if not argv:
             return DONE if demo() else REQUEUE
-        config, given = options.load(Config, argv, command="train", checks=[cross_check, check_loss], flags=flags)
+        config, given = cli.load(
+            Config, argv, command="train", checks=[cross_check, check_loss], flags=flags
+        )
         if "--dry-run" in given:
             dry_run(Session.open(config))
             return DONE
         return DONE if train(config, leave) else REQUEUE
     except (ValueError, OSError, Fault) as error:
-        print("\n".join([f"jaxdpo.train: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return hosts.end(FAULT)
+        print(
+            "\n".join([f"jaxdpo.train: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr
+        )
+        return processes.end(FAULT)
     except jax.errors.JaxRuntimeError as error:
-        if not hosts.is_lost(error):
+        if not processes.is_lost(error):
             raise
         print(
             f"jaxdpo.train: another process of this run is gone; the same command resumes from the newest checkpoint. {error}",
             file=sys.stderr,
         )
-        return hosts.end(REQUEUE)
+        return processes.end(REQUEUE)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ settings.load_profile("untimed")
 # machine has cores, collectives of simulated devices that are queued without blocking wait for each other for ever.
 os.environ.setdefault("NPROC", "32")
 # Programs that compile five times faster and run slower: tests run a program once or twice. XLA_FLAGS= tests what users run.
-emitters = " --xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""  # later versions abort on this flag
+emitters = (
+    " --xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""
+)  # later versions abort on this flag
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" + emitters)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -26,12 +28,16 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "JAXDPO_TEST_HOME" not in os.environ:  # caches below ~ start empty; processes that tests start share them
+if (
+    "JAXDPO_TEST_HOME" not in os.environ
+):  # caches below ~ start empty; processes that tests start share them
     os.environ["JAXDPO_TEST_HOME"] = tempfile.mkdtemp(prefix="jaxdpo-home-")
     atexit.register(shutil.rmtree, os.environ["JAXDPO_TEST_HOME"], ignore_errors=True)
 os.environ["HOME"] = os.environ["JAXDPO_TEST_HOME"]
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job ignores Ctrl-C, and so would what tests start
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # a shell's background job ignores Ctrl-C, and so would what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

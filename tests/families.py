@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.hfconfig import from_hf
+from jaxdpo.models.hf.config_json import from_hf
 
 _IDS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES: dict[str, Any] = {
@@ -17,7 +17,12 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
     "initializer_range": 0.1,
 }
-_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 8, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 9}
+_GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 8,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 9,
+}
 _YARN = {
     "rope_type": "yarn",
     "factor": 8.0,
@@ -31,10 +36,21 @@ LONGROPE = {"type": "longrope", "short_factor": [1.1, 1.5], "long_factor": [2.0,
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "mistral": {"model_type": "mistral", "sliding_window": 9},
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "qwen2": {
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 1,
+    },
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "gemma2": {"model_type": "gemma2", **_GEMMA},
-    "gemma3": {"model_type": "gemma3_text", **_GEMMA, "sliding_window_pattern": 3, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **_GEMMA,
+        "sliding_window_pattern": 3,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    },
     "olmo2": {"model_type": "olmo2", "rope_theta": 5e5},
     "phi3": {"model_type": "phi3", "sliding_window": 9},
     "phi3 long": {
@@ -78,7 +94,9 @@ TINY: dict[str, dict[str, Any]] = {
 def raw_config(name: str, **changes: Any) -> dict[str, Any]:
     """config.json of a tiny model; a change to `...` leaves a key out."""
     sizes = {} if TINY[name]["model_type"] == "gpt2" else _SIZES
-    return {key: value for key, value in {**sizes, **TINY[name], **changes}.items() if value is not ...}
+    return {
+        key: value for key, value in {**sizes, **TINY[name], **changes}.items() if value is not ...
+    }
 
 
 def tiny(name: str, **changes: Any) -> ModelConfig:

@@ -13,16 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdpo import options, sharding
-from jaxdpo.checkpoint import Checkpoints
-from jaxdpo.config import Config, LoraSection, MeshSection, ModelSection
+from jaxdpo.checkpoints.checkpoint import Checkpoints
+from jaxdpo.config import cli
+from jaxdpo.config.schema import Config, LoraSection, MeshSection, ModelSection
+from jaxdpo.distributed import sharding
 from jaxdpo.export import ExportConfig, export_run
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import abstract_params, logical_axes
-from jaxdpo.models.hf_folder import copy_model_files, write_json
-from jaxdpo.models.hfconfig import load_model_config
+from jaxdpo.models.hf.config_json import load_model_config
+from jaxdpo.models.hf.folder import copy_model_files, write_json
+from jaxdpo.models.hf.load_save import load_params, save_params, weights_fingerprint
 from jaxdpo.models.lora import adapter_shapes, lora_of
-from jaxdpo.models.weights import load_params, save_params, weights_fingerprint
 from tests.tiny import HF
 
 SIZES = {
@@ -45,7 +46,9 @@ class Drawn:
 
     def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
         """Random numbers."""
-        return np.float32(0.02) * np.random.default_rng(len(index)).standard_normal(self.shape[len(index) :], dtype=np.float32)
+        return np.float32(0.02) * np.random.default_rng(len(index)).standard_normal(
+            self.shape[len(index) :], dtype=np.float32
+        )
 
 
 def make(folder: Path) -> None:
@@ -56,23 +59,34 @@ def make(folder: Path) -> None:
     drawn = jax.tree.map(lambda leaf: Drawn(leaf.shape), abstract_params(model, "float32"))
     save_params(folder / "model", model, drawn, "bfloat16", 100 * MIB)
     lora = LoraSection(rank=16, alpha=16.0)
-    adapter = jax.tree.map(lambda leaf: jax.numpy.ones(leaf.shape), adapter_shapes(model, lora_of(lora, model)))
+    adapter = jax.tree.map(
+        lambda leaf: jax.numpy.ones(leaf.shape), adapter_shapes(model, lora_of(lora, model))
+    )
     save(folder, "lora", Config(lora=lora, model=ModelSection(path=str(folder / "model"))), adapter)
-    save(folder, "full", Config(model=ModelSection(path=str(folder / "model"))), load_params(folder / "model", model, None, "float32"))
+    save(
+        folder,
+        "full",
+        Config(model=ModelSection(path=str(folder / "model"))),
+        load_params(folder / "model", model, None, "float32"),
+    )
 
 
 def save(folder: Path, name: str, config: Config, params: Any) -> None:
     """A run's folder."""
     copy_model_files(folder / "model", folder / name / "model")
-    (folder / name / "config.yaml").write_text(options.to_yaml(config))
+    (folder / name / "config.yaml").write_text(cli.to_yaml(config))
     with Checkpoints(folder / name) as checkpoints:
-        checkpoints.save(1, {"params": params}, {"identity": {"weights": weights_fingerprint(folder / "model")}})
+        checkpoints.save(
+            1, {"params": params}, {"identity": {"weights": weights_fingerprint(folder / "model")}}
+        )
 
 
 def load(folder: Path, axis: str) -> None:
     """Load the model in float32 over all devices."""
     model = load_model_config(folder / "model")
-    places = sharding.param_shardings(mesh_over(axis), logical_axes(model), abstract_params(model, "float32"))
+    places = sharding.param_shardings(
+        mesh_over(axis), logical_axes(model), abstract_params(model, "float32")
+    )
     jax.block_until_ready(load_params(folder / "model", model, places, "float32"))
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import pytest
 
-from jaxdpo import sharding
-from jaxdpo.checkpoint import restore_params
-from jaxdpo.config import Config, MeshSection
-from jaxdpo.metrics import TIME_KEYS
-from jaxdpo.runner import Run, train
-from jaxdpo.session import Session
-from jaxdpo.step import Fixed, StepOptions, compile_steps
+from jaxdpo.checkpoints.checkpoint import restore_params
+from jaxdpo.config.schema import Config, MeshSection
+from jaxdpo.distributed import sharding
+from jaxdpo.training.loop import Run, train
+from jaxdpo.training.metric_logger import TIME_KEYS
+from jaxdpo.training.session import Session
+from jaxdpo.training.step import Fixed, StepOptions, compile_steps
 from tests.tiny import config, rows, write_model, write_rows
 
 TOTAL, STOPPED = 8, 7  # 2 pairs a step: the run is stopped in its second epoch
@@ -37,17 +37,23 @@ MAKE_MESH = sharding.make_mesh
 
 def use_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs use one of the eight devices, and those with the same options share their programs."""
-    monkeypatch.setattr(sharding, "make_mesh", lambda section, **_: MAKE_MESH(MeshSection(), jax.devices()[:1]))
-    monkeypatch.setattr("jaxdpo.program.compile_steps", compiled_once)
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda section, **_: MAKE_MESH(MeshSection(), jax.devices()[:1])
+    )
+    monkeypatch.setattr("jaxdpo.training.program.compile_steps", compiled_once)
 
 
 PROGRAMS: dict[str, tuple[Callable, Callable]] = {}
 
 
-def compiled_once(options: StepOptions, mesh: jax.sharding.Mesh, shardings: Any, fixed: Fixed) -> tuple[Callable, Callable]:
+def compiled_once(
+    options: StepOptions, mesh: jax.sharding.Mesh, shardings: Any, fixed: Fixed
+) -> tuple[Callable, Callable]:
     """compile_steps that remembers."""
     places = jax.tree.leaves((shardings, fixed))
-    key = repr((options, jax.tree.structure((shardings, fixed)), [where.memory_kind for where in places]))
+    key = repr(
+        (options, jax.tree.structure((shardings, fixed)), [where.memory_kind for where in places])
+    )
     if key not in PROGRAMS:
         PROGRAMS[key] = compile_steps(options, mesh, shardings, fixed)
     return PROGRAMS[key]
@@ -72,7 +78,10 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def untimed(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics that must be the same bits whenever and however often the run was interrupted."""
-    return [{key: value for key, value in row.items() if key not in TIME_KEYS} for row in metrics(run_dir)]
+    return [
+        {key: value for key, value in row.items() if key not in TIME_KEYS}
+        for row in metrics(run_dir)
+    ]
 
 
 def final_params(run_dir: Path) -> dict[str, Any]:
@@ -84,7 +93,9 @@ def final_params(run_dir: Path) -> dict[str, Any]:
 
 def same_bits(ours: Path, theirs: Path) -> bool:
     """Whether two runs ended with the same parameters and metrics."""
-    equal = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), final_params(ours), final_params(theirs))
+    equal = jax.tree.map(
+        lambda a, b: a.tobytes() == b.tobytes(), final_params(ours), final_params(theirs)
+    )
     return all(jax.tree.leaves(equal)) and untimed(ours) == untimed(theirs)
 
 
@@ -129,7 +140,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora": {"lora__rank": 4, "optim__learning_rate": 1e-2},
     "cached": {"reference": "cached"},
     "lora-cached": {"lora__rank": 4, "optim__learning_rate": 1e-2, "reference": "cached"},
-    "lora-nf4": {"lora__rank": 4, "optim__learning_rate": 1e-2, "model__quantize": "nf4", "eval__samples": 1, "eval__sample_tokens": 2},
+    "lora-nf4": {
+        "lora__rank": 4,
+        "optim__learning_rate": 1e-2,
+        "model__quantize": "nf4",
+        "eval__samples": 1,
+        "eval__sample_tokens": 2,
+    },
 }
 """Kinds of runs, as changes to `settings`."""
 
@@ -143,4 +160,10 @@ def whole(shared: Path, kind: str = "plain") -> Path:
 
 def replaced(some: Config, **changes: dict[str, Any]) -> Config:
     """The config with some fields of its sections changed."""
-    return dataclasses.replace(some, **{name: dataclasses.replace(getattr(some, name), **fields) for name, fields in changes.items()})
+    return dataclasses.replace(
+        some,
+        **{
+            name: dataclasses.replace(getattr(some, name), **fields)
+            for name, fields in changes.items()
+        },
+    )

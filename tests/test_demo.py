@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from jaxdpo import demo
-from jaxdpo.data.chat import load_tokenizer
-from jaxdpo.models.hfconfig import load_model_config
+from jaxdpo.data.tokenize import load_tokenizer
+from jaxdpo.models.hf.config_json import load_model_config
 
 
 @pytest.fixture
@@ -52,20 +52,44 @@ def test_a_demo_takes_the_next_free_folder(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_learns(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAXDPO_DATA")}
-    ended = subprocess.run([sys.executable, "-m", "jaxdpo.train"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAXDPO_DATA")
+    }
+    ended = subprocess.run(
+        [sys.executable, "-m", "jaxdpo.train"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0, ended.stderr
     made = tmp_path / "runs" / "demo-1"
     measured = [row for row in lines(made / "dpo" / "metrics.jsonl") if "eval/loss" in row]
     before, after = measured[0], measured[-1]
-    assert before["eval/rewards/accuracies_ties_half"] == 0.5 and after["eval/rewards/accuracies"] > 0.9
-    assert after["eval/rewards/margins"] > 1 > before["eval/rewards/margins"] == before["eval/kl/token_exact"] == 0
+    assert (
+        before["eval/rewards/accuracies_ties_half"] == 0.5
+        and after["eval/rewards/accuracies"] > 0.9
+    )
+    assert (
+        after["eval/rewards/margins"]
+        > 1
+        > before["eval/rewards/margins"]
+        == before["eval/kl/token_exact"]
+        == 0
+    )
     assert after["eval/kl/token_exact"] > 0.01
     table = next(part for part in ended.stdout.split("\n\n") if "held-out questions" in part)
     row = {
-        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:4]] for line in table.splitlines() if line.count("│") == 4
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:4]]
+        for line in table.splitlines()
+        if line.count("│") == 4
     }
-    assert row["accuracy (a tie counts half)"] == ["0.50", f"{after['eval/rewards/accuracies_ties_half']:.2f}"]
+    assert row["accuracy (a tie counts half)"] == [
+        "0.50",
+        f"{after['eval/rewards/accuracies_ties_half']:.2f}",
+    ]
     assert row["margin between the rewards"] == ["0.00", f"{after['eval/rewards/margins']:.2f}"]
     shares = [int(cell.rstrip("%")) for cell in row["sampled answers that are patient"]]
     assert 15 < shares[0] < 85 and shares[1] > 90

@@ -35,13 +35,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture(scope="module")
 def stopped(runs: Runs, server: Server) -> Path:
     """A run that SIGTERM stopped halfway, to be copied."""
-    event = faults.interrupt(runs, runs.folder / "stopped", signal.SIGTERM, "step", TOTAL // 2, random.Random(0), server)
+    event = faults.interrupt(
+        runs, runs.folder / "stopped", signal.SIGTERM, "step", TOTAL // 2, random.Random(0), server
+    )
     assert event["code"] == 75 and event["saved"] >= event["logged"] >= TOTAL // 2
     return runs.folder / "stopped"
 
 
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(runs: Runs) -> None:
-    found = faults.lane(runs, runs.folder / "killed", signal.SIGKILL, ["before the first step", "save", "start", "step", "save"], 1)
+    found = faults.lane(
+        runs,
+        runs.folder / "killed",
+        signal.SIGKILL,
+        ["before the first step", "save", "start", "step", "save"],
+        1,
+    )
     assert found["failures"] == [] and [event["code"] for event in found["events"]] == [-9] * 5
 
 
@@ -52,7 +60,9 @@ def test_a_signal_at_any_moment_loses_nothing(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("lost", MUTATIONS)
-def test_the_suite_sees_what_is_left_out(runs: Runs, stopped: Path, server: Server, lost: str, tmp_path: Path) -> None:
+def test_the_suite_sees_what_is_left_out(
+    runs: Runs, stopped: Path, server: Server, lost: str, tmp_path: Path
+) -> None:
     shutil.copytree(stopped, tmp_path / "run")
     assert runs.finish(tmp_path / "run", server, MUTATIONS[lost]) == 0
     assert runs.differences(tmp_path / "run") != []
@@ -62,7 +72,9 @@ def test_no_flipped_bit_is_silent(stopped: Path) -> None:
     assert faults.flips(stopped, 60, 3)["silent"] == []
 
 
-def test_broken_files_and_junk_are_told_and_survived(runs: Runs, stopped: Path, server: Server) -> None:
+def test_broken_files_and_junk_are_told_and_survived(
+    runs: Runs, stopped: Path, server: Server
+) -> None:
     assert faults.broken_files(runs, stopped, server, every=True)["failures"] == []
 
 
@@ -70,13 +82,17 @@ def test_a_wish_for_a_checkpoint_is_granted(runs: Runs, server: Server, tmp_path
     run = tmp_path / "run"
     run.mkdir()
     (run / "save").touch()
-    process = runs.start(run, server, "from jaxdpo import runner\nrunner._due = lambda step, every: False")  # no save is due by itself
+    process = runs.start(
+        run, server, "from jaxdpo import runner\nrunner._due = lambda step, every: False"
+    )  # no save is due by itself
     until = time.monotonic() + faults.PATIENCE
     while not faults.newest(run) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.01)
     early = faults.newest(run)
-    assert process.wait(faults.PATIENCE) == 0 and 0 < early < TOTAL and not (run / "save").exists(), faults.told(run)
+    assert (
+        process.wait(faults.PATIENCE) == 0 and 0 < early < TOTAL and not (run / "save").exists()
+    ), faults.told(run)
 
 
 # --- disks ---
@@ -87,7 +103,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of two megabytes; the test is skipped where none can be made."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True, check=False
+    )
     if made.returncode:
         pytest.skip(f"no disk can be mounted here: {made.stderr.decode().strip()}")
     try:
@@ -103,18 +121,27 @@ def fill(disk: Path, leave: int) -> Path:
     return path
 
 
-def test_a_disk_without_room_is_found_before_the_first_step(runs: Runs, server: Server, small_disk: Path) -> None:
+def test_a_disk_without_room_is_found_before_the_first_step(
+    runs: Runs, server: Server, small_disk: Path
+) -> None:
     fill(small_disk, 150_000)
     assert runs.finish(small_disk / "run", server) == 1
     words = faults.told(small_disk / "run")
-    assert "a checkpoint takes up to 235," in words and f"the disk of {small_disk}/run/checkpoints has" in words, words
+    assert (
+        "a checkpoint takes up to 235," in words
+        and f"the disk of {small_disk}/run/checkpoints has" in words
+    ), words
     assert "nothing was trained" in words and faults.last_step(small_disk / "run") == 0
 
 
-def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(runs: Runs, server: Server, small_disk: Path) -> None:
+def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(
+    runs: Runs, server: Server, small_disk: Path
+) -> None:
     run = small_disk / "run"
     run.mkdir()
-    (run / "out.txt").symlink_to(small_disk.parent / "out.txt")  # what is printed must not need the full disk
+    (run / "out.txt").symlink_to(
+        small_disk.parent / "out.txt"
+    )  # what is printed must not need the full disk
     process = runs.start(run, server)
     while not faults.newest(run):
         assert process.poll() is None, faults.told(run)
@@ -129,10 +156,18 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(runs: Runs, 
     assert f"resuming after step {kept}" in faults.told(run) and runs.differences(run) == []
 
 
-def test_a_disk_that_cannot_be_written_is_told(runs: Runs, server: Server, small_disk: Path, tmp_path: Path) -> None:
+def test_a_disk_that_cannot_be_written_is_told(
+    runs: Runs, server: Server, small_disk: Path, tmp_path: Path
+) -> None:
     (small_disk / "run").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    words = [f"run_dir={small_disk / 'run'}", f"model.path={runs.folder / 'model'}", f"data.train=[{runs.folder / 'rows.jsonl'}]"]
-    process = server.start([*words, "data.max_length=32", "data.max_row_tokens=64"], "", tmp_path / "out.txt")
+    words = [
+        f"run_dir={small_disk / 'run'}",
+        f"model.path={runs.folder / 'model'}",
+        f"data.train=[{runs.folder / 'rows.jsonl'}]",
+    ]
+    process = server.start(
+        [*words, "data.max_length=32", "data.max_row_tokens=64"], "", tmp_path / "out.txt"
+    )
     assert process.wait(faults.PATIENCE) == 1
     assert f"run_dir={small_disk / 'run'}: cannot write to" in (tmp_path / "out.txt").read_text()

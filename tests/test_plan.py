@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from jaxdpo import options
+from jaxdpo.config import cli
 from jaxdpo.plan import PlanConfig, check, choose, main
-from jaxdpo.planning.ahead import refused_bytes
+from jaxdpo.planning.aot_compile import refused_bytes
+from jaxdpo.planning.machines import GIB, topology
 from jaxdpo.planning.target import Target
-from jaxdpo.planning.topologies import GIB, topology
 from tests.planning.llama import LLAMA
 from tests.tiny import HF, rows, write_model, write_rows
 
@@ -45,9 +45,15 @@ def test_a_plan_needs_config_json_alone(folder: Path, capsys: pytest.CaptureFixt
     out = lines_of(capsys)
     for part in ("parameters", "reference", "optimizer moments", "activations", "at most ("):
         assert re.search(rf"^  {re.escape(part)}.* GiB", out, re.M), part
-    assert "cpu-2: 2 x CPU" in out and "4 pairs in 1 microbatch of 2 rows of 384 slots, at most 4096" in out
+    assert (
+        "cpu-2: 2 x CPU" in out
+        and "4 pairs in 1 microbatch of 2 rows of 384 slots, at most 4096" in out
+    )
     assert "compiled ahead of time:" in out and "all-gather:" in out
-    hours, dollars = re.search(r"([\d.e-]+) h for 3600 pairs", out), re.search(r": \$([\d.]+) for 3600 pairs", out)
+    hours, dollars = (
+        re.search(r"([\d.e-]+) h for 3600 pairs", out),
+        re.search(r": \$([\d.]+) for 3600 pairs", out),
+    )
     assert hours and dollars and float(dollars[1]) == pytest.approx(4 * float(hours[1]), abs=0.01)
     assert "recommended: mesh.data=" in out
 
@@ -56,20 +62,51 @@ def test_where_there_is_no_compiler_the_estimate_says_so(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(["topology=v5e-8", f"model_config={folder / 'config.json'}", "mesh.fsdp=8", "search=false"]) == 0
+    assert (
+        main(
+            [
+                "topology=v5e-8",
+                f"model_config={folder / 'config.json'}",
+                "mesh.fsdp=8",
+                "search=false",
+            ]
+        )
+        == 0
+    )
     out = lines_of(capsys)
-    assert 'not compiled: the TPU compiler is not installed: pip install "jax[tpu]"' in out and "all of the above is an estimate" in out
+    assert (
+        'not compiled: the TPU compiler is not installed: pip install "jax[tpu]"' in out
+        and "all of the above is an estimate" in out
+    )
     assert "search:" not in out
     assert main(["topology=h100-8", f"model_config={folder}", "search=false"]) == 0
-    assert 'not compiled: the CUDA compiler is not installed: pip install "jax[cuda12]"' in lines_of(capsys)
-    assert main(["topology=h100-8", f"model_config={folder}", "search=false", "train.offload=[moments]"]) == 0
+    assert (
+        'not compiled: the CUDA compiler is not installed: pip install "jax[cuda12]"'
+        in lines_of(capsys)
+    )
+    assert (
+        main(
+            ["topology=h100-8", f"model_config={folder}", "search=false", "train.offload=[moments]"]
+        )
+        == 0
+    )
     out = lines_of(capsys)
-    assert "not compiled: away from a GPU" in out and re.search(r"^  optimizer moments \(host\) .* GiB$", out, re.M)
-    assert re.search(r"^brought from the host to a device: optimizer moments .* GB, in .* s$", out, re.M)
+    assert "not compiled: away from a GPU" in out and re.search(
+        r"^  optimizer moments \(host\) .* GiB$", out, re.M
+    )
+    assert re.search(
+        r"^brought from the host to a device: optimizer moments .* GB, in .* s$", out, re.M
+    )
 
 
-def test_what_does_not_fit_is_said_with_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}))
+def test_what_does_not_fit_is_said_with_what_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        )
+    )
     assert main(["topology=l4-1", f"model_config={tmp_path}", "compile=false"]) == 1
     out = lines_of(capsys)
     assert "does NOT fit into" in out and "search: no mesh, remat policy or row length fits" in out
@@ -79,18 +116,48 @@ def test_what_does_not_fit_is_said_with_what_would(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["topology=v5e-15", "model_config=FOLDER"], 1, "topology=v5e-15: is not known. Did you mean"),
-        (["topology=v5e-8", "model_config=FOLDER", "mesh.fsdp=3"], 1, "mesh.fsdp=3: must multiply to the 8 devices here"),
+        (
+            ["topology=v5e-15", "model_config=FOLDER"],
+            1,
+            "topology=v5e-15: is not known. Did you mean",
+        ),
+        (
+            ["topology=v5e-8", "model_config=FOLDER", "mesh.fsdp=3"],
+            1,
+            "mesh.fsdp=3: must multiply to the 8 devices here",
+        ),
         (["topology=v5e-8", "model_config=FOLDER/nothing"], 1, "has no config.json"),
         (["model_config=FOLDER"], 2, "topology=null: name a machine"),
-        (["topology=v5e-8"], 2, "model.path=null: name a Hugging Face folder or hub id, or model_config="),
-        (["topology=v5e-8", "model_config=FOLDER", "read_data=true"], 2, "read_data=true: there is nothing to read"),
-        (["topology=v5e-8", "model_config=FOLDER", "pair_tokens=[1,2]", "efficiency=2", "price=0"], 2, "3 wrong options"),
+        (
+            ["topology=v5e-8"],
+            2,
+            "model.path=null: name a Hugging Face folder or hub id, or model_config=",
+        ),
+        (
+            ["topology=v5e-8", "model_config=FOLDER", "read_data=true"],
+            2,
+            "read_data=true: there is nothing to read",
+        ),
+        (
+            [
+                "topology=v5e-8",
+                "model_config=FOLDER",
+                "pair_tokens=[1,2]",
+                "efficiency=2",
+                "price=0",
+            ],
+            2,
+            "3 wrong options",
+        ),
         (["topology=v5e-8", "model_config=FOLDER", "topologie=v5e-8"], 2, "Did you mean topology?"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(
-    folder: Path, arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    arguments: list[str],
+    status: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     try:
         ended = main([argument.replace("FOLDER", str(folder)) for argument in arguments])
@@ -100,21 +167,37 @@ def test_what_cannot_be_planned_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_data_give_the_rows_that_the_run_will_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_give_the_rows_that_the_run_will_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_model(tmp_path / "model", None)
     write_rows(tmp_path / "rows.jsonl", rows(40))
-    arguments = [f"model.path={tmp_path / 'model'}", f"data.train=[{tmp_path / 'rows.jsonl'}]", "read_data=true", "train.pairs_per_step=8"]
-    assert main(["topology=cpu-1", *arguments, "data.cache=null", "compile=false", "search=false"]) == 0
-    slots = re.search(r"8 pairs in 1 microbatch of 1 rows of (\d+) slots, at most (\d+)", lines_of(capsys))
+    arguments = [
+        f"model.path={tmp_path / 'model'}",
+        f"data.train=[{tmp_path / 'rows.jsonl'}]",
+        "read_data=true",
+        "train.pairs_per_step=8",
+    ]
+    assert (
+        main(["topology=cpu-1", *arguments, "data.cache=null", "compile=false", "search=false"])
+        == 0
+    )
+    slots = re.search(
+        r"8 pairs in 1 microbatch of 1 rows of (\d+) slots, at most (\d+)", lines_of(capsys)
+    )
     assert slots and 128 <= int(slots[1]) <= int(slots[2]) <= 256
 
 
-def test_help_tells_of_its_own_options_and_of_those_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_tells_of_its_own_options_and_of_those_of_train(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = lines_of(capsys)
     assert "topology=null" in out and "has to be named: v5e-8" in out
-    assert "Folder of this run: config, metrics, checkpoints." in out  # the doc of an inherited field
+    assert (
+        "Folder of this run: config, metrics, checkpoints." in out
+    )  # the doc of an inherited field
 
 
 # --- presets ---
@@ -134,8 +217,10 @@ def llama(**sizes: int) -> dict[str, Any]:
 
 
 SIZES = {
-    "Qwen/Qwen2.5-0.5B-Instruct": llama(D=896, F=4864, L=24, N=14, K=2, V=151936, H=64) | {"tie_word_embeddings": True},
-    "meta-llama/Llama-3.2-3B-Instruct": llama(D=3072, F=8192, L=28, N=24, K=8, V=128256, H=128) | {"tie_word_embeddings": True},
+    "Qwen/Qwen2.5-0.5B-Instruct": llama(D=896, F=4864, L=24, N=14, K=2, V=151936, H=64)
+    | {"tie_word_embeddings": True},
+    "meta-llama/Llama-3.2-3B-Instruct": llama(D=3072, F=8192, L=28, N=24, K=8, V=128256, H=128)
+    | {"tie_word_embeddings": True},
     "meta-llama/Llama-3.1-8B-Instruct": llama(D=4096, F=14336, L=32, N=32, K=8, V=128256, H=128),
     "meta-llama/Llama-3.3-70B-Instruct": llama(D=8192, F=28672, L=80, N=64, K=8, V=128256, H=128),
 }
@@ -150,24 +235,38 @@ def planned_topology(path: Path) -> str:
 
 
 def test_there_is_a_preset_for_every_machine() -> None:
-    assert {planned_topology(path) for path in PRESETS} == {"l4-1", "h100-1", "h100-8", "v5e-8", "v5e-16", "v5p-8", "v5p-128", "v6e-8"}
+    assert {planned_topology(path) for path in PRESETS} == {
+        "l4-1",
+        "h100-1",
+        "h100-8",
+        "v5e-8",
+        "v5e-16",
+        "v5p-8",
+        "v5p-128",
+        "v6e-8",
+    }
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_fits_its_machine_by_the_estimate(path: Path, tmp_path: Path) -> None:
     arguments = ["--config", str(path), f"topology={planned_topology(path)}"]
-    config, _ = options.load(PlanConfig, arguments, command="plan", checks=[check])
+    config, _ = cli.load(PlanConfig, arguments, command="plan", checks=[check])
     target = Target.of(topology(planned_topology(path)), SIZES[config.model.path or ""])
     choice = choose(config, target)
     assert choice.fits and choice.speed.mfu > 0.3
-    assert options.load(PlanConfig, arguments, command="train")[0].data.train  # there is something to train on
+    assert cli.load(PlanConfig, arguments, command="train")[
+        0
+    ].data.train  # there is something to train on
 
 
 @pytest.mark.parametrize(
     ("message", "gib"),
     [
         ("RESOURCE_EXHAUSTED: Used 25.50G of 15.75G hbm. Exceeded hbm capacity by 9.75G.", 25.5),
-        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (512.00M) exceeds available", 0.5),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (512.00M) exceeds available",
+            0.5,
+        ),
         ("RESOURCE_EXHAUSTED: in words that are new", math.inf),
     ],
 )
@@ -181,21 +280,53 @@ def test_a_refusal_says_how_much_memory_is_needed(message: str, gib: float) -> N
     "arguments",
     [
         ["topology=v5e-4", "mesh.fsdp=4"],
-        ["topology=v5e-4", "mesh.fsdp=4", "train.offload=[reference,moments]", "model.param_dtype=bfloat16"],
+        [
+            "topology=v5e-4",
+            "mesh.fsdp=4",
+            "train.offload=[reference,moments]",
+            "model.param_dtype=bfloat16",
+        ],
         ["topology=v5e-4", "mesh.fsdp=2", "mesh.context=2"],
         ["topology=2xv5e-4", "mesh.fsdp=4"],
     ],
 )
-def test_a_step_is_compiled_for_tpus_that_are_not_here(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_is_compiled_for_tpus_that_are_not_here(
+    arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     (folder / "config.json").write_text(json.dumps(HF | sizes | {"max_position_embeddings": 4096}))
-    assert main([*arguments, f"model_config={folder}", "train.pairs_per_step=16", "search=false"]) == 0
-    assert re.search(r"compiled ahead of time: 0\.\d+ GiB of a device at most, fits into 15.75 GiB", lines_of(capsys))
+    assert (
+        main([*arguments, f"model_config={folder}", "train.pairs_per_step=16", "search=false"]) == 0
+    )
+    assert re.search(
+        r"compiled ahead of time: 0\.\d+ GiB of a device at most, fits into 15.75 GiB",
+        lines_of(capsys),
+    )
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="the CUDA plugin is not installed")
-def test_a_step_is_compiled_for_gpus_that_are_not_here(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["topology=h100-8", f"model_config={folder}", "mesh.fsdp=8", "train.pairs_per_step=16", "search=false"]) == 0
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None, reason="the CUDA plugin is not installed"
+)
+def test_a_step_is_compiled_for_gpus_that_are_not_here(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                "topology=h100-8",
+                f"model_config={folder}",
+                "mesh.fsdp=8",
+                "train.pairs_per_step=16",
+                "search=false",
+            ]
+        )
+        == 0
+    )
     out = lines_of(capsys)
-    assert re.search(r"compiled ahead of time: 0\.\d+ GiB of a device at most, fits into 73.23 GiB", out) and "reduce-scatter:" in out
+    assert (
+        re.search(
+            r"compiled ahead of time: 0\.\d+ GiB of a device at most, fits into 73.23 GiB", out
+        )
+        and "reduce-scatter:" in out
+    )

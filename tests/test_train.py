@@ -13,7 +13,7 @@ import jax
 import pytest
 import yaml
 
-from jaxdpo.checkpoint import restore_params
+from jaxdpo.checkpoints.checkpoint import restore_params
 from jaxdpo.train import main
 from tests.runs import folder_with_inputs, metrics, stop_after, untimed, use_one_device
 from tests.tiny import params, rows, write_rows
@@ -33,9 +33,26 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def words(shared: Path, run_dir: Path, *more: str) -> list[str]:
     """A short run's command line."""
-    sizes = ["data.max_length=32", "data.max_row_tokens=64", "data.row_sizes=1", "train.pairs_per_step=2", "optim.learning_rate=1e-3"]
-    places = [f"run_dir={run_dir}", f"model.path={shared / 'model'}", f"data.train=[{shared / 'rows.jsonl'}]"]
-    return [*places, *sizes, "eval.every=0", "log.tensorboard=false", "train.compilation_cache=null", *more]
+    sizes = [
+        "data.max_length=32",
+        "data.max_row_tokens=64",
+        "data.row_sizes=1",
+        "train.pairs_per_step=2",
+        "optim.learning_rate=1e-3",
+    ]
+    places = [
+        f"run_dir={run_dir}",
+        f"model.path={shared / 'model'}",
+        f"data.train=[{shared / 'rows.jsonl'}]",
+    ]
+    return [
+        *places,
+        *sizes,
+        "eval.every=0",
+        "log.tensorboard=false",
+        "train.compilation_cache=null",
+        *more,
+    ]
 
 
 def command(*arguments: str) -> list[str]:
@@ -44,23 +61,49 @@ def command(*arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """One device, and programs as users have them."""
-    return {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    }
 
 
 # --- in this process ---
 
 
-def test_wrong_options_are_told_all_at_once_and_nothing_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_told_all_at_once_and_nothing_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([f"run_dir={tmp_path / 'run'}", "loss.name=sigmiod", "data.trian=[a]", "seed=1", "seed=2"])
+        main(
+            [
+                f"run_dir={tmp_path / 'run'}",
+                "loss.name=sigmiod",
+                "data.trian=[a]",
+                "seed=1",
+                "seed=2",
+            ]
+        )
     assert ended.value.code == 2 and not (tmp_path / "run").exists()
     err = capsys.readouterr().err
-    assert "2 wrong options" in err and "Did you mean data.train?" in err and "seed is set twice" in err
+    assert (
+        "2 wrong options" in err
+        and "Did you mean data.train?" in err
+        and "seed is set twice" in err
+    )
     with pytest.raises(SystemExit) as ended:
         main(["loss.name=sigmiod", "loss.label_smoothing=0.1", "loss.tr_every=2", "reference=none"])
     err = capsys.readouterr().err
     assert ended.value.code == 2
-    assert all(text in err for text in ("model.path=null", "data.train=[]", "Did you mean sigmoid?", "loss.tr_every=2: moves a reference"))
+    assert all(
+        text in err
+        for text in (
+            "model.path=null",
+            "data.train=[]",
+            "Did you mean sigmoid?",
+            "loss.tr_every=2: moves a reference",
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +114,9 @@ def test_wrong_options_are_told_all_at_once_and_nothing_is_made(tmp_path: Path, 
         (["reference=none"], "reference=none"),
     ],
 )
-def test_loss_options_that_do_not_apply_are_errors(capsys: pytest.CaptureFixture[str], loss: list[str], told: str) -> None:
+def test_loss_options_that_do_not_apply_are_errors(
+    capsys: pytest.CaptureFixture[str], loss: list[str], told: str
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["model.path=m", "data.train=[a]", *loss])
     assert ended.value.code == 2 and f"  {told}: " in capsys.readouterr().err
@@ -87,12 +132,19 @@ def test_loss_options_that_do_not_apply_are_errors(capsys: pytest.CaptureFixture
     ],
 )
 def test_inputs_that_cannot_be_used_end_with_one_message(
-    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, word: str, told: str
+    shared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    word: str,
+    told: str,
 ) -> None:
     if word.startswith("mesh"):
         monkeypatch.undo()
     place, _, text = word.format(shared=shared).partition("=")
-    given = [other for other in words(shared, tmp_path / "run") if not other.startswith(place + "=")]
+    given = [
+        other for other in words(shared, tmp_path / "run") if not other.startswith(place + "=")
+    ]
     try:
         assert main([*given, f"{place}={text}"]) == 1
     except SystemExit as ended:
@@ -101,7 +153,9 @@ def test_inputs_that_cannot_be_used_end_with_one_message(
     assert told.format(shared=shared) in err and "Traceback" not in err
 
 
-def test_done_is_0_and_the_config_can_be_given_as_a_file(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_done_is_0_and_the_config_can_be_given_as_a_file(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*words(shared, tmp_path / "run"), "train.steps=2", "--print-config"])
     assert ended.value.code == 0
@@ -109,13 +163,21 @@ def test_done_is_0_and_the_config_can_be_given_as_a_file(shared: Path, tmp_path:
     assert main(["--config", str(tmp_path / "c.yaml")]) == 0
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
     out = capsys.readouterr().out
-    assert "13 rows read, 13 parsed, 13 kept" in out and "step 2/2  loss 0." in out and "done: step 2 of 2" in out
+    assert (
+        "13 rows read, 13 parsed, 13 kept" in out
+        and "step 2/2  loss 0." in out
+        and "done: step 2 of 2" in out
+    )
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert main(["--config", str(tmp_path / "run" / "config.yaml")]) == 0  # what a run leaves runs again
+    assert (
+        main(["--config", str(tmp_path / "run" / "config.yaml")]) == 0
+    )  # what a run leaves runs again
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == saved
 
 
-def test_a_signal_is_75_and_a_fault_is_1(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_is_75_and_a_fault_is_1(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = [*words(shared, tmp_path / "run"), "train.steps=4"]
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 2)
@@ -127,7 +189,9 @@ def test_a_signal_is_75_and_a_fault_is_1(shared: Path, tmp_path: Path, capsys: p
     assert "resuming after step 2" in capsys.readouterr().out
 
 
-def test_dry_run_shows_everything_up_to_the_first_step(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_shows_everything_up_to_the_first_step(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*words(shared, tmp_path / "run"), "train.steps=3", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
@@ -143,27 +207,46 @@ def test_dry_run_shows_everything_up_to_the_first_step(shared: Path, tmp_path: P
         assert text in out, text
 
 
-def test_dry_run_tells_what_is_trained_and_what_is_not(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["train.steps=3", "lora.rank=2", "lora.targets=[q,o]", "model.quantize=int8", "reference=cached"]
+def test_dry_run_tells_what_is_trained_and_what_is_not(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [
+        "train.steps=3",
+        "lora.rank=2",
+        "lora.targets=[q,o]",
+        "model.quantize=int8",
+        "reference=cached",
+    ]
     assert main([*words(shared, tmp_path / "run"), *more, "--dry-run"]) == 0
     out = capsys.readouterr().out
     everything = sum(leaf.size for leaf in jax.tree.leaves(params()))
-    assert f"lora: 512 weights trained (rank 2, scale 8, on q, o), {everything:,} frozen in int8" in out
-    assert "reference=cached: the exact KL" in out and "time: " in out and not (tmp_path / "run").exists()
+    assert (
+        f"lora: 512 weights trained (rank 2, scale 8, on q, o), {everything:,} frozen in int8"
+        in out
+    )
+    assert (
+        "reference=cached: the exact KL" in out
+        and "time: " in out
+        and not (tmp_path / "run").exists()
+    )
 
 
 # --- as a process ---
 
 
 def test_the_exit_status_of_the_process(shared: Path, tmp_path: Path) -> None:
-    ended = subprocess.run(command("loss.nam=x"), env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    ended = subprocess.run(
+        command("loss.nam=x"), env=environment(), cwd=tmp_path, capture_output=True, text=True
+    )
     assert ended.returncode == 2 and "Did you mean loss.name?" in ended.stderr and not ended.stdout
     assert not list(tmp_path.iterdir())
 
 
 def killed(arguments: list[str], run_dir: Path, after: int, delay: float) -> int:
     """Run until metrics.jsonl tells of step `after`, wait, and kill; the steps told of by then."""
-    process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     path = run_dir / "metrics.jsonl"
     try:
         deadline = time.monotonic() + 300
@@ -192,33 +275,62 @@ def test_kills_at_any_moment_change_nothing(shared: Path, tmp_path: Path) -> Non
 
     def given(name: str) -> list[str]:
         keys = {word.partition("=")[0] for word in more}
-        return [word for word in words(shared, tmp_path / name) if word.partition("=")[0] not in keys] + more
+        return [
+            word for word in words(shared, tmp_path / name) if word.partition("=")[0] not in keys
+        ] + more
 
-    subprocess.run(command(*given("whole")), env=environment(), check=True, stdout=subprocess.DEVNULL)
-    total, epoch = untimed(tmp_path / "whole")[-1]["step"], untimed(tmp_path / "whole")[-1]["step"] // 3
+    subprocess.run(
+        command(*given("whole")), env=environment(), check=True, stdout=subprocess.DEVNULL
+    )
+    total, epoch = (
+        untimed(tmp_path / "whole")[-1]["step"],
+        untimed(tmp_path / "whole")[-1]["step"] // 3,
+    )
     chance = random.Random(time.time_ns())
     moments = [(epoch * i + chance.randrange(5, epoch - 10), chance.random() / 5) for i in range(3)]
     told = [killed(given("killed"), tmp_path / "killed", *moment) for moment in moments]
-    subprocess.run(command(*given("killed")), env=environment(), check=True, stdout=subprocess.DEVNULL)
-    (step, ours, _), (_, theirs, _) = restore_params(tmp_path / "killed"), restore_params(tmp_path / "whole")
+    subprocess.run(
+        command(*given("killed")), env=environment(), check=True, stdout=subprocess.DEVNULL
+    )
+    (step, ours, _), (_, theirs, _) = (
+        restore_params(tmp_path / "killed"),
+        restore_params(tmp_path / "whole"),
+    )
     assert step == total > 150, (moments, told)
-    assert flat(ours) == flat(theirs) and untimed(tmp_path / "killed") == untimed(tmp_path / "whole"), (moments, told)
+    assert flat(ours) == flat(theirs) and untimed(tmp_path / "killed") == untimed(
+        tmp_path / "whole"
+    ), (moments, told)
 
 
 def flat(tree: dict) -> dict[str, bytes]:
     """Every array's bits, by path."""
     found = {}
     for key, value in tree.items():
-        found |= {f"{key}/{path}": bits for path, bits in flat(value).items()} if isinstance(value, dict) else {key: value.tobytes()}
+        found |= (
+            {f"{key}/{path}": bits for path, bits in flat(value).items()}
+            if isinstance(value, dict)
+            else {key: value.tobytes()}
+        )
     return found
 
 
 @pytest.mark.slow
 def test_a_real_model_on_real_pairs(real_data: Path, tmp_path: Path) -> None:
-    pairs, model = real_data / "hh-rlhf" / "harmless-base-test.jsonl.gz", real_data / "models" / "stories260K"
-    arguments = [f"run_dir={tmp_path}", f"model.path={model}", f"data.train=[{pairs}]", "train.steps=30", "optim.learning_rate=1e-4"]
+    pairs, model = (
+        real_data / "hh-rlhf" / "harmless-base-test.jsonl.gz",
+        real_data / "models" / "stories260K",
+    )
+    arguments = [
+        f"run_dir={tmp_path}",
+        f"model.path={model}",
+        f"data.train=[{pairs}]",
+        "train.steps=30",
+        "optim.learning_rate=1e-4",
+    ]
     more = ["data.row_sizes=1", "eval.every=30", "train.compilation_cache=null"]
-    ended = subprocess.run(command(*arguments, *more), env=environment(), capture_output=True, text=True)
+    ended = subprocess.run(
+        command(*arguments, *more), env=environment(), capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
     (told,) = json.loads((tmp_path / "data_report.json").read_text())["sets"]["train"]
     assert (told["rows_read"], told["parsed"], told["kept"]) == (2312, 2299, 2299)
@@ -229,7 +341,10 @@ def test_a_real_model_on_real_pairs(real_data: Path, tmp_path: Path) -> None:
     }
     assert "2312 rows read, 2299 parsed, 2299 kept" in ended.stdout
     found = metrics(tmp_path)
-    steps, evaluations = [row for row in found if "loss" in row], [row for row in found if "eval/loss" in row]
+    steps, evaluations = (
+        [row for row in found if "loss" in row],
+        [row for row in found if "eval/loss" in row],
+    )
     assert abs(steps[0]["loss"] - 0.693147) < 1e-6 and abs(steps[0]["rewards/margins"]) < 1e-5
     assert evaluations[0]["eval/rewards/margins"] == 0 < evaluations[-1]["eval/rewards/margins"]
     assert evaluations[-1]["eval/kl/token_exact"] > 0 == evaluations[0]["eval/kl/token_exact"]

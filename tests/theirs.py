@@ -10,32 +10,57 @@ import pytest
 
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import Params
-from jaxdpo.models.hf_folder import write_json
-from jaxdpo.models.hfconfig import from_hf, load_model_config
-from jaxdpo.models.weights import load_params
+from jaxdpo.models.hf.config_json import from_hf, load_model_config
+from jaxdpo.models.hf.folder import write_json
+from jaxdpo.models.hf.load_save import load_params
 from tests.families import TINY, raw_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-torch.set_num_threads(1)  # these models are too small to share out, and threads that wait for each other take turns with other tests
+torch.set_num_threads(
+    1
+)  # these models are too small to share out, and threads that wait for each other take turns with other tests
 
-_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-_YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0, "original_max_position_embeddings": 32}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in TINY},
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 20}),
-    "llama tied, llama3 rope": ("llama", {"tie_word_embeddings": True, "rope_theta": 500.0, "rope_scaling": _LLAMA3}),
+    "llama tied, llama3 rope": (
+        "llama",
+        {"tie_word_embeddings": True, "rope_theta": 500.0, "rope_scaling": _LLAMA3},
+    ),
     "llama, linear rope": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
     "llama, one key head": ("llama", {"num_key_value_heads": 1, "rms_norm_eps": 1e-2}),
     "mistral without window": ("mistral", {"sliding_window": None, "rope_theta": 1e6}),
     "qwen2 without window": ("qwen2", {"use_sliding_window": False, "rope_theta": 1e6}),
-    "qwen3 with biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True, "rope_scaling": _YARN}),
+    "qwen3 with biases": (
+        "qwen3",
+        {"attention_bias": True, "tie_word_embeddings": True, "rope_scaling": _YARN},
+    ),
     "gemma2": ("gemma2", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 8.0}),
     "gemma3 without window": ("gemma3", {"layer_types": ["full_attention"] * 4}),
     "phi3 partial": ("phi3", {"partial_rotary_factor": 0.75}),
-    "phi3 long": ("phi3 long", {"original_max_position_embeddings": 112, "max_position_embeddings": 512}),
-    "qwen3_moe, plain weights": ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 5, "num_experts_per_tok": 3}),
+    "phi3 long": (
+        "phi3 long",
+        {"original_max_position_embeddings": 112, "max_position_embeddings": 512},
+    ),
+    "qwen3_moe, plain weights": (
+        "qwen3_moe",
+        {"norm_topk_prob": False, "num_experts": 5, "num_experts_per_tok": 3},
+    ),
     "gpt_oss": ("gpt_oss", {"swiglu_limit": 1.5}),
 }
 """Name -> key of families.TINY and changes to it."""
@@ -76,7 +101,9 @@ def logits_of(model: Any, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def read(folder: Path, **more: Any) -> Any:
     """The model in a folder, as transformers reads it (ready for evaluation), and what else is asked for."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **more)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **more
+    )
 
 
 def raw_of(case: str) -> dict[str, Any]:
@@ -91,12 +118,18 @@ def make(folder: Path, case: str) -> Both:
     (folder / "hub").mkdir()
     write_json(folder / "hub" / "config.json", raw)
     kind = transformers.AutoConfig.from_pretrained(folder / "hub")
-    model = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.float32, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        kind, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     config = from_hf(raw)
     _randomise(model, config)
     model.save_pretrained(folder / "saved")
-    assert load_model_config(folder / "saved") == config, "the hub's form and transformers' own say different things"
-    return Both(folder / "saved", raw, config, load_params(folder / "saved", config, None, "float32"), model)
+    assert load_model_config(folder / "saved") == config, (
+        "the hub's form and transformers' own say different things"
+    )
+    return Both(
+        folder / "saved", raw, config, load_params(folder / "saved", config, None, "float32"), model
+    )
 
 
 def _randomise(model: Any, config: ModelConfig) -> None:
@@ -107,7 +140,9 @@ def _randomise(model: Any, config: ModelConfig) -> None:
             if name.endswith(("bias", "sinks")):
                 weight.normal_(0, 0.3)
             elif name in ("model.norm.weight", "transformer.ln_f.weight"):
-                weight.normal_(centre - 1, 1)  # signs of both kinds, lest a tied head repeats the last token for ever
+                weight.normal_(
+                    centre - 1, 1
+                )  # signs of both kinds, lest a tied head repeats the last token for ever
             elif "norm" in name or ".ln_" in name:
                 weight.uniform_(centre - 0.5, centre + 0.5)
             else:

@@ -10,15 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdpo import offload, options, sharding, step
-from jaxdpo.config import Config, LossSection, MeshSection, OptimSection
+from jaxdpo.config import cli
+from jaxdpo.config.schema import Config, LossSection, MeshSection, OptimSection
 from jaxdpo.data.packing import Batch, Packer
-from jaxdpo.data.table import EncodedPair
+from jaxdpo.data.pair_table import EncodedPair
+from jaxdpo.distributed import offload, sharding
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, abstract_params
-from jaxdpo.models.hfconfig import from_hf
-from jaxdpo.models.weights import save_params
-from jaxdpo.runweights import state_shardings
+from jaxdpo.models.hf.config_json import from_hf
+from jaxdpo.models.hf.load_save import save_params
+from jaxdpo.training import step
+from jaxdpo.training.weights import state_shardings
 
 HF: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,33 +55,63 @@ def params(seed: int = 0, config: ModelConfig | None = None) -> Params:
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        return one + np.float32(0.1) * noise if "norm" in jax.tree_util.keystr(path) else np.float32(config.initializer_range) * noise
+        return (
+            one + np.float32(0.1) * noise
+            if "norm" in jax.tree_util.keystr(path)
+            else np.float32(config.initializer_range) * noise
+        )
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config, "float32"))
 
 
-def pair(prompt: int, chosen: int, rejected: int, *, rng: np.random.Generator | None = None, vocab: int = 64, **more: Any) -> EncodedPair:
+def pair(
+    prompt: int,
+    chosen: int,
+    rejected: int,
+    *,
+    rng: np.random.Generator | None = None,
+    vocab: int = 64,
+    **more: Any,
+) -> EncodedPair:
     """A pair of these lengths with random ids."""
     rng = np.random.default_rng(0) if rng is None else rng
-    prompt_ids, chosen_ids, rejected_ids = (rng.integers(1, vocab, size).astype(np.int32) for size in (prompt, chosen, rejected))
+    prompt_ids, chosen_ids, rejected_ids = (
+        rng.integers(1, vocab, size).astype(np.int32) for size in (prompt, chosen, rejected)
+    )
     return EncodedPair(prompt_ids, chosen_ids, rejected_ids, **more)
 
 
-def pairs(count: int, *, seed: int = 0, low: int = 3, high: int = 40, vocab: int = 64) -> list[EncodedPair]:
+def pairs(
+    count: int, *, seed: int = 0, low: int = 3, high: int = 40, vocab: int = 64
+) -> list[EncodedPair]:
     """Random pairs whose prompts and answers have low to high - 1 tokens."""
     rng = np.random.default_rng(seed)
-    return [pair(*rng.integers(low, high, 3).tolist(), rng=rng, vocab=vocab, id=str(i)) for i in range(count)]
+    return [
+        pair(*rng.integers(low, high, 3).tolist(), rng=rng, vocab=vocab, id=str(i))
+        for i in range(count)
+    ]
 
 
-def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, expert: int = 1) -> jax.sharding.Mesh:
+def mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, expert: int = 1
+) -> jax.sharding.Mesh:
     """A mesh over the first devices."""
     section = MeshSection(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
     return sharding.make_mesh(section, jax.devices()[: data * fsdp * expert * context * tensor])
 
 
-def pack(some: Sequence[EncodedPair], *, layout: str = "shared", num_rows: int = 1, size: int = 1024, places: int = 0) -> Batch:
+def pack(
+    some: Sequence[EncodedPair],
+    *,
+    layout: str = "shared",
+    num_rows: int = 1,
+    size: int = 1024,
+    places: int = 0,
+) -> Batch:
     """The pairs in rows of one length."""
-    return Packer(layout=layout, num_rows=num_rows, row_sizes=(size,), num_places=places or len(some))(some)
+    return Packer(
+        layout=layout, num_rows=num_rows, row_sizes=(size,), num_places=places or len(some)
+    )(some)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +119,9 @@ class Setup:
     """How a few steps are computed; each field is something that must not change the result, but for loss and optim."""
 
     loss: LossSection = dataclasses.field(default_factory=LossSection)
-    optim: OptimSection = dataclasses.field(default_factory=lambda: OptimSection(learning_rate=1e-3))
+    optim: OptimSection = dataclasses.field(
+        default_factory=lambda: OptimSection(learning_rate=1e-3)
+    )
     config: ModelConfig = dataclasses.field(default_factory=model)
     layout: str = "shared"
     size: int = 1024
@@ -102,9 +136,19 @@ class Setup:
 
     def options(self) -> step.StepOptions:
         """The step's options."""
-        forward = ForwardOptions(compute_dtype=self.compute_dtype, attention=self.attention, remat=self.remat, mesh=mesh(*self.mesh))
+        forward = ForwardOptions(
+            compute_dtype=self.compute_dtype,
+            attention=self.attention,
+            remat=self.remat,
+            mesh=mesh(*self.mesh),
+        )
         return step.StepOptions(
-            model=self.config, loss=self.loss, optim=self.optim, forward=forward, total_steps=self.total_steps, chunk=self.chunk
+            model=self.config,
+            loss=self.loss,
+            optim=self.optim,
+            forward=forward,
+            total_steps=self.total_steps,
+            chunk=self.chunk,
         )
 
 
@@ -115,12 +159,22 @@ class Stepper:
         """Put policy and reference (default: random, and not equal) on the setup's mesh."""
         self.setup, self.mesh = setup, mesh(*setup.mesh)
         self._policy = params(0, setup.config) if policy is None else policy
-        self._shardings = state_shardings(setup.config, self.mesh, moments_wait="moments" in setup.offload)
+        self._shardings = state_shardings(
+            setup.config, self.mesh, moments_wait="moments" in setup.offload
+        )
         reference = params(1, setup.config) if reference is None else reference
-        place = offload.waiting(self._shardings.params) if "reference" in setup.offload else self._shardings.params
-        self.reference = sharding.put(reference, place) if step.needs_reference(setup.loss) else None
+        place = (
+            offload.waiting(self._shardings.params)
+            if "reference" in setup.offload
+            else self._shardings.params
+        )
+        self.reference = (
+            sharding.put(reference, place) if step.needs_reference(setup.loss) else None
+        )
         where = step.Fixed(reference=None if self.reference is None else place)
-        self.train_step, self.eval_step = step.compile_steps(setup.options(), self.mesh, self._shardings, where)
+        self.train_step, self.eval_step = step.compile_steps(
+            setup.options(), self.mesh, self._shardings, where
+        )
         self.reset()
 
     def reset(self, policy: Params | None = None) -> None:
@@ -139,7 +193,14 @@ class Stepper:
 
     def pack(self, some: Sequence[EncodedPair]) -> Batch:
         """The pairs packed as the setup says, on the devices."""
-        return self.put(pack(some, layout=self.setup.layout, num_rows=sharding.num_row_shards(self.mesh), size=self.setup.size))
+        return self.put(
+            pack(
+                some,
+                layout=self.setup.layout,
+                num_rows=sharding.num_row_shards(self.mesh),
+                size=self.setup.size,
+            )
+        )
 
     def train(self, batch: Batch, apply: bool = True) -> dict[str, float]:
         """One step; its metrics."""
@@ -161,7 +222,15 @@ def write_model(folder: Path, seed: int | None = 0, **changes: Any) -> ModelConf
     config = model(**changes)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {"<|end|>": 0} | {f"w{i}": i for i in range(1, config.vocab_size)}
-    end = {"id": 0, "content": "<|end|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    end = {
+        "id": 0,
+        "content": "<|end|>",
+        "special": True,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
     tokenizer = {
         "version": "1.0",
         "added_tokens": [end],
@@ -169,7 +238,11 @@ def write_model(folder: Path, seed: int | None = 0, **changes: Any) -> ModelConf
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<|end|>"},
     }
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
-    for name, content in {"config": HF | changes, "tokenizer": tokenizer, "tokenizer_config": special}.items():
+    for name, content in {
+        "config": HF | changes,
+        "tokenizer": tokenizer,
+        "tokenizer_config": special,
+    }.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     if seed is not None:
         save_params(folder, config, params(seed, config), "float32")
@@ -183,7 +256,9 @@ def rows(count: int, seed: int = 0, low: int = 2, high: int = 9) -> list[dict[st
     def text() -> str:
         return " ".join(f"w{i}" for i in rng.integers(1, 64, rng.integers(low, high)))
 
-    return [{"prompt": text(), "chosen": " " + text(), "rejected": " " + text()} for _ in range(count)]
+    return [
+        {"prompt": text(), "chosen": " " + text(), "rejected": " " + text()} for _ in range(count)
+    ]
 
 
 def write_rows(path: Path, some: Sequence[dict[str, Any]]) -> str:
@@ -197,7 +272,13 @@ def config(folder: Path, **changes: Any) -> Config:
     values: dict[str, Any] = {
         "run_dir": str(folder / "run"),
         "model": {"path": str(folder / "model")},
-        "data": {"train": [str(folder / "rows.jsonl")], "max_length": 32, "max_row_tokens": 64, "row_sizes": 1, "eval_fraction": 0.2},
+        "data": {
+            "train": [str(folder / "rows.jsonl")],
+            "max_length": 32,
+            "max_row_tokens": 64,
+            "row_sizes": 1,
+            "eval_fraction": 0.2,
+        },
         "optim": {"learning_rate": 1e-3},
         "train": {"pairs_per_step": 2, "steps": 4, "compilation_cache": None},
         "eval": {"every": 0},
@@ -210,6 +291,6 @@ def config(folder: Path, **changes: Any) -> Config:
             values.setdefault(section, {})[field] = value
         else:
             values[section] = value
-    made, problems = options.validate(Config, values)
+    made, problems = cli.validate(Config, values)
     assert made is not None and not problems, problems
     return made

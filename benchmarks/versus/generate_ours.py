@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdpo.models.decoder import ForwardOptions
-from jaxdpo.models.hfconfig import load_model_config
-from jaxdpo.models.weights import load_params
-from jaxdpo.sampling import generate
+from jaxdpo.models.hf.config_json import load_model_config
+from jaxdpo.models.hf.load_save import load_params
+from jaxdpo.models.sampling import generate
 
 from .protocol import Channel
 
@@ -34,7 +34,13 @@ def main() -> None:
     while (request := channel.receive())["do"] != "quit":
         prompts = [np.array(ids, np.int32) for ids in request["prompts"]]
         began = time.perf_counter()
-        answers = generate(params, model, prompts, max_new_tokens=request["new"], options=ForwardOptions(compute_dtype=args.dtype))
+        answers = generate(
+            params,
+            model,
+            prompts,
+            max_new_tokens=request["new"],
+            options=ForwardOptions(compute_dtype=args.dtype),
+        )
         seconds = time.perf_counter() - began
         channel.send(event="answered", seconds=seconds, answers=[ids.tolist() for ids in answers])
 

@@ -26,7 +26,9 @@ def main() -> None:
     args = parser.parse_args()
     channel = Channel()
     torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=getattr(torch, args.dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.folder, dtype=getattr(torch, args.dtype)
+    ).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     channel.send(event="loaded")
@@ -34,7 +36,12 @@ def main() -> None:
         began = time.perf_counter()
         prompts = torch.tensor(request["prompts"])
         with torch.inference_mode():
-            rows = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=request["new"])
+            rows = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=False,
+                max_new_tokens=request["new"],
+            )
         answers = rows[:, prompts.shape[1] :].tolist()
         channel.send(event="answered", seconds=time.perf_counter() - began, answers=answers)
 

@@ -8,22 +8,38 @@ import time
 from pathlib import Path
 from typing import Any
 
-ISA = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+ISA = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+    "sve",
+)
 
 
 def git(*command: str) -> str:
     """What git says; empty without git."""
-    return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(
+        ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def commit() -> str:
     """The commit that is measured, marked when the package differs from it."""
-    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ":/jaxdpo") else "")
+    return git("rev-parse", "--short=12", "HEAD") + (
+        "+changes" if git("status", "--porcelain", "--", ":/jaxdpo") else ""
+    )
 
 
 def hardware(cores: int) -> dict[str, Any]:
     """CPU, cores used, memory."""
-    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    lines = [
+        line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
+    ]
     cpu = {key.strip(): value.strip() for key, value in lines}
     flags = cpu.get("flags", cpu.get("Features", "")).split()
     return {

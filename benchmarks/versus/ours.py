@@ -18,13 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdpo import options
-from jaxdpo.checkpoint import Checkpoints
-from jaxdpo.config import Config
+from jaxdpo.checkpoints.checkpoint import Checkpoints
+from jaxdpo.config import cli
+from jaxdpo.config.schema import Config
 from jaxdpo.data.packing import Batch
-from jaxdpo.metrics import Logger
-from jaxdpo.runner import Run, Stop, begin, keep_compiled_programs
-from jaxdpo.session import Session
+from jaxdpo.training.loop import Run, Stop, begin, keep_compiled_programs
+from jaxdpo.training.metric_logger import Logger
+from jaxdpo.training.session import Session
 
 from .protocol import Channel
 
@@ -45,7 +45,11 @@ class Compiles:
     def report(self) -> dict[str, float]:
         """Programs and seconds since the last report."""
         found, self.seconds = self.seconds, []
-        return {"programs": len(found), "large_programs": sum(s > 0.5 for s in found), "compile_seconds": sum(found)}
+        return {
+            "programs": len(found),
+            "large_programs": sum(s > 0.5 for s in found),
+            "compile_seconds": sum(found),
+        }
 
 
 class Phase:
@@ -66,7 +70,9 @@ class Phase:
             if (shape := batch.tokens_MBT.shape) not in seen:
                 seen.add(shape)
                 apply = session.put_scalar(False, np.bool_)
-                run.state, metrics = session.train_step(run.state, run.fixed_for(step, batch), session.put_batch(batch), apply)
+                run.state, metrics = session.train_step(
+                    run.state, run.fixed_for(step, batch), session.put_batch(batch), apply
+                )
                 jax.device_get(metrics)
         self._batches = session.loader.stream(self.next_step, self.num_steps)
 
@@ -104,7 +110,7 @@ def read_config(args: argparse.Namespace, phase: str) -> Config:
         "eval.every=0",
         "checkpoint.save_every=0",
     ]
-    return options.load(Config, command, command="train")[0]
+    return cli.load(Config, command, command="train")[0]
 
 
 def open_logger(session: Session) -> Logger:
@@ -140,10 +146,19 @@ def main() -> None:
             if request["do"] == "prepare":
                 current.prepare()
                 session = Session.open(read_config(args, "grouped"))
-                run = dataclasses.replace(run, session=session, logger=stack.enter_context(open_logger(session)), step=0, tokens=0)
+                run = dataclasses.replace(
+                    run,
+                    session=session,
+                    logger=stack.enter_context(open_logger(session)),
+                    step=0,
+                    tokens=0,
+                )
                 current = phases["grouped"] = Phase(run, len(plan["phases"]["grouped"]))
                 current.prepare()
-                row_sizes = {name: phase.run.session.loader.packer.row_sizes for name, phase in phases.items()}
+                row_sizes = {
+                    name: phase.run.session.loader.packer.row_sizes
+                    for name, phase in phases.items()
+                }
                 channel.send(event="prepared", row_sizes=row_sizes, **compiles.report())
             else:
                 state = current.run.state

@@ -17,5 +17,8 @@ def arguments() -> argparse.Namespace:
 
 def tell(children: int, **measured: Any) -> None:
     """Print what was measured, with the most memory that this process held and, of its children, as many as the largest one."""
-    mine, child = (resource.getrusage(who).ru_maxrss * 1024 / 1e9 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    mine, child = (
+        resource.getrusage(who).ru_maxrss * 1024 / 1e9
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     print(json.dumps({**measured, "gigabytes": mine + children * child, "main": mine}))

@@ -2,9 +2,9 @@
 
 import time
 
-from jaxdpo.config import DataSection
-from jaxdpo.data.chat import load_tokenizer
+from jaxdpo.config.schema import DataSection
 from jaxdpo.data.prepare import prepare
+from jaxdpo.data.tokenize import load_tokenizer
 
 from .pairs import arguments, tell
 
@@ -14,12 +14,19 @@ def main() -> None:
     args = arguments()
     tokenizer = load_tokenizer(args.tokenizer)
     section = DataSection(
-        train=[args.rows], cache=args.cache, processes=args.processes, max_length=4096, max_prompt_length=2048, max_row_tokens=8192
+        train=[args.rows],
+        cache=args.cache,
+        processes=args.processes,
+        max_length=4096,
+        max_prompt_length=2048,
+        max_row_tokens=8192,
     )
     began = time.perf_counter()
     done = prepare(section, tokenizer, 10**6)
     seconds = time.perf_counter() - began
-    pairs, tokens = (done.report["train"][name] + done.report["eval"][name] for name in ("pairs", "tokens"))
+    pairs, tokens = (
+        done.report["train"][name] + done.report["eval"][name] for name in ("pairs", "tokens")
+    )
     tell(args.processes - 1, pairs=pairs, tokens=tokens, seconds=seconds)
 
 

@@ -16,7 +16,13 @@ def main() -> None:
     args = arguments()
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    config = DPOConfig(dataset_num_proc=args.processes, output_dir=args.cache, report_to=[], use_cpu=True, bf16=False)
+    config = DPOConfig(
+        dataset_num_proc=args.processes,
+        output_dir=args.cache,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
     trainer = DPOTrainer.__new__(DPOTrainer)  # its preparation needs no model
     trainer._tokenizer = tokenizer
     began = time.perf_counter()
@@ -25,7 +31,9 @@ def main() -> None:
     seconds = time.perf_counter() - began
     lists = (done.data.column(f"{name}_ids") for name in ("prompt", "chosen", "rejected"))
     tokens = sum(len(chunk.flatten()) for column in lists for chunk in column.chunks)
-    versions = {f"{name} (TRL)": version(name) for name in ("trl", "datasets", "transformers", "tokenizers")}
+    versions = {
+        f"{name} (TRL)": version(name) for name in ("trl", "datasets", "transformers", "tokenizers")
+    }
     tell(args.processes, pairs=len(done), tokens=tokens, seconds=seconds, versions=versions)
 
 

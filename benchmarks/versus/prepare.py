@@ -21,14 +21,14 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxdpo.config import DataSection
-from jaxdpo.data.chat import Encoder, load_tokenizer
-from jaxdpo.data.records import Dropped, Preference
+from jaxdpo.config.schema import DataSection
+from jaxdpo.data.formats.records import Dropped, Preference
+from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.sources import read_set
-from jaxdpo.data.table import EncodedPair
+from jaxdpo.data.tokenize import Encoder, load_tokenizer
 from jaxdpo.models.decoder import init_params
-from jaxdpo.models.hfconfig import load_model_config
-from jaxdpo.models.weights import save_params
+from jaxdpo.models.hf.config_json import load_model_config
+from jaxdpo.models.hf.load_save import save_params
 
 END = "<|end|>"
 VOCAB = 32_000
@@ -67,12 +67,16 @@ def main() -> None:
 
     report, parsed = read_set(args.data, DataSection(), "data.train")
     records = list(parsed)
-    num_tokens = make_model(args.out / "model", [text for record in records for text in record.texts], args.seed)
+    num_tokens = make_model(
+        args.out / "model", [text for record in records for text in record.texts], args.seed
+    )
     rows, pairs, counts = make_rows(records, args.out / "model", args.max_length)
     rng = np.random.default_rng(args.seed)
     order = rng.permutation(len(rows))
     rows, pairs = [rows[i] for i in order], [pairs[i] for i in order]
-    longest_sides = np.array([len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs])
+    longest_sides = np.array(
+        [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    )
     grouped = group_by_length(longest_sides, args.pairs_per_step, rng)
     write_rows(args.out / "random.jsonl", rows)
     write_rows(args.out / "grouped.jsonl", [rows[i] for i in grouped])
@@ -86,9 +90,20 @@ def main() -> None:
     plan = {
         "phases": phases,
         "steps_per_round": args.steps_per_round,
-        "ids": {row: [ids.tolist() for ids in (pairs[row].prompt_ids, pairs[row].chosen_ids, pairs[row].rejected_ids)] for row in used},
+        "ids": {
+            row: [
+                ids.tolist()
+                for ids in (pairs[row].prompt_ids, pairs[row].chosen_ids, pairs[row].rejected_ids)
+            ]
+            for row in used
+        },
         "max_length": args.max_length,
-        "facts": {"rows_read": report.rows_read, "parsed": report.parsed, **counts, "tokenizer_entries": num_tokens},
+        "facts": {
+            "rows_read": report.rows_read,
+            "parsed": report.parsed,
+            **counts,
+            "tokenizer_entries": num_tokens,
+        },
     }
     (args.out / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
 
@@ -101,7 +116,10 @@ def make_model(folder: Path, texts: list[str], seed: int) -> int:
     bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     bpe.save(str(folder / "tokenizer.json"))
     settings = {
@@ -124,24 +142,43 @@ def make_weights(folder: Path, seed: int) -> None:
     save_params(folder, config, params, np.float32)
 
 
-def make_rows(records: list[Preference], folder: Path, max_length: int) -> tuple[list[dict[str, str]], list[EncodedPair], dict[str, int]]:
+def make_rows(
+    records: list[Preference], folder: Path, max_length: int
+) -> tuple[list[dict[str, str]], list[EncodedPair], dict[str, int]]:
     """The pairs as text and as ids, and counts of what was left out."""
     tokenizer = load_tokenizer(str(folder))
-    encoder = Encoder.create(tokenizer, DataSection(max_length=max_length, max_prompt_length=max_length // 2))
+    encoder = Encoder.create(
+        tokenizer, DataSection(max_length=max_length, max_prompt_length=max_length // 2)
+    )
     encoded = [pair for pair in encoder.encode(records) if not isinstance(pair, Dropped)]
     end = tokenizer.eos_token_id
 
     def text(ids: np.ndarray) -> str:
         return str(tokenizer.decode(ids[:-1] if ids[-1] == end else ids))
 
-    rows = [{"prompt": text(p.prompt_ids), "chosen": text(p.chosen_ids), "rejected": text(p.rejected_ids)} for p in encoded]
-    again = encoder.encode([Preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows])
-    kept = [i for i, (pair, other) in enumerate(zip(encoded, again, strict=True)) if same_ids(pair, other)]
+    rows = [
+        {
+            "prompt": text(p.prompt_ids),
+            "chosen": text(p.chosen_ids),
+            "rejected": text(p.rejected_ids),
+        }
+        for p in encoded
+    ]
+    again = encoder.encode(
+        [Preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    )
+    kept = [
+        i
+        for i, (pair, other) in enumerate(zip(encoded, again, strict=True))
+        if same_ids(pair, other)
+    ]
     counts = {
         "encoded": len(encoded),
         "kept": len(kept),
         "cut_prompts": sum(encoded[i].truncated_prompt for i in kept),
-        "cut_answers": sum(encoded[i].truncated_chosen + encoded[i].truncated_rejected for i in kept),
+        "cut_answers": sum(
+            encoded[i].truncated_chosen + encoded[i].truncated_rejected for i in kept
+        ),
     }
     return [rows[i] for i in kept], [encoded[i] for i in kept], counts
 
@@ -149,7 +186,9 @@ def make_rows(records: list[Preference], folder: Path, max_length: int) -> tuple
 def same_ids(pair: EncodedPair, other: Any) -> bool:
     """Whether two encodings of a pair agree token by token."""
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return isinstance(other, EncodedPair) and all(np.array_equal(getattr(pair, name), getattr(other, name)) for name in names)
+    return isinstance(other, EncodedPair) and all(
+        np.array_equal(getattr(pair, name), getattr(other, name)) for name in names
+    )
 
 
 def group_by_length(lengths: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
@@ -159,7 +198,10 @@ def group_by_length(lengths: np.ndarray, batch: int, rng: np.random.Generator) -
     full stays last.
     """
     order = rng.permutation(len(lengths))
-    parts = [order[first : first + MEGABATCH * batch] for first in range(0, len(order), MEGABATCH * batch)]
+    parts = [
+        order[first : first + MEGABATCH * batch]
+        for first in range(0, len(order), MEGABATCH * batch)
+    ]
     order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
     full = order[: len(order) // batch * batch].reshape(-1, batch)
     return np.concatenate([rng.permutation(full).reshape(-1), order[full.size :]])
@@ -168,7 +210,9 @@ def group_by_length(lengths: np.ndarray, batch: int, rng: np.random.Generator) -
 def steps_of(order: np.ndarray, num_steps: int, batch: int) -> list[list[int]]:
     """The first steps of an order, each a list of rows."""
     if num_steps * batch > len(order):
-        raise ValueError(f"{num_steps} steps of {batch} pairs: there are only {len(order)} pairs. Measure fewer rounds or steps")
+        raise ValueError(
+            f"{num_steps} steps of {batch} pairs: there are only {len(order)} pairs. Measure fewer rounds or steps"
+        )
     return order[: num_steps * batch].reshape(num_steps, batch).tolist()
 
 

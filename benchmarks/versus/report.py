@@ -32,12 +32,19 @@ def seconds(results: dict[str, Any], phase: str, name: str) -> list[float]:
 
 def ratios(results: dict[str, Any], phase: str, ours: str, theirs: str) -> list[float]:
     """How many times faster ours was, in each round."""
-    return [b / a for a, b in zip(seconds(results, phase, ours), seconds(results, phase, theirs), strict=True)]
+    return [
+        b / a
+        for a, b in zip(seconds(results, phase, ours), seconds(results, phase, theirs), strict=True)
+    ]
 
 
 def warm_peak(results: dict[str, Any], name: str) -> int:
     """Peak memory in bytes of the process that trained in all rounds."""
-    return max(found["answers"][name]["peak_bytes"] for item in results["rounds"] for found in item["phases"].values())
+    return max(
+        found["answers"][name]["peak_bytes"]
+        for item in results["rounds"]
+        for found in item["phases"].values()
+    )
 
 
 def peak(results: dict[str, Any], name: str) -> int:
@@ -57,11 +64,26 @@ def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
             share = peak(results, ours) / peak(results, theirs)
             yield f"peak memory, {ours} / {theirs}", "at most 0.333", share, share <= 1 / 3
         for ours in ("ours float32", "ours bf16"):
-            cold, warm = (results["starts"][label]["seconds"] for label in (f"{ours}, nothing compiled", ours))
-            yield f"start to the end of step 1, {ours}, nothing compiled", f"under {START_SECONDS:.0f} s", cold, cold < START_SECONDS
-            yield f"the same, programs in the cache, {ours}", f"under {cold:.1f} s", warm, warm < cold
+            cold, warm = (
+                results["starts"][label]["seconds"] for label in (f"{ours}, nothing compiled", ours)
+            )
+            yield (
+                f"start to the end of step 1, {ours}, nothing compiled",
+                f"under {START_SECONDS:.0f} s",
+                cold,
+                cold < START_SECONDS,
+            )
+            yield (
+                f"the same, programs in the cache, {ours}",
+                f"under {cold:.1f} s",
+                warm,
+                warm < cold,
+            )
 
-    return [{"aim": aim, "wanted": wanted, "measured": round(value, 3), "met": met} for aim, wanted, value, met in items()]
+    return [
+        {"aim": aim, "wanted": wanted, "measured": round(value, 3), "met": met}
+        for aim, wanted, value, met in items()
+    ]
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -94,9 +116,14 @@ def _head(results: dict[str, Any]) -> str:
 
 
 def _aims(results: dict[str, Any]) -> str:
-    rows = [[item["aim"], item["wanted"], f"{item['measured']:.2f}", "yes" if item["met"] else "**no**"] for item in results["verdicts"]]
+    rows = [
+        [item["aim"], item["wanted"], f"{item['measured']:.2f}", "yes" if item["met"] else "**no**"]
+        for item in results["verdicts"]
+    ]
     disturbed = (
-        "" if any(item["clean"] for item in results["rounds"]) else "**Other work ran beside every round: these numbers mean little.**\n\n"
+        ""
+        if any(item["clean"] for item in results["rounds"])
+        else "**Other work ran beside every round: these numbers mean little.**\n\n"
     )
     return "## Aims\n\n" + disturbed + _table(["", "wanted", "measured", "met"], rows)
 
@@ -104,7 +131,9 @@ def _aims(results: dict[str, Any]) -> str:
 def _phase(results: dict[str, Any], phase: str) -> str:
     config, used = results["config"], counted(results)
     pairs = config["pairs_per_step"] * config["steps_per_round"]
-    real, padded = (sum(item["phases"][phase]["tokens"][kind] for item in used) for kind in ("real", "padded"))
+    real, padded = (
+        sum(item["phases"][phase]["tokens"][kind] for item in used) for kind in ("real", "padded")
+    )
     rows = []
     for name in NAMES:
         took = seconds(results, phase, name)
@@ -118,10 +147,19 @@ def _phase(results: dict[str, Any], phase: str) -> str:
                 f"{pairs * len(took) / sum(took):.2f}",
                 f"{real / sum(took):.0f}",
                 f"{padded / sum(took):.0f}" if theirs else "",
-                f"{statistics.median(faster):.2f}x ({min(faster):.2f} to {max(faster):.2f})" if theirs else "",
+                f"{statistics.median(faster):.2f}x ({min(faster):.2f} to {max(faster):.2f})"
+                if theirs
+                else "",
             ]
         )
-    header = ["", "pairs/s, median (range)", "pairs/s, all rounds", "real tokens/s", "padded tokens/s", "ours of that type is faster by"]
+    header = [
+        "",
+        "pairs/s, median (range)",
+        "pairs/s, all rounds",
+        "real tokens/s",
+        "padded tokens/s",
+        "ours of that type is faster by",
+    ]
     return (
         f"## {PHASES[phase]}\n\n{_table(header, rows)}\n\n"
         f"Real tokens: prompt, chosen and rejected answer, each once ({real} in all rounds, a mean of "
@@ -134,9 +172,14 @@ def _memory(results: dict[str, Any]) -> str:
     rows = [[name, f"{peak(results, name) / GB:.2f}"] for name in NAMES]
     for name in NAMES[:2]:
         rows.append([f"{name}, programs in the cache", f"{warm_peak(results, name) / GB:.2f}"])
-    rows += [[f"{name} ({item['seconds']:.1f} s a step)", f"{item['peak_bytes'] / GB:.2f}"] for name, item in results["sparing"].items()]
+    rows += [
+        [f"{name} ({item['seconds']:.1f} s a step)", f"{item['peak_bytes'] / GB:.2f}"]
+        for name, item in results["sparing"].items()
+    ]
     return (
-        "## Peak memory\n\n" + _table(["", "GB"], rows) + "\n\nLargest resident memory (ru_maxrss) from the start to the last round; "
+        "## Peak memory\n\n"
+        + _table(["", "GB"], rows)
+        + "\n\nLargest resident memory (ru_maxrss) from the start to the last round; "
         "ours while it compiles, unless said otherwise. Gradient checkpointing is TRL's default; it is off in every other row, as "
         "TRL is faster without. Those two rows are of one step, that of the random order with the most padded tokens."
     )
@@ -147,10 +190,24 @@ def _starts(results: dict[str, Any]) -> str:
     for name, item in results["starts"].items():
         compiled = f"{item['compile_seconds']:.1f}" if "compile_seconds" in item else ""
         programs = item.get("all_programs", {}).get("compile_seconds")
-        rows.append([name, f"{item['seconds']:.1f}", compiled, "" if programs is None else f"{programs:.1f}"])
-    header = ["", "to the end of step 1, s", "of which XLA compiles or loads, s", "then all other row lengths of both orders, s"]
+        rows.append(
+            [
+                name,
+                f"{item['seconds']:.1f}",
+                compiled,
+                "" if programs is None else f"{programs:.1f}",
+            ]
+        )
+    header = [
+        "",
+        "to the end of step 1, s",
+        "of which XLA compiles or loads, s",
+        "then all other row lengths of both orders, s",
+    ]
     return (
-        "## Start\n\n" + _table(header, rows) + "\n\nA fresh process each: imports, weights, tokenizing all pairs, first step. Ours "
+        "## Start\n\n"
+        + _table(header, rows)
+        + "\n\nA fresh process each: imports, weights, tokenizing all pairs, first step. Ours "
         "includes the closed-form check (one step more). Rows without 'nothing compiled' find their programs in the cache on disk. All "
         "programs are there before a round is timed."
     )
@@ -159,7 +216,12 @@ def _starts(results: dict[str, Any]) -> str:
 def _notes(results: dict[str, Any]) -> str:
     same = ", ".join(f"{name} {value:.1e}" for name, value in results["same_work"].items() if value)
     data = results["data"]
-    answers = [answer for item in results["rounds"] for found in item["phases"].values() for answer in found["answers"].values()]
+    answers = [
+        answer
+        for item in results["rounds"]
+        for found in item["phases"].values()
+        for answer in found["answers"].values()
+    ]
     late = sum(answer.get("large_programs", 0) for answer in answers)
     clean = sum(item["clean"] for item in results["rounds"])
     others = max(item["foreign"] for item in counted(results))

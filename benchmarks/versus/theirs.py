@@ -70,7 +70,11 @@ class Rounds(TrainerCallback):
             self.left -= 1
             if self.left:
                 return
-            self.channel.send(event="round", seconds=now - self.began, logps=self.metrics["logps/chosen"][-self.steps :])
+            self.channel.send(
+                event="round",
+                seconds=now - self.began,
+                logps=self.metrics["logps/chosen"][-self.steps :],
+            )
         while (request := self.channel.receive())["do"] == "prepare":
             self.channel.send(event="prepared")
         if request["do"] == "quit":
@@ -81,7 +85,10 @@ class Rounds(TrainerCallback):
 
 def make_trainer(args: argparse.Namespace, plan: dict[str, Any], steps: list[list[int]]) -> Trainer:
     """The trainer, with the pairs tokenized by TRL and found equal to what our side trains on."""
-    rows = [json.loads(line) for line in (args.folder / "random.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (args.folder / "random.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     config = DPOConfig(
         output_dir=str(args.folder / "trl"),
         per_device_train_batch_size=len(steps[0]),
@@ -101,7 +108,10 @@ def make_trainer(args: argparse.Namespace, plan: dict[str, Any], steps: list[lis
     )
     folder = str(args.folder / "model")
     trainer = Trainer(
-        model=folder, args=config, train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(folder)
+        model=folder,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder),
     )
     check_ids(trainer, plan)
     trainer.rows = [row for step in steps for row in step]
@@ -110,8 +120,20 @@ def make_trainer(args: argparse.Namespace, plan: dict[str, Any], steps: list[lis
 
 def in_turn(plan: dict[str, Any]) -> list[list[int]]:
     """All steps of the plan: the first, then a round of each phase in turn."""
-    size, (first, *rest), grouped = plan["steps_per_round"], plan["phases"]["random"], plan["phases"]["grouped"]
-    return [first, *(step for at in range(0, len(grouped), size) for steps in (rest, grouped) for step in steps[at : at + size])]
+    size, (first, *rest), grouped = (
+        plan["steps_per_round"],
+        plan["phases"]["random"],
+        plan["phases"]["grouped"],
+    )
+    return [
+        first,
+        *(
+            step
+            for at in range(0, len(grouped), size)
+            for steps in (rest, grouped)
+            for step in steps[at : at + size]
+        ),
+    ]
 
 
 def check_ids(trainer: Trainer, plan: dict[str, Any]) -> None:
@@ -123,7 +145,10 @@ def check_ids(trainer: Trainer, plan: dict[str, Any]) -> None:
     collate = trainer.data_collator
     for row, (prompt, chosen, rejected) in plan["ids"].items():
         batch = collate([trainer.train_dataset[int(row)]])
-        sides = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        sides = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
         answers = batch["completion_mask"].sum(dim=1).tolist()
         if sides != [prompt + chosen, prompt + rejected] or answers != [len(chosen), len(rejected)]:
             raise ValueError(f"row {row} of random.jsonl: TRL's token ids are not ours")
@@ -137,13 +162,19 @@ def main() -> None:
     parser.add_argument("--head", choices=["installed", "completions"], required=True)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--steps", type=json.loads, help="Steps to train on, as lists of rows. Default: those of the plan.")
+    parser.add_argument(
+        "--steps",
+        type=json.loads,
+        help="Steps to train on, as lists of rows. Default: those of the plan.",
+    )
     args = parser.parse_args()
     channel = Channel()
     torch.set_num_threads(args.threads)
     disable_progress_bars()
     if args.head == "completions":
-        assert hasattr(trl.trainer.utils, "_use_triton"), "this TRL decides elsewhere which positions its LM head scores"
+        assert hasattr(trl.trainer.utils, "_use_triton"), (
+            "this TRL decides elsewhere which positions its LM head scores"
+        )
         trl.trainer.utils._use_triton = lambda device: True
     plan = json.loads((args.folder / "plan.json").read_text(encoding="utf-8"))
     trainer = make_trainer(args, plan, args.steps or in_turn(plan))

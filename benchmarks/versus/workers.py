@@ -36,8 +36,12 @@ RIVALS = [
     Rival(name="TRL best bf16", ours=False, dtype="bfloat16", head="completions"),
 ]
 SPARING = [
-    Rival(name="TRL float32, gradient checkpointing", ours=False, dtype="float32", checkpointing=True),
-    Rival(name="TRL bf16, gradient checkpointing", ours=False, dtype="bfloat16", checkpointing=True),
+    Rival(
+        name="TRL float32, gradient checkpointing", ours=False, dtype="float32", checkpointing=True
+    ),
+    Rival(
+        name="TRL bf16, gradient checkpointing", ours=False, dtype="bfloat16", checkpointing=True
+    ),
 ]
 """TRL with its default of recomputing activations: slower, but with less memory."""
 
@@ -63,7 +67,13 @@ class Worker:
         began, busy = time.perf_counter(), busy_seconds()
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                command, cwd=BENCHMARKS, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
+                command,
+                cwd=BENCHMARKS,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
             )
         answer = self._answer()
         seconds = time.perf_counter() - began
@@ -94,7 +104,9 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             tail = self._log.read_text(encoding="utf-8", errors="replace")[-3000:]
-            raise RuntimeError(f"a worker ended (status {self._process.wait()}); its last words:\n{tail}")
+            raise RuntimeError(
+                f"a worker ended (status {self._process.wait()}); its last words:\n{tail}"
+            )
         return json.loads(line)
 
 
@@ -109,12 +121,28 @@ def start(setup: Setup, rival: Rival, cache: str, steps: list[list[int]] | None 
     """
     slug = rival.name.replace(" ", "-").replace(",", "")
     if rival.ours:
-        command = [sys.executable, "-m", "versus.ours", f"--run-dir={setup.scratch / f'run-{slug}-{time.time_ns()}'}"]
-        command += [f"--cache={setup.scratch / f'cache-{cache}'}", f"--pairs-per-step={setup.pairs_per_step}"]
+        command = [
+            sys.executable,
+            "-m",
+            "versus.ours",
+            f"--run-dir={setup.scratch / f'run-{slug}-{time.time_ns()}'}",
+        ]
+        command += [
+            f"--cache={setup.scratch / f'cache-{cache}'}",
+            f"--pairs-per-step={setup.pairs_per_step}",
+        ]
         command += [f"--max-length={setup.max_length}"]
     else:
-        command = [setup.trl_python, "-m", "versus.theirs", f"--head={rival.head}", f"--threads={setup.cores}"]
-        command += ["--checkpointing"] * rival.checkpointing + ([f"--steps={json.dumps(steps)}"] if steps else [])
+        command = [
+            setup.trl_python,
+            "-m",
+            "versus.theirs",
+            f"--head={rival.head}",
+            f"--threads={setup.cores}",
+        ]
+        command += ["--checkpointing"] * rival.checkpointing + (
+            [f"--steps={json.dumps(steps)}"] if steps else []
+        )
     command += [f"--folder={setup.folder}", f"--dtype={rival.dtype}"]
     return Worker(command, setup.scratch / f"{slug}-{time.time_ns()}.log", environment(setup.cores))
 
@@ -143,7 +171,9 @@ def wait_until_quiet(limit: float) -> float:
     while calm < 2 and time.perf_counter() - began < limit:
         busy = busy_seconds()
         time.sleep(1.0)
-        calm = calm + 1 if busy_seconds() - busy < FOREIGN_LIMIT * len(os.sched_getaffinity(0)) else 0
+        calm = (
+            calm + 1 if busy_seconds() - busy < FOREIGN_LIMIT * len(os.sched_getaffinity(0)) else 0
+        )
     return time.perf_counter() - began
 
 

@@ -1,0 +1,1 @@
+"""Preference rows to packed batches: reading, tokenizing, caching, packing."""

@@ -14,20 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxdpo import options, report
-from jaxdpo.config import DataSection
-from jaxdpo.console import Console, say, show_table, stdout
-from jaxdpo.data import neighbours
-from jaxdpo.data.chat import Encoder, Tokenizer, load_tokenizer
+from jaxdpo.config import cli
+from jaxdpo.config.schema import DataSection
+from jaxdpo.config.sections import STRICT_KEYS
+from jaxdpo.data.formats.records import Preference, Text, printable
+from jaxdpo.data.inspect import near_duplicates
+from jaxdpo.data.inspect.examples import example_of_record, example_of_tokens, show
+from jaxdpo.data.inspect.survey import NAMED, Survey, Texts, read_texts, survey_tokens
+from jaxdpo.data.inspect.tables import bars, tables
+from jaxdpo.data.pair_table import LENGTHS, EncodedPair
 from jaxdpo.data.prepare import Prepared, prepare
-from jaxdpo.data.preview import example_of_record, example_of_tokens, show
-from jaxdpo.data.records import Preference, Text, printable
 from jaxdpo.data.sources import read_set
-from jaxdpo.data.survey import NAMED, Survey, Texts, read_texts, survey_tokens
-from jaxdpo.data.table import LENGTHS, EncodedPair
-from jaxdpo.data.tables import bars, tables
-from jaxdpo.disk import whole_file
-from jaxdpo.sections import STRICT_KEYS
+from jaxdpo.data.tokenize import Encoder, Tokenizer, load_tokenizer
+from jaxdpo.utils import html_report
+from jaxdpo.utils.console import Console, say, show_table, stdout
+from jaxdpo.utils.files import whole_file
 
 DONE, FAULT, STOPPED = 0, 1, 130
 UNCUT = 2**24
@@ -60,7 +61,7 @@ class DataConfig:
     """Pairs to show: the first of data.train."""
     odd: int = 0
     """Odd pairs of each kind to show, besides naming them: the longest, those that are cut, ... At most 5."""
-    near: float = neighbours.USUAL
+    near: float = near_duplicates.USUAL
     """How alike two texts are that count as almost the same: share of common runs of three words, 0.6 to 1. 0: do not search."""
     page: str | None = None
     """HTML file to write the report and the shown pairs to. It must not exist, or be a page that was written before."""
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not in UTF-8
-    config, _ = options.load(DataConfig, argv, command="data", checks=[_check])
+    config, _ = cli.load(DataConfig, argv, command="data", checks=[_check])
     try:
         _look(config)
     except (ValueError, OSError) as error:
@@ -91,9 +92,17 @@ def to_row(record: Preference) -> dict[str, Any]:
     """A record as JSON values, which the form `preference` reads back to an equal one (but for its root)."""
 
     def plain(text: Text) -> Any:
-        return text if isinstance(text, str) else [{"role": turn.role, "content": turn.content} for turn in text]
+        return (
+            text
+            if isinstance(text, str)
+            else [{"role": turn.role, "content": turn.content} for turn in text]
+        )
 
-    row = {"prompt": plain(record.prompt), "chosen": plain(record.chosen), "rejected": plain(record.rejected)}
+    row = {
+        "prompt": plain(record.prompt),
+        "chosen": plain(record.chosen),
+        "rejected": plain(record.rejected),
+    }
     tools = {"tools": json.loads(record.tools)} if record.tools else {}
     margin = {"margin": record.margin} if record.margin else {}
     return {**row, **tools, "weight": record.weight, **margin, "id": record.id}
@@ -114,19 +123,29 @@ class _Once(logging.Filter):
 
 
 def _check(config: DataConfig) -> list[str]:
-    least = neighbours.LEAST
+    least = near_duplicates.LEAST
     checks = [
-        (bool(config.data.train), "data.train=[]: name at least one set, e.g. data.train=[pairs.jsonl]"),
+        (
+            bool(config.data.train),
+            "data.train=[]: name at least one set, e.g. data.train=[pairs.jsonl]",
+        ),
         (config.show >= 0, f"show={config.show}: must not be negative"),
         (0 <= config.odd <= NAMED, f"odd={config.odd}: must lie between 0 and {NAMED}"),
-        (config.near == 0 or least <= config.near <= 1, f"near={config.near}: must be 0 (no search) or lie between {least} and 1"),
+        (
+            config.near == 0 or least <= config.near <= 1,
+            f"near={config.near}: must be 0 (no search) or lie between {least} and 1",
+        ),
     ]
     problems = [message for ok, message in checks if not ok]
     for option, text in (("out", config.out), ("page", config.page)):
         path = None if text is None else Path(text).expanduser()
         if path is not None and not path.parent.is_dir():
-            problems.append(f"{option}={text}: there is no folder {path.parent}. Make it, or name another")
-        elif path is not None and not (report.may_write(path) if option == "page" else not path.exists()):
+            problems.append(
+                f"{option}={text}: there is no folder {path.parent}. Make it, or name another"
+            )
+        elif path is not None and not (
+            html_report.may_write(path) if option == "page" else not path.exists()
+        ):
             problems.append(f"{option}={text}: exists. Name a new file, or remove it")
     if config.page is not None and config.page == config.out:
         problems.append(f"page={config.page}: is the same file as out. Name two")
@@ -135,10 +154,22 @@ def _check(config: DataConfig) -> list[str]:
 
 def _look(config: DataConfig) -> None:
     first: list[Preference] = []
-    tokenizer = None if config.model.path is None else load_tokenizer(config.model.path, config.model.revision)
-    uncut = dataclasses.replace(config.data, max_length=UNCUT, max_prompt_length=UNCUT // 2, max_row_tokens=2 * UNCUT)
-    texts = Texts(config.near, None if tokenizer is None else Encoder.create(tokenizer, uncut).spells_special)
-    with contextlib.nullcontext() if config.out is None else whole_file(Path(config.out).expanduser()) as out:
+    tokenizer = (
+        None
+        if config.model.path is None
+        else load_tokenizer(config.model.path, config.model.revision)
+    )
+    uncut = dataclasses.replace(
+        config.data, max_length=UNCUT, max_prompt_length=UNCUT // 2, max_row_tokens=2 * UNCUT
+    )
+    texts = Texts(
+        config.near, None if tokenizer is None else Encoder.create(tokenizer, uncut).spells_special
+    )
+    with (
+        contextlib.nullcontext()
+        if config.out is None
+        else whole_file(Path(config.out).expanduser()) as out
+    ):
 
         def take(record: Preference) -> None:
             if len(first) < config.show:
@@ -149,11 +180,16 @@ def _look(config: DataConfig) -> None:
         survey = read_texts(config.data, texts, take)
     if tokenizer is None:
         shown = [(record, "") for record in first] + _odd_records(config, survey)
-        examples = [example_of_record(record, why, config.data.turns == "all") for record, why in shown]
+        examples = [
+            example_of_record(record, why, config.data.turns == "all") for record, why in shown
+        ]
     else:
         done = prepare(uncut, tokenizer, vocab_size=2**31)
         survey = survey_tokens(survey, texts.odd_by_words(), done, _limits(config.data))
-        examples = [example_of_tokens(done.train[i], tokenizer) for i in range(min(config.show, len(done.train)))]
+        examples = [
+            example_of_tokens(done.train[i], tokenizer)
+            for i in range(min(config.show, len(done.train)))
+        ]
         examples += _odd_pairs(config, survey, done, tokenizer)
     if config.page is not None:
         with whole_file(Path(config.page).expanduser()) as page:
@@ -183,20 +219,32 @@ def _odd_records(config: DataConfig, survey: Survey) -> list[tuple[Preference, s
     sets = (("data.train", config.data.train), ("data.eval", config.data.eval))
     for option, names in sets if wanted else ():
         for name in names:
-            found.update({record.id: record for record in read_set(name, config.data, option)[1] if record.id in wanted})
+            found.update(
+                {
+                    record.id: record
+                    for record in read_set(name, config.data, option)[1]
+                    if record.id in wanted
+                }
+            )
     return [(found[name], why) for name, why in wanted.items()]
 
 
-def _odd_pairs(config: DataConfig, survey: Survey, done: Prepared, tokenizer: Tokenizer) -> list[report.Example]:
+def _odd_pairs(
+    config: DataConfig, survey: Survey, done: Prepared, tokenizer: Tokenizer
+) -> list[html_report.Example]:
     """The odd pairs that are to be shown, but for those that are dropped."""
     wanted = _wanted(config, survey)
     found: dict[str, EncodedPair] = {}
     for table in (done.train, done.eval) if wanted else ():
         found.update({name: table[place] for place, name in enumerate(table.ids) if name in wanted})
-    return [example_of_tokens(found[name], tokenizer, why) for name, why in wanted.items() if name in found]
+    return [
+        example_of_tokens(found[name], tokenizer, why)
+        for name, why in wanted.items()
+        if name in found
+    ]
 
 
-def _tell(survey: Survey, examples: Sequence[report.Example], console: Console) -> None:
+def _tell(survey: Survey, examples: Sequence[html_report.Example], console: Console) -> None:
     for example in examples:
         show(example, console)
         say(console, "")
@@ -220,21 +268,31 @@ def _can_print(console: Console, text: str) -> bool:
     return True
 
 
-def _page(config: DataConfig, survey: Survey, examples: Sequence[report.Example]) -> str:
-    sections: list[report.Section] = []
+def _page(config: DataConfig, survey: Survey, examples: Sequence[html_report.Example]) -> str:
+    sections: list[html_report.Section] = []
     for table in tables(survey):
         sections.append(table)
         if table.title.startswith("Lengths"):
             for part in survey.parts:
-                drawing = report.histogram(dict(zip(LENGTHS, part.lengths.T, strict=True)), survey.unit, part.name)
+                drawing = html_report.histogram(
+                    dict(zip(LENGTHS, part.lengths.T, strict=True)), survey.unit, part.name
+                )
                 caption = f"Shares of the {len(part.lengths):,} pairs by {survey.unit}, on a scale that doubles."
-                sections.append(report.Picture(f"How long the {part.name} texts are", drawing, caption))
+                sections.append(
+                    html_report.Picture(f"How long the {part.name} texts are", drawing, caption)
+                )
     note = "Underlined on a coloured ground: what is scored, and so learned. The rest is context."
     if examples:
-        sections.append(report.Examples("Some of the pairs", note, examples))
+        sections.append(html_report.Examples("Some of the pairs", note, examples))
     names = ", ".join(map(printable, (*config.data.train, *config.data.eval)))
-    lengths = "in characters; no tokenizer was given" if config.model.path is None else f"in tokens of {printable(config.model.path)}"
-    return report.html_page("Preference data", f"What {names} would teach a model. Lengths are {lengths}.", sections)
+    lengths = (
+        "in characters; no tokenizer was given"
+        if config.model.path is None
+        else f"in tokens of {printable(config.model.path)}"
+    )
+    return html_report.html_page(
+        "Preference data", f"What {names} would teach a model. Lengths are {lengths}.", sections
+    )
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from jaxdpo.config import DataSection
+from jaxdpo.config.schema import DataSection
+from jaxdpo.data.formats.records import printable
 from jaxdpo.data.packing import Batch, Packer, balance, choose_row_sizes
-from jaxdpo.data.records import printable
-from jaxdpo.data.table import PairTable
+from jaxdpo.data.pair_table import PairTable
 
 logger = logging.getLogger(__name__)
 
@@ -36,24 +36,57 @@ class Loader:
     """Weight of each set; empty: every pair is visited once an epoch."""
     mine: frozenset[int] | None = None
     """Rows of a microbatch that this process feeds; it reads no other pair's tokens. None: all."""
-    _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    _orders: dict[int, np.ndarray] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def create(
-        cls, table: PairTable, section: DataSection, *, pairs_per_step: int, num_rows: int, seed: int, mine: frozenset[int] | None = None
+        cls,
+        table: PairTable,
+        section: DataSection,
+        *,
+        pairs_per_step: int,
+        num_rows: int,
+        seed: int,
+        mine: frozenset[int] | None = None,
     ) -> "Loader":
         """A loader for microbatches of num_rows rows, with row lengths that suit these pairs.
 
         Raises:
             ValueError: some pair is longer than data.max_row_tokens, or data.mix asks for a set without training pairs.
         """
-        every_size = Packer(layout=section.layout, num_rows=num_rows, row_sizes=(section.max_row_tokens,), num_places=pairs_per_step)
+        every_size = Packer(
+            layout=section.layout,
+            num_rows=num_rows,
+            row_sizes=(section.max_row_tokens,),
+            num_places=pairs_per_step,
+        )
         mix = tuple(section.mix)
-        loader = cls(table=table, packer=every_size, pairs_per_step=pairs_per_step, seed=seed, shuffle=section.shuffle, mix=mix, mine=mine)
-        for name, places, visits in zip(section.train, loader._members, loader._visits, strict=True) if mix else ():
-            logger.info("data.mix: an epoch visits %d pairs of %s, which has %d", visits, printable(name), len(places))
-        row_sizes = choose_row_sizes(loader._sampled_loads(section), section.row_sizes, section.max_row_tokens)
-        return dataclasses.replace(loader, packer=dataclasses.replace(every_size, row_sizes=row_sizes))
+        loader = cls(
+            table=table,
+            packer=every_size,
+            pairs_per_step=pairs_per_step,
+            seed=seed,
+            shuffle=section.shuffle,
+            mix=mix,
+            mine=mine,
+        )
+        for name, places, visits in (
+            zip(section.train, loader._members, loader._visits, strict=True) if mix else ()
+        ):
+            logger.info(
+                "data.mix: an epoch visits %d pairs of %s, which has %d",
+                visits,
+                printable(name),
+                len(places),
+            )
+        row_sizes = choose_row_sizes(
+            loader._sampled_loads(section), section.row_sizes, section.max_row_tokens
+        )
+        return dataclasses.replace(
+            loader, packer=dataclasses.replace(every_size, row_sizes=row_sizes)
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -85,14 +118,22 @@ class Loader:
     def stream(self, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps first to last, prepared in a thread while the devices compute."""
         batches = grain.MapDataset.range(first, last + 1).map(lambda step: self.batch(int(step)))
-        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        return iter(
+            batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        )
 
     def _order(self, epoch: int) -> np.ndarray:
         """Places of an epoch's pairs in the order of their visits. Kept: some steps of one epoch ask for it at a time."""
         if (order := self._orders.get(epoch)) is None:
             order = self._mixed(epoch) if self.mix else np.arange(len(self.table))
-            order = np.random.default_rng((self.seed, epoch)).permutation(order) if self.shuffle else order
-            for older in list(self._orders)[:-1]:  # the thread that prepares batches may be an epoch ahead of the loop
+            order = (
+                np.random.default_rng((self.seed, epoch)).permutation(order)
+                if self.shuffle
+                else order
+            )
+            for older in list(self._orders)[
+                :-1
+            ]:  # the thread that prepares batches may be an epoch ahead of the loop
                 self._orders.pop(older, None)
             self._orders[epoch] = order
         return order
@@ -102,7 +143,9 @@ class Loader:
 
         Each set is gone through again and again, in a new order each time, and every epoch goes on where the last one stopped.
         """
-        parts = [self._next(number, epoch * visits, visits) for number, visits in enumerate(self._visits)]
+        parts = [
+            self._next(number, epoch * visits, visits) for number, visits in enumerate(self._visits)
+        ]
         spread = np.concatenate([(np.arange(visits) + 0.5) / visits for visits in self._visits])
         return np.concatenate(parts)[np.argsort(spread, kind="stable")]
 
@@ -111,7 +154,9 @@ class Loader:
         places = self._members[number]
         first, last = start // len(places), (start + count - 1) // len(places)
         passes = [
-            np.random.default_rng((self.seed, number, again)).permutation(places) if self.shuffle else places
+            np.random.default_rng((self.seed, number, again)).permutation(places)
+            if self.shuffle
+            else places
             for again in range(first, last + 1)
         ]
         return np.concatenate(passes)[start - first * len(places) :][:count]
@@ -125,7 +170,9 @@ class Loader:
     def _visits(self) -> list[int]:
         """Pairs of each set in an epoch: whole numbers in the proportions of the mix that add up to the table's length."""
         if empty := [number for number, places in enumerate(self._members) if not len(places)]:
-            raise ValueError(f"data.mix={list(self.mix)}: set {empty[0] + 1} of data.train has no training pair. Leave it out")
+            raise ValueError(
+                f"data.mix={list(self.mix)}: set {empty[0] + 1} of data.train has no training pair. Leave it out"
+            )
         edges = np.rint(np.cumsum((0, *self.mix)) / sum(self.mix) * len(self.table)).astype(int)
         return np.maximum(np.diff(edges), 1).tolist()
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdpo.data.table import EncodedPair
+from jaxdpo.data.pair_table import EncodedPair
 
 Array = Any  # numpy on the host, JAX on the devices
 
@@ -79,13 +79,23 @@ class Packer:
         Raises:
             ValueError: when a pair is longer than the longest row.
         """
-        rows = balance([pair_slots(pair, self.layout) for pair in pairs], self.num_rows, self.row_sizes[-1])
+        rows = balance(
+            [pair_slots(pair, self.layout) for pair in pairs], self.num_rows, self.row_sizes[-1]
+        )
         longest = max(sum(pair_slots(pairs[i], self.layout) for i in row) for row in rows)
         num_slots = next(size for size in self.row_sizes if size >= longest)
         read = [mine is None or number % self.num_rows in mine for number in range(len(rows))]
-        packed = [self._row([pairs[i] for i in row] if own else [], row, num_slots) for row, own in zip(rows, read, strict=True)]
+        packed = [
+            self._row([pairs[i] for i in row] if own else [], row, num_slots)
+            for row, own in zip(rows, read, strict=True)
+        ]
         shape = (len(rows) // self.num_rows, self.num_rows)
-        return Batch(*(np.stack(arrays).reshape(*shape, *arrays[0].shape) for arrays in zip(*packed, strict=True)))
+        return Batch(
+            *(
+                np.stack(arrays).reshape(*shape, *arrays[0].shape)
+                for arrays in zip(*packed, strict=True)
+            )
+        )
 
     def _row(self, pairs: Sequence[EncodedPair], index: Sequence[int], num_slots: int) -> Batch:
         row = _empty_row(num_slots, self.num_places)
@@ -116,7 +126,9 @@ def balance(sizes: Sequence[int], num_rows: int, max_slots: int) -> list[list[in
         ValueError: when one item alone is too long.
     """
     if max(sizes) > max_slots:
-        raise ValueError(f"data.max_row_tokens={max_slots}: a pair needs {max(sizes)} slots. Raise it, or lower data.max_length")
+        raise ValueError(
+            f"data.max_row_tokens={max_slots}: a pair needs {max(sizes)} slots. Raise it, or lower data.max_length"
+        )
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     num = num_rows * max(1, -(-sum(sizes) // (num_rows * max_slots)))
     while True:
@@ -144,9 +156,14 @@ def choose_row_sizes(loads: Iterable[int], count: int, max_slots: int) -> tuple[
     cost = sizes * below[1:]
     choices = [[int(size)] for size in sizes]
     for _ in range(count - 1):
-        rounds = [min(range(j + 1), key=lambda i: cost[i] + (below[j + 1] - below[i + 1]) * sizes[j]) for j in range(len(sizes))]
+        rounds = [
+            min(range(j + 1), key=lambda i: cost[i] + (below[j + 1] - below[i + 1]) * sizes[j])
+            for j in range(len(sizes))
+        ]
         choices = [[*choices[i], int(sizes[j])] for j, i in enumerate(rounds)]
-        cost = np.array([cost[i] + (below[j + 1] - below[i + 1]) * sizes[j] for j, i in enumerate(rounds)])
+        cost = np.array(
+            [cost[i] + (below[j + 1] - below[i + 1]) * sizes[j] for j, i in enumerate(rounds)]
+        )
     return tuple(sorted(set(choices[-1])))
 
 
@@ -172,22 +189,30 @@ def _empty_row(num_slots: int, num_places: int) -> Batch:
     )
 
 
-def _lay_shared(row: Batch, pair: EncodedPair, place: int, slot: int, scored: int) -> tuple[int, int]:
+def _lay_shared(
+    row: Batch, pair: EncodedPair, place: int, slot: int, scored: int
+) -> tuple[int, int]:
     """Write reverse(C) | P | R from `slot` on; returns the next free slot and scored token."""
     p, c, r = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
     prompt, after = slot + c, slot + c + p + r
-    row.tokens_MBT[slot:after] = np.concatenate([pair.chosen_ids[::-1], pair.prompt_ids, pair.rejected_ids])
+    row.tokens_MBT[slot:after] = np.concatenate(
+        [pair.chosen_ids[::-1], pair.prompt_ids, pair.rejected_ids]
+    )
     row.positions_MBT[slot:prompt] = np.arange(p + c - 1, p - 1, -1)
     row.positions_MBT[prompt:after] = np.arange(p + r)
     row.k_end_MBT[slot:prompt] = prompt + p  # a C token: itself to the end of P
     row.k_start_MBT[prompt:after] = prompt  # a P or R token: the start of P to itself
     last = prompt + p - 1
-    scored = _score(row, place, 0, scored, pair, np.concatenate([[last], np.arange(prompt - 1, slot, -1)]))
+    scored = _score(
+        row, place, 0, scored, pair, np.concatenate([[last], np.arange(prompt - 1, slot, -1)])
+    )
     scored = _score(row, place, 1, scored, pair, np.arange(last, after - 1))
     return after, scored
 
 
-def _lay_separate(row: Batch, pair: EncodedPair, place: int, slot: int, scored: int) -> tuple[int, int]:
+def _lay_separate(
+    row: Batch, pair: EncodedPair, place: int, slot: int, scored: int
+) -> tuple[int, int]:
     """Write P C and P R from `slot` on; returns the next free slot and scored token."""
     p = len(pair.prompt_ids)
     for side, answer in enumerate((pair.chosen_ids, pair.rejected_ids)):
@@ -200,7 +225,9 @@ def _lay_separate(row: Batch, pair: EncodedPair, place: int, slot: int, scored: 
     return slot, scored
 
 
-def _score(row: Batch, place: int, side: int, scored: int, pair: EncodedPair, slots: np.ndarray) -> int:
+def _score(
+    row: Batch, place: int, side: int, scored: int, pair: EncodedPair, slots: np.ndarray
+) -> int:
     """Note the scored tokens of an answer, whose tokens are predicted at `slots`; returns the next free scored token."""
     answers = pair.answers
     answer, mask = answers[side]

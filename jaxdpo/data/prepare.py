@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxdpo.config import DataSection
-from jaxdpo.data.cache import TableWriter, load_or_make
-from jaxdpo.data.chat import Encoder, Tokenizer, check_vocabulary
-from jaxdpo.data.encoding import encode_records
-from jaxdpo.data.records import DataReport, describe_counts
-from jaxdpo.data.repeats import settle_overlap, settle_repeats
+from jaxdpo.config.schema import DataSection
+from jaxdpo.data.dedup import settle_overlap, settle_repeats
+from jaxdpo.data.disk_cache import TableWriter, load_or_make
+from jaxdpo.data.formats.records import DataReport, describe_counts
+from jaxdpo.data.pair_table import PairTable
 from jaxdpo.data.sources import READING_OPTIONS, read_set, set_identity
-from jaxdpo.data.table import PairTable
+from jaxdpo.data.tokenize import Encoder, Tokenizer, check_vocabulary
+from jaxdpo.data.tokenize_parallel import encode_records
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,13 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
             training answer has an end; or a token id has no row in the model.
     """
     encoder = Encoder.create(tokenizer, section)
-    train, train_reports, train_repeats = _read_sets(section, "data.train", section.train, encoder, vocab_size)
+    train, train_reports, train_repeats = _read_sets(
+        section, "data.train", section.train, encoder, vocab_size
+    )
     if section.eval:
-        held_out, eval_reports, eval_repeats = _read_sets(section, "data.eval", section.eval, encoder, vocab_size)
+        held_out, eval_reports, eval_repeats = _read_sets(
+            section, "data.eval", section.eval, encoder, vocab_size
+        )
         held_out = settle_overlap(held_out, train, section, eval_reports)
         for item in eval_reports:
             _check_kept(item, "data.eval")
@@ -80,7 +84,9 @@ def summary(report: dict[str, Any]) -> list[str]:
     for part in ("train", "eval"):
         stats = report[part]
         if stats["pairs"]:
-            lengths = ", ".join(f"{name} {q['p50']}/{q['p95']}/{q['max']}" for name, q in stats["length"].items())
+            lengths = ", ".join(
+                f"{name} {q['p50']}/{q['p95']}/{q['max']}" for name, q in stats["length"].items()
+            )
             cut = ", ".join(f"{count} {name}" for name, count in stats["truncated"].items())
             pairs = f"{stats['pairs']} pairs of {stats['prompts']} prompts, the chosen answer longer in {stats['chosen_longer']:.0%}"
             lines.append(f"{part}: {pairs}; tokens p50/p95/max: {lengths}; truncated: {cut}")
@@ -114,7 +120,9 @@ def _read_sets(
     return table, reports, repeats
 
 
-def _identity(section: DataSection, option: str, names: list[str], encoder: Encoder) -> dict[str, Any]:
+def _identity(
+    section: DataSection, option: str, names: list[str], encoder: Encoder
+) -> dict[str, Any]:
     """All that the encoded pairs of an option depend on, each part named as the user knows it."""
     return {
         "data": [set_identity(name, option) for name in names],
@@ -130,12 +138,16 @@ def _code() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    return digest.hexdigest() + "".join(f" {name} {version(name)}" for name in ("tokenizers", "transformers"))
+    return digest.hexdigest() + "".join(
+        f" {name} {version(name)}" for name in ("tokenizers", "transformers")
+    )
 
 
 def _check_kept(report: DataReport, option: str) -> None:
     if report.kept == 0:
-        raise ValueError(f"{option}={report.name}: no usable pair is left. {describe_counts(report.to_json())}")
+        raise ValueError(
+            f"{option}={report.name}: no usable pair is left. {describe_counts(report.to_json())}"
+        )
 
 
 def _check_dropped(report: DataReport, option: str, limit: float) -> None:
@@ -155,7 +167,9 @@ def _check_ends(statistics: dict[str, Any], section: DataSection) -> None:
         )
 
 
-def _report(train: PairTable, held_out: PairTable, sets: dict[str, list[DataReport]], encoder: Encoder) -> dict[str, Any]:
+def _report(
+    train: PairTable, held_out: PairTable, sets: dict[str, list[DataReport]], encoder: Encoder
+) -> dict[str, Any]:
     shared = np.intersect1d(train.prompt_keys, held_out.prompt_keys)
     report = {
         "train": train.statistics(),

@@ -17,12 +17,12 @@ from typing import Any
 import datasets
 import datasets.exceptions
 
-from jaxdpo.config import DataSection
-from jaxdpo.data import hh, oasst, preference, ranked, shp
-from jaxdpo.data.files import file_hash, file_kind, read_rows
-from jaxdpo.data.folders import split_files
-from jaxdpo.data.records import DataReport, Dropped, Preference, printable
-from jaxdpo.data.rows import EMPTY, IDENTICAL, OPTIONAL, Parser, Row
+from jaxdpo.config.schema import DataSection
+from jaxdpo.data.formats import hh_rlhf, oasst, ranked, shp, trl
+from jaxdpo.data.formats.common import EMPTY, IDENTICAL, OPTIONAL, Parser, Row
+from jaxdpo.data.formats.records import DataReport, Dropped, Preference, printable
+from jaxdpo.data.readers import file_hash, file_kind, read_rows
+from jaxdpo.data.splits import split_files
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,16 @@ PlacedRows = Iterator[tuple[str, Row]]
 
 ROWS_TO_DETECT = 16
 
-READING_OPTIONS = ("format", "pairs", "min_score_ratio", "max_pairs_per_prompt", "languages", "synthetic", "identical", "empty")
+READING_OPTIONS = (
+    "format",
+    "pairs",
+    "min_score_ratio",
+    "max_pairs_per_prompt",
+    "languages",
+    "synthetic",
+    "identical",
+    "empty",
+)
 """Options of the data section that decide which records a set gives."""
 
 
@@ -51,12 +60,12 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "hh-rlhf": Format(hh.parse_hh, hh.COLUMNS, hh.is_hh),
+    "hh-rlhf": Format(hh_rlhf.parse_hh, hh_rlhf.COLUMNS, hh_rlhf.is_hh),
     "shp": Format(shp.parse_shp, shp.COLUMNS, shp.is_shp, pairs_per_prompt=shp.PAIRS_PER_POST),
     "oasst": Format(oasst.parse_oasst, oasst.COLUMNS, oasst.is_oasst, gather=oasst.gather_trees),
     "ranked": Format(ranked.parse_ranked, ranked.RANKED_COLUMNS, ranked.is_ranked),
     "ab": Format(ranked.parse_ab, ranked.AB_COLUMNS, ranked.is_ab),
-    "preference": Format(preference.parse_preference, preference.COLUMNS, lambda row: True),
+    "preference": Format(trl.parse_preference, trl.COLUMNS, lambda row: True),
 }
 """Forms of rows by their name in data.format; the first that fits the first rows of a set is taken."""
 
@@ -74,11 +83,17 @@ class HubSet:
 
 
 HUB_SETS: dict[str, HubSet] = {
-    "hh-rlhf": HubSet("Anthropic/hh-rlhf", "hh-rlhf", ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")),
+    "hh-rlhf": HubSet(
+        "Anthropic/hh-rlhf",
+        "hh-rlhf",
+        ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"),
+    ),
     "shp": HubSet("stanfordnlp/SHP", "shp", shp.SUBREDDITS, ("train", "validation")),
     "oasst1": HubSet("OpenAssistant/oasst1", "oasst", splits=("train", "validation")),
     "oasst2": HubSet("OpenAssistant/oasst2", "oasst", splits=("train", "validation")),
-    "ultrafeedback": HubSet("HuggingFaceH4/ultrafeedback_binarized", "preference", splits=("train_prefs", "test_prefs")),
+    "ultrafeedback": HubSet(
+        "HuggingFaceH4/ultrafeedback_binarized", "preference", splits=("train_prefs", "test_prefs")
+    ),
     "ultrafeedback-trl": HubSet("trl-lib/ultrafeedback_binarized", "preference"),
     "orca-dpo-pairs": HubSet("Intel/orca_dpo_pairs", "preference", splits=("train", None)),
     "dpo-mix-7k": HubSet("argilla/dpo-mix-7k", "preference"),
@@ -120,7 +135,9 @@ def parse_spec(text: str, option: str) -> SetSpec:
         ValueError: an unknown set name (the nearest is offered), no split, or a count below 1.
     """
     head, _, tail = text.rpartition(":")
-    rest, count = (head, int(tail)) if tail.isdecimal() and not Path(text).is_file() else (text, None)
+    rest, count = (
+        (head, int(tail)) if tail.isdecimal() and not Path(text).is_file() else (text, None)
+    )
     if count == 0:
         raise ValueError(f"{option}={text}: the count must be at least 1")
     spec = SetSpec(text, option, count=count)
@@ -128,7 +145,12 @@ def parse_spec(text: str, option: str) -> SetSpec:
     if folder and Path(folder).expanduser().is_dir():
         return dataclasses.replace(spec, path=Path(folder).expanduser(), split=split)
     path = Path(rest).expanduser()
-    if path.exists() or file_kind(path) or rest.startswith((".", "/", "~")) or (len(path.parts) > 1 and path.parent.is_dir()):
+    if (
+        path.exists()
+        or file_kind(path)
+        or rest.startswith((".", "/", "~"))
+        or (len(path.parts) > 1 and path.parent.is_dir())
+    ):
         return dataclasses.replace(spec, path=path)
     return _hub_spec(spec, *rest.partition(":")[::2])
 
@@ -142,7 +164,12 @@ def _hub_spec(spec: SetSpec, name: str, split: str) -> SetSpec:
             f"{spec.place}: the set has no split for validation. Name one, or leave data.eval out to hold back pairs of data.train"
         )
     return dataclasses.replace(
-        spec, format=known.format or None, hub=known.hub, revision=revision or None, subset=subset, split=split or usual
+        spec,
+        format=known.format or None,
+        hub=known.hub,
+        revision=revision or None,
+        subset=subset,
+        split=split or usual,
     )
 
 
@@ -183,7 +210,9 @@ def set_identity(text: str, option: str) -> list[Any]:
         raise ValueError(f"{spec.place}: {error}") from None
 
 
-def read_set(text: str, section: DataSection, option: str) -> tuple[DataReport, Iterator[Preference]]:
+def read_set(
+    text: str, section: DataSection, option: str
+) -> tuple[DataReport, Iterator[Preference]]:
     """Open one entry of data.train or data.eval.
 
     Returns the report, whose counts grow while the records are taken from the iterator beside it.
@@ -197,15 +226,29 @@ def read_set(text: str, section: DataSection, option: str) -> tuple[DataReport, 
     if not head:
         raise ValueError(f"{spec.place}: has no rows")
     forced = spec.format or (None if section.format == "auto" else section.format)
-    name = forced or next(name for name, form in FORMATS.items() if all(form.detect(row) for _, row in head))
-    how = "forced by data.format" if forced and not spec.format else "known set" if forced else "found from its rows"
+    name = forced or next(
+        name for name, form in FORMATS.items() if all(form.detect(row) for _, row in head)
+    )
+    how = (
+        "forced by data.format"
+        if forced and not spec.format
+        else "known set"
+        if forced
+        else "found from its rows"
+    )
     logger.info("%s: format %s (%s)", spec.place, name, how)
     form = FORMATS[name]
     columns = dict.fromkeys(itertools.chain.from_iterable(row for _, row in head))
     ignored = tuple(str(column) for column in columns if column not in (*form.columns, *OPTIONAL))
     report = DataReport(text, name, ignored_columns=ignored)
     records = _records(itertools.chain(head, rows), form, section, report, spec.place)
-    limit = 0 if option == "data.eval" else form.pairs_per_prompt if section.max_pairs_per_prompt is None else section.max_pairs_per_prompt
+    limit = (
+        0
+        if option == "data.eval"
+        else form.pairs_per_prompt
+        if section.max_pairs_per_prompt is None
+        else section.max_pairs_per_prompt
+    )
     return report, _limited(records, limit, report) if limit else records
 
 
@@ -223,18 +266,26 @@ def _local_rows(spec: SetSpec, path: Path) -> PlacedRows:
 
 
 def _files(spec: SetSpec, path: Path) -> list[Path]:
-    usual = ("test", "validation", "test_prefs") if spec.option == "data.eval" else ("train", "train_prefs")
+    usual = (
+        ("test", "validation", "test_prefs")
+        if spec.option == "data.eval"
+        else ("train", "train_prefs")
+    )
     return list(split_files(path, spec.split, usual)) if path.is_dir() else [path]
 
 
 def _hub_rows(spec: SetSpec) -> PlacedRows:
     name = spec.hub + (f"/{spec.subset}" if spec.subset else "")
-    yield from ((f"{name}:{spec.split}:{number}", row) for number, row in enumerate(_hub_set(spec), start=1))  # type: ignore[misc]
+    yield from (
+        (f"{name}:{spec.split}:{number}", row) for number, row in enumerate(_hub_set(spec), start=1)
+    )  # type: ignore[misc]
 
 
 def _hub_set(spec: SetSpec) -> datasets.Dataset:
     try:
-        rows = datasets.load_dataset(spec.hub, data_dir=spec.subset, split=spec.split, revision=spec.revision)
+        rows = datasets.load_dataset(
+            spec.hub, data_dir=spec.subset, split=spec.split, revision=spec.revision
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"the hub set {spec.hub} could not be loaded ({printable(str(error))}). "
@@ -244,8 +295,14 @@ def _hub_set(spec: SetSpec) -> datasets.Dataset:
     return rows
 
 
-def _records(rows: PlacedRows, form: Format, section: DataSection, report: DataReport, place: str) -> Iterator[Preference]:
-    errors = {reason for reason, how in ((EMPTY, section.empty), (IDENTICAL, section.identical)) if how == "error"}
+def _records(
+    rows: PlacedRows, form: Format, section: DataSection, report: DataReport, place: str
+) -> Iterator[Preference]:
+    errors = {
+        reason
+        for reason, how in ((EMPTY, section.empty), (IDENTICAL, section.identical))
+        if how == "error"
+    }
     try:
         for where, row in (form.gather or iter)(_counted(rows, report)):
             for number, outcome in enumerate(_parsed(form.parse, row, section, where), start=1):
@@ -253,13 +310,17 @@ def _records(rows: PlacedRows, form: Format, section: DataSection, report: DataR
                 if isinstance(outcome, Dropped):
                     if outcome.reason in errors:
                         option = "empty" if outcome.reason == EMPTY else "identical"
-                        raise ValueError(f"{printable(name)}: {outcome.reason}. Repair it, or set data.{option}=drop")
+                        raise ValueError(
+                            f"{printable(name)}: {outcome.reason}. Repair it, or set data.{option}=drop"
+                        )
                     report.drop(outcome, name)
                 else:
                     report.parsed += 1
                     yield outcome if outcome.id else dataclasses.replace(outcome, id=name)
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(place) else f"{place}: {error}") from None
+        raise ValueError(
+            str(error) if str(error).startswith(place) else f"{place}: {error}"
+        ) from None
 
 
 def _counted(rows: PlacedRows, report: DataReport) -> PlacedRows:
@@ -268,7 +329,9 @@ def _counted(rows: PlacedRows, report: DataReport) -> PlacedRows:
         yield where, row
 
 
-def _parsed(parse: Parser, row: Row, section: DataSection, where: str) -> Iterator[Preference | Dropped]:
+def _parsed(
+    parse: Parser, row: Row, section: DataSection, where: str
+) -> Iterator[Preference | Dropped]:
     try:
         yield from parse(row, section)
     except ValueError as error:

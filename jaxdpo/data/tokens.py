@@ -36,7 +36,9 @@ MAX_KNOWN = 2**18
 class Words:
     """Encodes texts for a byte-level BPE, of which every word is encoded by the tokenizer once and then looked up."""
 
-    def __init__(self, backend: Any, pattern: str, added: dict[str, int], special: frozenset[str]) -> None:
+    def __init__(
+        self, backend: Any, pattern: str, added: dict[str, int], special: frozenset[str]
+    ) -> None:
         self._backend = backend
         self._words = _common_words(pattern)
         self._added = added
@@ -52,11 +54,17 @@ class Words:
         spec = json.loads(backend.to_str())
         pattern, tokens = _pattern(spec), spec["added_tokens"]
         if pattern is None or any(
-            token["lstrip"] or token["rstrip"] or token["single_word"] or "\n" in token["content"] for token in tokens
+            token["lstrip"] or token["rstrip"] or token["single_word"] or "\n" in token["content"]
+            for token in tokens
         ):
             return None
         added = {token["content"]: token["id"] for token in tokens}
-        return cls(backend, pattern, added, frozenset(token["content"] for token in tokens if token["special"]))
+        return cls(
+            backend,
+            pattern,
+            added,
+            frozenset(token["content"] for token in tokens if token["special"]),
+        )
 
     def encode_pairs(self, pairs: Sequence[Texts], special: bool) -> list[tuple[Ids, ...]]:
         """Ids of the three texts of each pair.
@@ -65,9 +73,15 @@ class Words:
             special: spellings of special tokens in the texts are those tokens.
         """
         cuts = [_last_cut(*texts) for texts in pairs]
-        parts = [part for texts, cut in zip(pairs, cuts, strict=True) for part in (_start(texts[0], cut), *(text[cut:] for text in texts))]
+        parts = [
+            part
+            for texts, cut in zip(pairs, cuts, strict=True)
+            for part in (_start(texts[0], cut), *(text[cut:] for text in texts))
+        ]
         ids = iter(self.encode(parts, special))
-        return [tuple(start[:-1] + end for end in ends) for start, *ends in zip(*[ids] * 4, strict=True)]
+        return [
+            tuple(start[:-1] + end for end in ends) for start, *ends in zip(*[ids] * 4, strict=True)
+        ]
 
     def encode(self, texts: Sequence[str], special: bool) -> list[Ids]:
         """Ids of each text."""
@@ -75,11 +89,20 @@ class Words:
         self._backend.no_truncation()  # which a tokenizer.json may ask for, as well as padding
         self._backend.no_padding()
         self._backend.encode_special_tokens = not special
-        whole = iter(self._backend.encode_batch_fast(list(itertools.compress(texts, uncommon)), add_special_tokens=False))
-        self._backend.encode_special_tokens = True  # single words are none, however they are spelled
+        whole = iter(
+            self._backend.encode_batch_fast(
+                list(itertools.compress(texts, uncommon)), add_special_tokens=False
+            )
+        )
+        self._backend.encode_special_tokens = (
+            True  # single words are none, however they are spelled
+        )
         if len(self._known) > MAX_KNOWN:
             self._known.clear()
-        return [next(whole).ids if rare else self._look_up(text, special) for text, rare in zip(texts, uncommon, strict=True)]
+        return [
+            next(whole).ids if rare else self._look_up(text, special)
+            for text, rare in zip(texts, uncommon, strict=True)
+        ]
 
     def _look_up(self, text: str, special: bool) -> Ids:
         ids: Ids = []
@@ -87,7 +110,11 @@ class Words:
             if number % 2:
                 ids.append(self._added[part])
             else:
-                ids.extend(itertools.chain.from_iterable(map(self._known.__getitem__, self._words.findall(part))))
+                ids.extend(
+                    itertools.chain.from_iterable(
+                        map(self._known.__getitem__, self._words.findall(part))
+                    )
+                )
         return ids
 
 
@@ -108,13 +135,19 @@ def _pattern(spec: Any) -> str | None:
     steps = words.get("pretokenizers", [words])
     by_pattern = [step for step in steps if step.get("type") == "Split"]
     as_bytes = [step for step in steps if step.get("type") == "ByteLevel"]
-    known = all(step["pattern"].get("Regex") in PATTERNS and step["behavior"] == "Isolated" and not step["invert"] for step in by_pattern)
+    known = all(
+        step["pattern"].get("Regex") in PATTERNS
+        and step["behavior"] == "Isolated"
+        and not step["invert"]
+        for step in by_pattern
+    )
     if (
         model["type"] == "BPE"
         and not model.get("dropout")
         and (spec["normalizer"] or {}).get("type", "NFC") == "NFC"
         and len(steps) == len(by_pattern) + 1 <= 2
-        and [(step["add_prefix_space"], step["use_regex"]) for step in as_bytes] == [(False, not by_pattern)]
+        and [(step["add_prefix_space"], step["use_regex"]) for step in as_bytes]
+        == [(False, not by_pattern)]
         and known
     ):
         return by_pattern[0]["pattern"]["Regex"] if by_pattern else GPT2
@@ -124,14 +157,20 @@ def _pattern(spec: Any) -> str | None:
 def _common_words(pattern: str) -> re.Pattern[str]:
     """The pattern for texts without uncommon characters."""
     for name, members in (("L", _LETTERS), ("N", _NUMBERS)):
-        within = re.sub(r"\[[^]]*\]", lambda found, name=name, members=members: found[0].replace(rf"\p{{{name}}}", members), pattern)
+        within = re.sub(
+            r"\[[^]]*\]",
+            lambda found, name=name, members=members: found[0].replace(rf"\p{{{name}}}", members),
+            pattern,
+        )
         pattern = within.replace(rf"\p{{{name}}}", f"[{members}]")
     return re.compile(pattern, re.ASCII)
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches the longest of the texts that stands at a place, as a group; nothing if there are none."""
-    return re.compile(f"({'|'.join(map(re.escape, sorted(texts, key=len, reverse=True))) or '(?!)'})")
+    return re.compile(
+        f"({'|'.join(map(re.escape, sorted(texts, key=len, reverse=True))) or '(?!)'})"
+    )
 
 
 def _last_cut(prompt: str, chosen: str, rejected: str) -> int:

@@ -1,0 +1,1 @@
+"""The decoder: config, layers, attention, LoRA, quantisation, decoding, log-probs."""

@@ -14,20 +14,28 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxdpo.distributed.sharding import on_each_device, shared_axes, slots_spec
 from jaxdpo.models.config import RopeScaling
-from jaxdpo.products import sum_of_outer_products
-from jaxdpo.sharding import on_each_device, shared_axes, slots_spec
+from jaxdpo.models.matmul import sum_of_outer_products
 
 Adapter = Mapping[str, jax.Array]
 """One weight's low-rank update: "a" [*inputs, R] and "b" [R, *outputs]."""
 
 
 def param(
-    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], *, std: float | None, dtype: jnp.dtype, fill: float = 0.0
+    rngs: nnx.Rngs,
+    shape: Sequence[int],
+    axes: Sequence[str],
+    *,
+    std: float | None,
+    dtype: jnp.dtype,
+    fill: float = 0.0,
 ) -> nnx.Param:
     """A weight with its logical axes; normal with deviation `std`, or constant `fill` when std is None."""
     value = (
-        jnp.full(shape, fill, dtype) if std is None else (std * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)).astype(dtype)
+        jnp.full(shape, fill, dtype)
+        if std is None
+        else (std * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)).astype(dtype)
     )
     return nnx.Param(value, axes=tuple(axes))
 
@@ -49,8 +57,15 @@ def product(equation: str, compute_dtype: jnp.dtype, x: jax.Array, weight: jax.A
     summed = sum(dim in x_dims for dim in weight_dims)
     if summed > 1:  # as one dimension, because for several the compiler may copy weight and x
         x, weight = x.reshape(*x.shape[:-summed], -1), weight.reshape(-1, *weight.shape[summed:])
-        equation = f"{x_dims[:-summed]}{weight_dims[0]},{weight_dims[0]}{weight_dims[summed:]}->{y_dims}"
-    return jnp.einsum(equation, x.astype(compute_dtype), weight.astype(compute_dtype), preferred_element_type=jnp.float32)
+        equation = (
+            f"{x_dims[:-summed]}{weight_dims[0]},{weight_dims[0]}{weight_dims[summed:]}->{y_dims}"
+        )
+    return jnp.einsum(
+        equation,
+        x.astype(compute_dtype),
+        weight.astype(compute_dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _product_fwd(equation: str, compute_dtype: jnp.dtype, x: jax.Array, weight: jax.Array) -> tuple:
@@ -63,7 +78,12 @@ def _product_bwd(equation: str, compute_dtype: jnp.dtype, saved: tuple, d_y: jax
     inputs, y_dims = equation.split("->")
     x_dims, weight_dims = inputs.split(",")
     d_y = d_y.astype(compute_dtype)
-    d_x = jnp.einsum(f"{y_dims},{weight_dims}->{x_dims}", d_y, weight.astype(compute_dtype), preferred_element_type=jnp.float32)
+    d_x = jnp.einsum(
+        f"{y_dims},{weight_dims}->{x_dims}",
+        d_y,
+        weight.astype(compute_dtype),
+        preferred_element_type=jnp.float32,
+    )
     rows = x.shape[0] * x.shape[1]
     d_weight = sum_of_outer_products(x.reshape(rows, -1), d_y.reshape(rows, -1))
     return d_x, d_weight.reshape(weight.shape).astype(weight.dtype)
@@ -94,7 +114,9 @@ def _low_rank(equation: str, x: jax.Array, adapter: Adapter, compute_dtype: jnp.
     x_dims, weight_dims = inputs.split(",")
     summed = "".join(dim for dim in weight_dims if dim in x_dims)
     x_BTR = product(f"{x_dims},{summed}R->BTR", compute_dtype, x, adapter["a"])
-    return product(f"BTR,R{weight_dims.removeprefix(summed)}->{y_dims}", compute_dtype, x_BTR, adapter["b"])
+    return product(
+        f"BTR,R{weight_dims.removeprefix(summed)}->{y_dims}", compute_dtype, x_BTR, adapter["b"]
+    )
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -105,7 +127,11 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, mesh: Mesh | None) -> jax.Ar
     """
     if mesh is None or mesh.size == 1:
         return table_VD[ids_BT]
-    vocab, embed, slots = shared_axes(mesh, "vocab"), shared_axes(mesh, "embed"), slots_spec(mesh, ids_BT.shape[1])
+    vocab, embed, slots = (
+        shared_axes(mesh, "vocab"),
+        shared_axes(mesh, "embed"),
+        slots_spec(mesh, ids_BT.shape[1]),
+    )
 
     def here(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         if embed:
@@ -115,8 +141,14 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, mesh: Mesh | None) -> jax.Ar
         else:
             ids_BT = ids_BT - jax.lax.axis_index(vocab) * table_VD.shape[0]
             own_BT = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
-            x_BTD = jax.lax.psum(jnp.where(own_BT[..., None], table_VD[jnp.where(own_BT, ids_BT, 0)], 0), vocab)
-        return jax.lax.all_to_all(x_BTD, embed, split_axis=0, concat_axis=2, tiled=True) if embed else x_BTD
+            x_BTD = jax.lax.psum(
+                jnp.where(own_BT[..., None], table_VD[jnp.where(own_BT, ids_BT, 0)], 0), vocab
+            )
+        return (
+            jax.lax.all_to_all(x_BTD, embed, split_axis=0, concat_axis=2, tiled=True)
+            if embed
+            else x_BTD
+        )
 
     places = (PartitionSpec(vocab or None, embed or None), slots)
     return on_each_device(here, mesh, places, slots)(table_VD, ids_BT)
@@ -132,7 +164,9 @@ def widened(weight: jax.Array, ndim: int) -> jax.Array:
     return weight.reshape((1,) * (ndim - weight.ndim) + weight.shape)
 
 
-def rms_norm(x: jax.Array, scale: nnx.Param, eps: float, compute_dtype: jnp.dtype, *, offset: float = 0.0) -> jax.Array:
+def rms_norm(
+    x: jax.Array, scale: nnx.Param, eps: float, compute_dtype: jnp.dtype, *, offset: float = 0.0
+) -> jax.Array:
     """x / rms(x) * (offset + scale), in float32 (1910.07467); over as many last dimensions as the scale has."""
     weight = rounded(scale[...], compute_dtype)
     dims = tuple(range(-weight.ndim, 0))
@@ -140,11 +174,15 @@ def rms_norm(x: jax.Array, scale: nnx.Param, eps: float, compute_dtype: jnp.dtyp
     return normed * widened(weight + offset if offset else weight, x.ndim)
 
 
-def layer_norm(x: jax.Array, scale: nnx.Param, bias: nnx.Param, eps: float, compute_dtype: jnp.dtype) -> jax.Array:
+def layer_norm(
+    x: jax.Array, scale: nnx.Param, bias: nnx.Param, eps: float, compute_dtype: jnp.dtype
+) -> jax.Array:
     """(x - mean) / deviation * scale + bias over the last dimension, in float32 (1607.06450)."""
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
-    return normed * widened(rounded(scale[...], compute_dtype), x.ndim) + widened(rounded(bias[...], compute_dtype), x.ndim)
+    return normed * widened(rounded(scale[...], compute_dtype), x.ndim) + widened(
+        rounded(bias[...], compute_dtype), x.ndim
+    )
 
 
 def gated(activation: str, limit: float | None, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -159,7 +197,9 @@ def gated(activation: str, limit: float | None, gate: jax.Array, up: jax.Array) 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
-def rope_tables(positions_BT: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    positions_BT: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary embedding (2104.09864), float32 [B, T, 1, rotary_dim / 2]."""
     frequencies = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
     if scaling is not None:
@@ -180,8 +220,12 @@ def scale_frequencies(frequencies: jax.Array, scaling: RopeScaling, theta: float
     if scaling.kind == "yarn":
         keep = 1 - _yarn_ramp(frequencies.size, scaling, theta)
     else:
-        turns = scaling.original_max_positions * frequencies / (2 * jnp.pi)  # full turns within the original context
-        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        turns = (
+            scaling.original_max_positions * frequencies / (2 * jnp.pi)
+        )  # full turns within the original context
+        keep = (turns - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
         keep = jnp.clip(keep, 0.0, 1.0)
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
@@ -190,7 +234,11 @@ def _yarn_ramp(num_frequencies: int, scaling: RopeScaling, theta: float) -> jax.
     """0 for frequencies that turn beta_fast times or more within the original context, 1 from beta_slow turns down, linear between."""
 
     def place(turns: float) -> float:
-        return num_frequencies * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / math.log(theta)
+        return (
+            num_frequencies
+            * math.log(scaling.original_max_positions / (turns * 2 * math.pi))
+            / math.log(theta)
+        )
 
     low, high = place(scaling.beta_fast), place(scaling.beta_slow)
     if scaling.truncate:

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdpo.config import LoraSection
+from jaxdpo.config.schema import LoraSection
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import Params, logical_axes
-from jaxdpo.models.weighttable import Shape, WeightRow, param_shapes, weight_table
+from jaxdpo.models.hf.tensor_map import Shape, WeightRow, param_shapes, weight_table
 
 ALL_LINEAR = "all-linear"
 TARGETS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
@@ -65,7 +65,11 @@ class Projection(NamedTuple):
 def projections(config: ModelConfig) -> dict[str, Projection]:
     """The weights of a model that can have an adapter."""
     shapes, rows = param_shapes(config), {row.path: row for row in weight_table(config)}
-    return {target: Projection(shapes[path], rows[path]) for target in TARGETS if (path := f"layers/{target}") in rows}
+    return {
+        target: Projection(shapes[path], rows[path])
+        for target in TARGETS
+        if (path := f"layers/{target}") in rows
+    }
 
 
 def lora_of(section: LoraSection, config: ModelConfig) -> Lora:
@@ -90,16 +94,28 @@ def find_targets(config: ModelConfig, names: str | Sequence[str]) -> tuple[str, 
     """
     known = projections(config)
     wanted = [names] if isinstance(names, str) else list(names)
-    hits = {name: [target for target, weight in known.items() if _means(name, target, weight)] for name in wanted}
+    hits = {
+        name: [target for target, weight in known.items() if _means(name, target, weight)]
+        for name in wanted
+    }
     if unknown := [name for name in wanted if not hits[name]]:
         modules = dict.fromkeys(weight.module.rsplit(".", 1)[1] for weight in known.values())
         choices = ", ".join([ALL_LINEAR, *(target.split("/")[1] for target in known), *modules])
-        raise ValueError("\n".join(f"lora.targets={name}: the model has no such projection. Choose from {choices}" for name in unknown))
+        raise ValueError(
+            "\n".join(
+                f"lora.targets={name}: the model has no such projection. Choose from {choices}"
+                for name in unknown
+            )
+        )
     return tuple(target for target in known if any(target in found for found in hits.values()))
 
 
 def _means(name: str, target: str, weight: Projection) -> bool:
-    return name == ALL_LINEAR or name == target.split("/")[1] or f".{weight.module}".endswith(f".{name}")
+    return (
+        name == ALL_LINEAR
+        or name == target.split("/")[1]
+        or f".{weight.module}".endswith(f".{name}")
+    )
 
 
 def adapter_shapes(config: ModelConfig, lora: Lora) -> Params:
@@ -107,7 +123,10 @@ def adapter_shapes(config: ModelConfig, lora: Lora) -> Params:
     known = projections(config)
 
     def update(shape: Shape) -> Params:
-        sizes = {"a": (*shape.stack, *shape.inputs, lora.rank), "b": (*shape.stack, lora.rank, *shape.outputs)}
+        sizes = {
+            "a": (*shape.stack, *shape.inputs, lora.rank),
+            "b": (*shape.stack, lora.rank, *shape.outputs),
+        }
         return {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
 
     return nested({target: update(known[target].shape) for target in lora.targets})
@@ -137,16 +156,25 @@ def nested(updates: Mapping[str, Any]) -> Params:
 
 def by_target(adapter: Params) -> dict[str, Any]:
     """An adapter's {"a", "b"} by target; the inverse of `nested`."""
-    return {f"{part}/{name}": update for part, updates in adapter["layers"].items() for name, update in updates.items()}
+    return {
+        f"{part}/{name}": update
+        for part, updates in adapter["layers"].items()
+        for name, update in updates.items()
+    }
 
 
 def init_adapter(shapes: Params, key: jax.Array) -> Params:
     """The start: A uniform within plus or minus 1 / sqrt(inputs), as PEFT draws it, B zero, so that nothing changes at first."""
 
     def draw(target: str, a: jax.ShapeDtypeStruct, b: jax.ShapeDtypeStruct) -> Params:
-        own_key = jax.random.fold_in(key, TARGETS.index(target))  # the same whatever other targets there are
+        own_key = jax.random.fold_in(
+            key, TARGETS.index(target)
+        )  # the same whatever other targets there are
         bound = 1.0 / math.sqrt(math.prod(a.shape[1:-1]))
-        return {"a": jax.random.uniform(own_key, a.shape, jnp.float32, -bound, bound), "b": jnp.zeros(b.shape, jnp.float32)}
+        return {
+            "a": jax.random.uniform(own_key, a.shape, jnp.float32, -bound, bound),
+            "b": jnp.zeros(b.shape, jnp.float32),
+        }
 
     return nested({target: draw(target, **update) for target, update in by_target(shapes).items()})
 
@@ -168,7 +196,9 @@ class MergedWeight:
     def __getitem__(self, index: tuple[int]) -> np.ndarray:
         """merged[layer,], in float32."""
         weight = np.asarray(self.weight[index]).astype(np.float32)
-        change = np.tensordot(np.asarray(self.update["a"][index]), np.asarray(self.update["b"][index]), axes=1)
+        change = np.tensordot(
+            np.asarray(self.update["a"][index]), np.asarray(self.update["b"][index]), axes=1
+        )
         change *= np.float32(self.scale)
         weight += change
         return weight

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxdpo.distributed.sharding import on_each_device, slots_spec
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.layers import gated, param, project, rounded
-from jaxdpo.sharding import on_each_device, slots_spec
 
 
 class RouterLoad(NamedTuple):
@@ -66,13 +66,23 @@ class MoE(nnx.Module):
         self.gate = normal((L, E, D, F), ("layer", "expert", "expert_embed", "expert_mlp"))
         self.up = normal((L, E, D, F), ("layer", "expert", "expert_embed", "expert_mlp"))
         self.down = normal((L, E, F, D), ("layer", "expert", "expert_mlp", "expert_embed"))
-        self.gate_bias = constant((L, E, F), ("layer", "expert", "expert_mlp")) if config.expert_bias else None
-        self.up_bias = constant((L, E, F), ("layer", "expert", "expert_mlp")) if config.expert_bias else None
-        self.down_bias = constant((L, E, D), ("layer", "expert", "norm")) if config.expert_bias else None
+        self.gate_bias = (
+            constant((L, E, F), ("layer", "expert", "expert_mlp")) if config.expert_bias else None
+        )
+        self.up_bias = (
+            constant((L, E, F), ("layer", "expert", "expert_mlp")) if config.expert_bias else None
+        )
+        self.down_bias = (
+            constant((L, E, D), ("layer", "expert", "norm")) if config.expert_bias else None
+        )
         self.config = config
 
     def __call__(
-        self, x_BTD: jax.Array, real_BT: jax.Array | None, compute_dtype: jnp.dtype, mesh: Mesh | None
+        self,
+        x_BTD: jax.Array,
+        real_BT: jax.Array | None,
+        compute_dtype: jnp.dtype,
+        mesh: Mesh | None,
     ) -> tuple[jax.Array, RouterLoad]:
         """float32 [B, T, D] in and out; `real_BT` (bool, None: all) says which tokens count for the load."""
         config = self.config
@@ -81,15 +91,24 @@ class MoE(nnx.Module):
         weights_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, config.experts_per_token)
         if config.norm_topk:
             weights_BTC = weights_BTC / weights_BTC.sum(-1, keepdims=True)
-        biases = (None if bias is None else bias[...] for bias in (self.gate_bias, self.up_bias, self.down_bias))
+        biases = (
+            None if bias is None else bias[...]
+            for bias in (self.gate_bias, self.up_bias, self.down_bias)
+        )
         experts = Experts(self.gate[...], self.up[...], self.down[...], *biases)
         apply = functools.partial(_apply, config.activation, config.activation_limit, compute_dtype)
         if mesh is None or mesh.size == 1:
             y_BTD = apply(x_BTD, weights_BTC, chosen_BTC, experts)
         else:
             tokens = slots_spec(mesh, x_BTD.shape[1])
-            places: list[Any] = [None if value is None else _PLACES[name] for name, value in experts._asdict().items()]
-            here, taken = functools.partial(_exchange, apply, mesh), (tokens, tokens, tokens, Experts(*places))
+            places: list[Any] = [
+                None if value is None else _PLACES[name]
+                for name, value in experts._asdict().items()
+            ]
+            here, taken = (
+                functools.partial(_exchange, apply, mesh),
+                (tokens, tokens, tokens, Experts(*places)),
+            )
             spread = on_each_device(here, mesh, taken, tokens)
             y_BTD = spread(x_BTD, weights_BTC, chosen_BTC, experts)
         return y_BTD, _load(probs_BTE, chosen_BTC, real_BT)
@@ -99,7 +118,10 @@ def _load(probs_BTE: jax.Array, chosen_BTC: jax.Array, real_BT: jax.Array | None
     E = probs_BTE.shape[-1]
     real_BT = jnp.ones(probs_BTE.shape[:2], bool) if real_BT is None else real_BT
     counts_BTE = jnp.sum(jax.nn.one_hot(chosen_BTC, E, dtype=jnp.float32), axis=2)
-    chosen_E, probs_E = (jnp.einsum("BTE,BT->E", x_BTE, real_BT.astype(jnp.float32)) for x_BTE in (counts_BTE, probs_BTE))
+    chosen_E, probs_E = (
+        jnp.einsum("BTE,BT->E", x_BTE, real_BT.astype(jnp.float32))
+        for x_BTE in (counts_BTE, probs_BTE)
+    )
     return RouterLoad(chosen_E, probs_E, jnp.sum(real_BT).astype(jnp.float32))
 
 
@@ -113,7 +135,9 @@ def balance_loss(load: RouterLoad) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def grouped_product(compute_dtype: jnp.dtype, x_RI: jax.Array, weight_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def grouped_product(
+    compute_dtype: jnp.dtype, x_RI: jax.Array, weight_EIO: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
     """x W, another W for each run of rows; like layers.product, inputs are cast to compute_dtype and sums are float32, also backward.
 
     Args:
@@ -123,26 +147,37 @@ def grouped_product(compute_dtype: jnp.dtype, x_RI: jax.Array, weight_EIO: jax.A
         float32 [R, O]; gradients are float32 for x and of the weight's type for the weight.
     """
     x_RI, weight_EIO = x_RI.astype(compute_dtype), weight_EIO.astype(compute_dtype)
-    return _of_runs(jax.lax.ragged_dot(x_RI, weight_EIO, sizes_E, preferred_element_type=jnp.float32), sizes_E)
+    return _of_runs(
+        jax.lax.ragged_dot(x_RI, weight_EIO, sizes_E, preferred_element_type=jnp.float32), sizes_E
+    )
 
 
-def _grouped_product_fwd(compute_dtype: jnp.dtype, x_RI: jax.Array, weight_EIO: jax.Array, sizes_E: jax.Array) -> tuple:
+def _grouped_product_fwd(
+    compute_dtype: jnp.dtype, x_RI: jax.Array, weight_EIO: jax.Array, sizes_E: jax.Array
+) -> tuple:
     x_RI = x_RI.astype(compute_dtype)
     return grouped_product(compute_dtype, x_RI, weight_EIO, sizes_E), (x_RI, weight_EIO, sizes_E)
 
 
 def _grouped_product_bwd(compute_dtype: jnp.dtype, saved: tuple, d_y_RO: jax.Array) -> tuple:
     x_RI, weight_EIO, sizes_E = saved
-    d_y_RO, weight_EOI = d_y_RO.astype(compute_dtype), weight_EIO.astype(compute_dtype).swapaxes(1, 2)
+    d_y_RO, weight_EOI = (
+        d_y_RO.astype(compute_dtype),
+        weight_EIO.astype(compute_dtype).swapaxes(1, 2),
+    )
     d_x_RI = jax.lax.ragged_dot(d_y_RO, weight_EOI, sizes_E, preferred_element_type=jnp.float32)
-    d_weight_EIO = jax.lax.ragged_dot_general(x_RI, d_y_RO, sizes_E, _SUM_OVER_RUNS, preferred_element_type=jnp.float32)
+    d_weight_EIO = jax.lax.ragged_dot_general(
+        x_RI, d_y_RO, sizes_E, _SUM_OVER_RUNS, preferred_element_type=jnp.float32
+    )
     return _of_runs(d_x_RI, sizes_E), d_weight_EIO.astype(weight_EIO.dtype), None
 
 
 grouped_product.defvjp(_grouped_product_fwd, _grouped_product_bwd)
 
 _SUM_OVER_RUNS = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[],
 )
 
 
@@ -152,15 +187,26 @@ def _of_runs(y_RO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     return jnp.where(inside_R[:, None], y_RO, 0.0)
 
 
-def _exchange(apply: Callable, mesh: Mesh, x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: Experts) -> jax.Array:
+def _exchange(
+    apply: Callable,
+    mesh: Mesh,
+    x_BTD: jax.Array,
+    weights_BTC: jax.Array,
+    chosen_BTC: jax.Array,
+    experts: Experts,
+) -> jax.Array:
     """On one device of a mesh, with its rows and slots and its share of the experts: `apply` for the tokens of all devices that hold other
     experts, results added up where the tokens come from."""
     tokens, first = (x_BTD, weights_BTC, chosen_BTC), 0
     if mesh.shape["expert"] > 1:
         tokens = [jax.lax.all_gather(x, "expert", axis=0, tiled=True) for x in tokens]
         first = jax.lax.axis_index("expert") * experts.gate_EDF.shape[0]
-    if experts.down_bias_ED is not None:  # added once, not by each device that has a share of the products
-        experts = experts._replace(down_bias_ED=jnp.where(jax.lax.axis_index("tensor") == 0, experts.down_bias_ED, 0))
+    if (
+        experts.down_bias_ED is not None
+    ):  # added once, not by each device that has a share of the products
+        experts = experts._replace(
+            down_bias_ED=jnp.where(jax.lax.axis_index("tensor") == 0, experts.down_bias_ED, 0)
+        )
     y_BTD = apply(*tokens, experts, first)
     if mesh.shape["expert"] > 1:
         y_BTD = jax.lax.psum_scatter(y_BTD, "expert", scatter_dimension=0, tiled=True)
@@ -182,17 +228,26 @@ def _apply(
     x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
     expert_RC = chosen_BTC.reshape(-1) - first
     own_RC = (expert_RC >= 0) & (expert_RC < E)
-    expert_RC = jnp.where(own_RC, expert_RC, E)  # other devices' experts come last, and belong to no group
+    expert_RC = jnp.where(
+        own_RC, expert_RC, E
+    )  # other devices' experts come last, and belong to no group
     order_RC = jnp.argsort(expert_RC, stable=True)
     sorted_RC = jnp.minimum(expert_RC[order_RC], E - 1)
-    sizes_E = jnp.sum(expert_RC[:, None] == jnp.arange(E, dtype=jnp.int32)[None, :], axis=0, dtype=jnp.int32)
+    sizes_E = jnp.sum(
+        expert_RC[:, None] == jnp.arange(E, dtype=jnp.int32)[None, :], axis=0, dtype=jnp.int32
+    )
 
     def product(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
         y: Any = grouped_product(compute_dtype, x, weight, sizes_E)
         return y if bias is None else y + rounded(bias, compute_dtype)[sorted_RC]
 
     rows = x_RD[order_RC // C]
-    gate, up = product(rows, experts.gate_EDF, experts.gate_bias_EF), product(rows, experts.up_EDF, experts.up_bias_EF)
+    gate, up = (
+        product(rows, experts.gate_EDF, experts.gate_bias_EF),
+        product(rows, experts.up_EDF, experts.up_bias_EF),
+    )
     out = product(gated(activation, limit, gate, up), experts.down_EFD, experts.down_bias_ED)
-    out_RCD = jnp.where(own_RC[:, None], out[jnp.argsort(order_RC)], 0.0).reshape(-1, C, x_RD.shape[-1])
+    out_RCD = jnp.where(own_RC[:, None], out[jnp.argsort(order_RC)], 0.0).reshape(
+        -1, C, x_RD.shape[-1]
+    )
     return jnp.einsum("RCD,RC->RD", out_RCD, weights_BTC.reshape(-1, C)).reshape(x_BTD.shape)

@@ -1,0 +1,1 @@
+"""Memory, time and compiled programs of a run, before a machine is rented."""

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 
-from jaxdpo.config import Config
-from jaxdpo.planning.ahead import Compiled, gib
+from jaxdpo.config.schema import Config
+from jaxdpo.planning.aot_compile import Compiled, gib
+from jaxdpo.planning.machines import Topology
 from jaxdpo.planning.search import Choice, remedy
 from jaxdpo.planning.target import Target
-from jaxdpo.planning.topologies import Topology
 
 SHOWN = 5
 
 
-def describe(choice: Choice, machine: Topology, *, pairs: int, price: float | None, efficiency: float) -> Iterator[str]:
+def describe(
+    choice: Choice, machine: Topology, *, pairs: int, price: float | None, efficiency: float
+) -> Iterator[str]:
     """What is planned, its memory by part, and its speed."""
     program, chip = choice.program, machine.chip
     trained, every = program.weights.num_trained(), program.weights.num_all()
@@ -28,16 +30,22 @@ def describe(choice: Choice, machine: Topology, *, pairs: int, price: float | No
     for name, size in choice.memory.parts.items():
         yield f"  {name:26}{gib(size):>12}"
     verdict = "fits" if choice.fits else "does NOT fit"
-    yield from (f"  {name + ' (host)':26}{gib(size):>12}" for name, size in choice.memory.waiting.items())
+    yield from (
+        f"  {name + ' (host)':26}{gib(size):>12}" for name, size in choice.memory.waiting.items()
+    )
     yield f"  {'at most (' + choice.memory.worst + ')':26}{gib(choice.memory.peak):>12}  {verdict} into {gib(chip.memory)}"
     yield ""
     yield from _speed(choice, machine, pairs, price, efficiency)
 
 
-def _speed(choice: Choice, machine: Topology, pairs: int, price: float | None, efficiency: float) -> Iterator[str]:
+def _speed(
+    choice: Choice, machine: Topology, pairs: int, price: float | None, efficiency: float
+) -> Iterator[str]:
     speed, count = choice.speed, len(choice.rows.lengths)
     yield f"useful work of a step: {speed.useful / 1e12:.3g} TFLOP"
-    sent = ", ".join(f"{axis} {size / 1e9:.3g} GB" for axis, size in speed.sent.items()) or "nothing"
+    sent = (
+        ", ".join(f"{axis} {size / 1e9:.3g} GB" for axis, size in speed.sent.items()) or "nothing"
+    )
     yield f"sent by a device: {sent}"
     if speed.waited:
         parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in speed.waited.items())
@@ -62,7 +70,9 @@ def describe_compiled(compiled: Compiled, choice: Choice, machine: Topology) -> 
     off = choice.memory.peak / compiled.peak - 1
     yield f"compiled ahead of time: {gib(compiled.peak)} of a device at most, {verdict} into {limit} (the estimate is {off:+.0%} off)"
     yield f"  state, reference and batch: {gib(compiled.arguments)}"
-    if machine.chip.platform == "tpu":  # whose compiler turns collectives into parts of loops, and tells no counts of those
+    if (
+        machine.chip.platform == "tpu"
+    ):  # whose compiler turns collectives into parts of loops, and tells no counts of those
         return
     for kind in sorted({one.kind for one in compiled.collectives}):
         mine = [one for one in compiled.collectives if one.kind == kind]
@@ -81,7 +91,9 @@ def describe_search(found: Sequence[Choice], machine: Topology) -> Iterator[str]
     yield f"recommended: {found[0].options}"
 
 
-def describe_remedy(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> Iterator[str]:
+def describe_remedy(
+    target: Target, config: Config, pair_tokens: tuple[int, int, int]
+) -> Iterator[str]:
     """What would fit where no setting does."""
     found = remedy(target, config, pair_tokens)
     if found is None:

@@ -5,13 +5,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from jaxdpo.config import Config
+from jaxdpo.config.schema import Config
+from jaxdpo.distributed.sharding import Shape, all_shapes, num_row_shards
+from jaxdpo.planning.batch_shapes import Rows
 from jaxdpo.planning.memory import Memory, estimate
-from jaxdpo.planning.rows import Rows
-from jaxdpo.planning.speed import Speed, roofline
+from jaxdpo.planning.roofline import Speed, roofline
 from jaxdpo.planning.target import Target
-from jaxdpo.program import Program
-from jaxdpo.sharding import Shape, all_shapes, num_row_shards
+from jaxdpo.training.program import Program
 
 T = TypeVar("T")
 
@@ -41,7 +41,12 @@ class Choice:
             ValueError: the mesh or an option does not fit the machine or the model.
         """
         program = target.program(config)
-        rows = Rows.filled(program.config.data, pair_tokens, config.train.pairs_per_step, num_row_shards(program.mesh))
+        rows = Rows.filled(
+            program.config.data,
+            pair_tokens,
+            config.train.pairs_per_step,
+            num_row_shards(program.mesh),
+        )
         return cls.with_rows(target, config, program, rows)
 
     @classmethod
@@ -56,13 +61,21 @@ class Choice:
         """What was chosen, as options of the command line."""
         sizes = dataclasses.asdict(self.config.mesh) | {"data": self.program.mesh.shape["data"]}
         mesh = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1 or axis == "data"]
-        return " ".join([*mesh, f"model.remat={self.config.model.remat}", f"data.max_row_tokens={self.config.data.max_row_tokens}"])
+        return " ".join(
+            [
+                *mesh,
+                f"model.remat={self.config.model.remat}",
+                f"data.max_row_tokens={self.config.data.max_row_tokens}",
+            ]
+        )
 
 
 def search(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> list[Choice]:
     """All settings that fit with room for the estimate's error, fastest first; of equally fast ones those that take less memory."""
     room = ROOM * target.topology.chip.memory
-    found = [choice for choice in choices(target, config, pair_tokens) if choice.memory.peak <= room]
+    found = [
+        choice for choice in choices(target, config, pair_tokens) if choice.memory.peak <= room
+    ]
     return sorted(found, key=lambda choice: (round(choice.speed.seconds, 4), choice.memory.peak))
 
 
@@ -79,37 +92,63 @@ def choices(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -
         for remat, size in itertools.product(remats, sizes):
             options = changed(program.options, forward={"remat": remat})
             section = dataclasses.replace(program.config.data, max_row_tokens=size)
-            rows = Rows.filled(section, pair_tokens, config.train.pairs_per_step, num_row_shards(program.mesh))
-            asked = changed(config, mesh=mesh, model={"remat": remat}, data={"max_row_tokens": size})
-            yield Choice.with_rows(target, asked, dataclasses.replace(program, options=options), rows)
+            rows = Rows.filled(
+                section, pair_tokens, config.train.pairs_per_step, num_row_shards(program.mesh)
+            )
+            asked = changed(
+                config, mesh=mesh, model={"remat": remat}, data={"max_row_tokens": size}
+            )
+            yield Choice.with_rows(
+                target, asked, dataclasses.replace(program, options=options), rows
+            )
 
 
 def _meshes(target: Target) -> Iterator[Shape]:
     model = target.model
     for shape in all_shapes(target.topology.num_chips):
         expert, tensor = shape["expert"], shape["tensor"]
-        divides = model.num_kv_heads % tensor == 0 and (expert == 1 or (model.num_experts and model.num_experts % expert == 0))
-        if divides and shape["context"] <= LARGEST_CONTEXT and tensor <= target.topology.chip.per_host:
+        divides = model.num_kv_heads % tensor == 0 and (
+            expert == 1 or (model.num_experts and model.num_experts % expert == 0)
+        )
+        if (
+            divides
+            and shape["context"] <= LARGEST_CONTEXT
+            and tensor <= target.topology.chip.per_host
+        ):
             yield shape
 
 
 REMEDIES: dict[str, dict[str, Any]] = {
     "reference=cached": {"reference": "cached"},
     "optim.moments_dtype=bfloat16": {"optim": {"moments_dtype": "bfloat16"}},
-    "reference=cached optim.moments_dtype=bfloat16": {"reference": "cached", "optim": {"moments_dtype": "bfloat16"}},
-    "reference=cached train.offload=[moments]": {"reference": "cached", "train": {"offload": ["moments"]}},
+    "reference=cached optim.moments_dtype=bfloat16": {
+        "reference": "cached",
+        "optim": {"moments_dtype": "bfloat16"},
+    },
+    "reference=cached train.offload=[moments]": {
+        "reference": "cached",
+        "train": {"offload": ["moments"]},
+    },
     "lora.rank=16": {"reference": "auto", "lora": {"rank": 16}},
-    "lora.rank=16 model.quantize=nf4": {"reference": "auto", "lora": {"rank": 16}, "model": {"quantize": "nf4"}},
+    "lora.rank=16 model.quantize=nf4": {
+        "reference": "auto",
+        "lora": {"rank": 16},
+        "model": {"quantize": "nf4"},
+    },
 }
 """What makes a run smaller, from what changes it least to what changes it most."""
 
 
-def remedy(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> tuple[str, Choice] | None:
+def remedy(
+    target: Target, config: Config, pair_tokens: tuple[int, int, int]
+) -> tuple[str, Choice] | None:
     """The mildest of REMEDIES with which something fits, and the fastest way to run it; None where none helps."""
     for name, change in REMEDIES.items():
         if config.lora.enabled and "reference" in change and "lora" not in change:
             continue
-        if "reference" in change and "reference" in config.train.offload:  # there will be none to wait
+        if (
+            "reference" in change and "reference" in config.train.offload
+        ):  # there will be none to wait
             stays = [what for what in config.train.offload if what != "reference"]
             change = {"train": {"offload": stays}} | change
             name += "" if "train.offload" in name else f" train.offload=[{','.join(stays)}]"
@@ -120,5 +159,8 @@ def remedy(target: Target, config: Config, pair_tokens: tuple[int, int, int]) ->
 
 def changed(config: T, **changes: Any) -> T:
     """A tree of dataclasses with other values: of its own fields, or of fields of its sections."""
-    fields = {name: dataclasses.replace(getattr(config, name), **new) if isinstance(new, dict) else new for name, new in changes.items()}
+    fields = {
+        name: dataclasses.replace(getattr(config, name), **new) if isinstance(new, dict) else new
+        for name, new in changes.items()
+    }
     return dataclasses.replace(config, **fields)  # type: ignore[type-var]

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxdpo.config import Config
+from jaxdpo.config.schema import Config
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.hfconfig import from_hf
-from jaxdpo.planning.topologies import Topology
-from jaxdpo.program import Program
-from jaxdpo.settle import settle_for
+from jaxdpo.models.hf.config_json import from_hf
+from jaxdpo.planning.machines import Topology
+from jaxdpo.training.program import Program
+from jaxdpo.training.resolve import settle_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,14 @@ class Target:
     def stand_ins(self) -> list[Any]:
         """The machine's devices, in name only."""
         machine, chip = self.topology, self.topology.chip
-        each, per_host = machine.num_chips // machine.num_slices, machine.num_chips // machine.num_hosts
-        return [StandIn(i, chip.platform, chip.kind, i // per_host, i // each) for i in range(machine.num_chips)]
+        each, per_host = (
+            machine.num_chips // machine.num_slices,
+            machine.num_chips // machine.num_hosts,
+        )
+        return [
+            StandIn(i, chip.platform, chip.kind, i // per_host, i // each)
+            for i in range(machine.num_chips)
+        ]
 
     def program(self, config: Config, devices: Sequence[Any] | None = None) -> Program:
         """The run's program on these devices; by default on stand-ins.
@@ -56,6 +62,15 @@ class Target:
         """
         settled = settle_for(config, self.model, self.raw, devices or self.stand_ins())
         here = settled.config
-        placed = here if devices else dataclasses.replace(here, train=dataclasses.replace(here.train, offload=[]))
-        program = Program.of(settled._replace(config=placed), self.model, Path(), total_steps=config.train.steps or 1000)
+        placed = (
+            here
+            if devices
+            else dataclasses.replace(here, train=dataclasses.replace(here.train, offload=[]))
+        )
+        program = Program.of(
+            settled._replace(config=placed),
+            self.model,
+            Path(),
+            total_steps=config.train.steps or 1000,
+        )
         return dataclasses.replace(program, config=here)

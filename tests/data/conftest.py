@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
@@ -22,7 +30,9 @@ CHATML = (
 
 
 def _train(tokenizer: Tokenizer, special: list[str], alphabet: list[str]) -> Tokenizer:
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False)  # type: ignore[call-arg]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )  # type: ignore[call-arg]
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
     return tokenizer
 
@@ -51,18 +61,29 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     spec = json.loads(pieces.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in special]
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )  # type: ignore[assignment]
     tokenizer.decoder = decoders.Sequence(  # type: ignore[assignment]
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with a ChatML template that writes its own beginning-of-text token."""
     special = ["<|begin|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_byte_level(special), bos_token="<|begin|>", eos_token="<|im_end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level(special), bos_token="<|begin|>", eos_token="<|im_end|>"
+    )
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -72,7 +93,11 @@ def write(tmp_path: Path) -> Callable[..., str]:
     """write(name, rows) puts rows into a JSON lines file (or bytes as they are) and returns its path."""
 
     def put(name: str, content: list[Any] | bytes) -> str:
-        data = content if isinstance(content, bytes) else b"".join(json.dumps(row).encode() + b"\n" for row in content)
+        data = (
+            content
+            if isinstance(content, bytes)
+            else b"".join(json.dumps(row).encode() + b"\n" for row in content)
+        )
         (tmp_path / name).write_bytes(data)
         return str(tmp_path / name)
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxdpo.config import DataSection
-from jaxdpo.data.records import DataReport, Dropped, Message, Preference
-from jaxdpo.data.rows import Parser
+from jaxdpo.config.schema import DataSection
+from jaxdpo.data.formats.common import Parser
+from jaxdpo.data.formats.records import DataReport, Dropped, Message, Preference
 from jaxdpo.data.sources import read_set
 
 Write = Callable[..., str]
@@ -20,8 +20,13 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def hh(*answers: str, prompt: str = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?") -> dict[str, str]:
-    return {name: f"{prompt}\n\nAssistant:{answer}" for name, answer in zip(("chosen", "rejected"), answers, strict=True)}
+def hh(
+    *answers: str, prompt: str = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?"
+) -> dict[str, str]:
+    return {
+        name: f"{prompt}\n\nAssistant:{answer}"
+        for name, answer in zip(("chosen", "rejected"), answers, strict=True)
+    }
 
 
 def outcomes(parse: Parser, row: dict[str, Any], **options: Any) -> list[Preference | Dropped]:
@@ -35,9 +40,15 @@ def one(parse: Parser, row: dict[str, Any], **options: Any) -> Preference | Drop
 
 def pairs(found: list[Preference | Dropped]) -> list[tuple[str, str]]:
     """The texts of the answers of every pair."""
-    return [tuple(a if isinstance(a, str) else a[0].content for a in (p.chosen, p.rejected)) for p in found if isinstance(p, Preference)]  # type: ignore[misc]
+    return [
+        tuple(a if isinstance(a, str) else a[0].content for a in (p.chosen, p.rejected))
+        for p in found
+        if isinstance(p, Preference)
+    ]  # type: ignore[misc]
 
 
-def collect(text: str, option: str = "data.train", **options: Any) -> tuple[DataReport, list[Preference]]:
+def collect(
+    text: str, option: str = "data.train", **options: Any
+) -> tuple[DataReport, list[Preference]]:
     report, records = read_set(text, DataSection(**options), option)
     return report, list(records)

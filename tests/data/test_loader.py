@@ -4,17 +4,21 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxdpo.config import DataSection
+from jaxdpo.config.schema import DataSection
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.packing import balance
-from jaxdpo.data.table import PairTable
+from jaxdpo.data.pair_table import PairTable
 from tests.tiny import pair, pairs
 
 
-def loader(count: int = 10, *, pairs_per_step: int = 4, num_rows: int = 1, seed: int = 0, **options: object) -> Loader:
+def loader(
+    count: int = 10, *, pairs_per_step: int = 4, num_rows: int = 1, seed: int = 0, **options: object
+) -> Loader:
     section = DataSection(**{"max_length": 100, "max_row_tokens": 256, **options})  # type: ignore[arg-type]
     table = PairTable.from_pairs(pairs(count))
-    return Loader.create(table, section, pairs_per_step=pairs_per_step, num_rows=num_rows, seed=seed)
+    return Loader.create(
+        table, section, pairs_per_step=pairs_per_step, num_rows=num_rows, seed=seed
+    )
 
 
 def seen(some: Loader, steps: range) -> list[int]:
@@ -26,7 +30,10 @@ def test_an_epoch_visits_every_pair_once_and_its_last_step_holds_the_rest() -> N
     assert some.steps_per_epoch == 3
     assert [len(some.pairs_of(step)) for step in range(1, 7)] == [4, 4, 2, 4, 4, 2]
     first, second = seen(some, range(1, 4)), seen(some, range(4, 7))
-    assert sorted(first) == sorted(second) == list(range(10)) and first != second != list(range(10)) != first
+    assert (
+        sorted(first) == sorted(second) == list(range(10))
+        and first != second != list(range(10)) != first
+    )
 
 
 def test_the_order_follows_from_the_seed_alone() -> None:
@@ -64,8 +71,12 @@ def test_a_batch_holds_exactly_the_pairs_of_its_step(layout: str, num_rows: int)
         assert sorted(index) == list(range(len(chosen)))
         lengths = batch.lengths_MBP2[batch.index_MBP >= 0][np.argsort(index)]
         assert lengths.tolist() == some.table.lengths[chosen, 1:].tolist()
-        assert batch.index_MBP.shape[2] == 4  # places do not follow the step's pairs: one program for the short last step too
-        assert some.num_tokens(step) == np.sum(batch.tokens_MBT != 0)  # the ids of these pairs are never 0
+        assert (
+            batch.index_MBP.shape[2] == 4
+        )  # places do not follow the step's pairs: one program for the short last step too
+        assert some.num_tokens(step) == np.sum(
+            batch.tokens_MBT != 0
+        )  # the ids of these pairs are never 0
         assert batch.tokens_MBT.shape[2] in some.packer.row_sizes
 
 
@@ -78,7 +89,9 @@ def test_row_lengths_suit_the_pairs() -> None:
     assert set(taken) == set(sizes[:-1])  # the longest is only there for pairs yet to come
 
 
-def test_every_step_fits_the_row_lengths_although_only_some_were_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_fits_the_row_lengths_although_only_some_were_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("jaxdpo.data.loader.SAMPLED_STEPS", 2)
     some = loader(30, pairs_per_step=3, row_sizes=2)
     for step in range(1, 21):
@@ -94,11 +107,18 @@ def test_pairs_too_long_for_a_row_are_refused_at_once() -> None:
 
 
 def test_weights_and_ids_reach_the_batch() -> None:
-    weighted = [dataclasses.replace(one, weight=weight) for one, weight in zip(pairs(3), (0.5, 2.0, 1.0), strict=True)]
+    weighted = [
+        dataclasses.replace(one, weight=weight)
+        for one, weight in zip(pairs(3), (0.5, 2.0, 1.0), strict=True)
+    ]
     section = DataSection(max_length=100, max_row_tokens=256, shuffle=False)
-    some = Loader.create(PairTable.from_pairs(weighted), section, pairs_per_step=3, num_rows=1, seed=0)
+    some = Loader.create(
+        PairTable.from_pairs(weighted), section, pairs_per_step=3, num_rows=1, seed=0
+    )
     batch = some.batch(1)
-    by_place = dict(zip(batch.index_MBP.ravel().tolist(), batch.weights_MBP.ravel().tolist(), strict=True))
+    by_place = dict(
+        zip(batch.index_MBP.ravel().tolist(), batch.weights_MBP.ravel().tolist(), strict=True)
+    )
     assert [by_place[i] for i in range(3)] == [0.5, 2.0, 1.0]
 
 
@@ -110,13 +130,20 @@ def test_a_thousand_epochs_use_a_thousand_orders() -> None:
 
 def mixed(mix: list[float], **options: object) -> Loader:
     """A loader of a set of 30 pairs (places 0 to 29) and one of 10."""
-    section = DataSection(**{"max_length": 100, "max_row_tokens": 256, "train": ["a", "b"], "mix": mix, **options})  # type: ignore[arg-type]
+    section = DataSection(
+        **{"max_length": 100, "max_row_tokens": 256, "train": ["a", "b"], "mix": mix, **options}
+    )  # type: ignore[arg-type]
     both = [dataclasses.replace(some, source=int(i >= 30)) for i, some in enumerate(pairs(40))]
     return Loader.create(PairTable.from_pairs(both), section, pairs_per_step=8, num_rows=1, seed=0)
 
 
-@pytest.mark.parametrize(("mix", "visits"), [([1, 1], (20, 20)), ([3, 1], (30, 10)), ([9, 1], (36, 4)), ([0.5, 1], (13, 27))])
-def test_a_mix_gives_each_set_its_share_of_every_epoch(mix: list[float], visits: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("mix", "visits"),
+    [([1, 1], (20, 20)), ([3, 1], (30, 10)), ([9, 1], (36, 4)), ([0.5, 1], (13, 27))],
+)
+def test_a_mix_gives_each_set_its_share_of_every_epoch(
+    mix: list[float], visits: tuple[int, int]
+) -> None:
     some = mixed(mix)
     assert some.steps_per_epoch == 5
     for epoch in range(3):
@@ -129,7 +156,9 @@ def test_a_mixed_set_goes_on_where_the_last_epoch_stopped() -> None:
     first, second = places[places < 30], places[places >= 30]
     assert np.bincount(first).tolist() == [2] * 30, "three epochs of 20 are two passes over 30"
     assert np.bincount(second)[30:].tolist() == [6] * 10
-    assert len(set(first[:20])) == 20 and set(first[:40]) == set(range(30)), "the second epoch sees first what the first one did not"
+    assert len(set(first[:20])) == 20 and set(first[:40]) == set(range(30)), (
+        "the second epoch sees first what the first one did not"
+    )
     assert seen(mixed([1, 1]), range(1, 16)) == places.tolist() != seen(mixed([3, 1]), range(1, 16))
 
 
@@ -140,7 +169,9 @@ def test_a_mix_without_shuffling_spreads_each_set_evenly() -> None:
 
 def test_a_mix_of_a_set_without_pairs_is_refused() -> None:
     section = DataSection(max_length=100, max_row_tokens=256, train=["a", "b"], mix=[1, 2])
-    with pytest.raises(ValueError, match=r"data\.mix=\[1, 2\]: set 2 of data\.train has no training pair"):
+    with pytest.raises(
+        ValueError, match=r"data\.mix=\[1, 2\]: set 2 of data\.train has no training pair"
+    ):
         Loader.create(PairTable.from_pairs(pairs(4)), section, pairs_per_step=4, num_rows=1, seed=0)
 
 
@@ -154,12 +185,22 @@ def test_hosts_read_disjoint_parts_of_the_steps_pairs_in_every_epoch(hosts: int)
 
     whole, share = feeding(None), 4 // hosts
     parts = [feeding(frozenset(range(host * share, (host + 1) * share))) for host in range(hosts)]
-    for step in (1, 5, whole.steps_per_epoch + 3):  # the last is in epoch 2: a loader that starts there needs nothing from before
+    for step in (
+        1,
+        5,
+        whole.steps_per_epoch + 3,
+    ):  # the last is in epoch 2: a loader that starts there needs nothing from before
         batch, fed = whole.batch(step), [part.batch(step) for part in parts]
         for name, array in batch._asdict().items():
             together = np.concatenate(
-                [getattr(one, name)[:, sorted(part.mine or ())] for one, part in zip(fed, parts, strict=True)], axis=1
+                [
+                    getattr(one, name)[:, sorted(part.mine or ())]
+                    for one, part in zip(fed, parts, strict=True)
+                ],
+                axis=1,
             )
             np.testing.assert_array_equal(together, array, err_msg=name)
         places = [one.index_MBP[one.lengths_MBP2[..., 0] > 0].tolist() for one in fed]
-        assert sorted(itertools.chain(*places)) == list(range(len(whole.pairs_of(step)))), "disjoint, and all of them"
+        assert sorted(itertools.chain(*places)) == list(range(len(whole.pairs_of(step)))), (
+            "disjoint, and all of them"
+        )

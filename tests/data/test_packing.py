@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdpo.data.packing import SLOT_MULTIPLE, Batch, Packer, balance, choose_row_sizes, pair_slots
-from jaxdpo.data.table import EncodedPair
+from jaxdpo.data.pair_table import EncodedPair
 from tests.tiny import pair, pairs
 
 LAYOUTS = ("shared", "separate")
@@ -36,7 +36,9 @@ def check_row(row: Batch, some: list[EncodedPair], layout: str) -> list[int]:
             assert row.weights_MBP[place] == 0 and not row.lengths_MBP2[place].any()
             continue
         mine = some[index]
-        assert row.weights_MBP[place] == np.float32(mine.weight) and row.margins_MBP[place] == np.float32(mine.margin)
+        assert row.weights_MBP[place] == np.float32(mine.weight) and row.margins_MBP[
+            place
+        ] == np.float32(mine.margin)
         assert row.lengths_MBP2[place].tolist() == [mask.sum() for _, mask in mine.answers]
         shorter = row.lengths_MBP2[place].min()
         for side, (answer, mask) in enumerate(mine.answers):
@@ -62,31 +64,56 @@ def check_slots(row: Batch, filled: int) -> None:
         if slot < filled:
             assert seen(row, slot)[0] == list(range(row.positions_MBT[slot] + 1))
         else:
-            assert (row.k_start_MBT[slot], row.k_end_MBT[slot]) == (slot, slot + 1) and row.tokens_MBT[slot] == 0
+            assert (row.k_start_MBT[slot], row.k_end_MBT[slot]) == (
+                slot,
+                slot + 1,
+            ) and row.tokens_MBT[slot] == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@given(lengths=st.lists(LENGTHS, min_size=1, max_size=7), num_rows=st.integers(1, 3), spare=st.integers(0, 2), seed=st.integers(0, 99))
+@given(
+    lengths=st.lists(LENGTHS, min_size=1, max_size=7),
+    num_rows=st.integers(1, 3),
+    spare=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=60, deadline=None)
 def test_every_scored_token_is_predicted_from_exactly_what_comes_before_it(
     layout: str, lengths: list[tuple[int, int, int]], num_rows: int, spare: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    some = [pair(*sizes, rng=rng, weight=float(rng.random() + 0.5), margin=float(rng.random())) for sizes in lengths]
-    masked = [dataclasses.replace(item, rejected_scored=rng.random(len(item.rejected_ids)) < 0.6) for item in some]
+    some = [
+        pair(*sizes, rng=rng, weight=float(rng.random() + 0.5), margin=float(rng.random()))
+        for sizes in lengths
+    ]
+    masked = [
+        dataclasses.replace(item, rejected_scored=rng.random(len(item.rejected_ids)) < 0.6)
+        for item in some
+    ]
     some = [item if seed % 2 else other for item, other in zip(some, masked, strict=True)]
-    packer = Packer(layout=layout, num_rows=num_rows, row_sizes=(64, 120), num_places=len(some) + spare)
+    packer = Packer(
+        layout=layout, num_rows=num_rows, row_sizes=(64, 120), num_places=len(some) + spare
+    )
     batch = packer(some)
     assert batch.tokens_MBT.shape[1] == num_rows and batch.tokens_MBT.shape[2] in (64, 120)
     floats = ("weights_MBP", "margins_MBP")
-    assert all(array.dtype == (np.float32 if name in floats else np.int32) for name, array in batch._asdict().items())
+    assert all(
+        array.dtype == (np.float32 if name in floats else np.int32)
+        for name, array in batch._asdict().items()
+    )
     found = [index for row in rows_of(batch) for index in check_row(row, some, layout)]
     assert sorted(found) == list(range(len(some)))
 
 
 def test_the_shared_row_written_out() -> None:
-    prompt, chosen, rejected = (np.array(part, np.int32) for part in ([11, 12, 13], [21, 22], [31, 32, 33]))
-    (row,) = rows_of(Packer(layout="shared", num_rows=1, row_sizes=(10,), num_places=1)([EncodedPair(prompt, chosen, rejected)]))
+    prompt, chosen, rejected = (
+        np.array(part, np.int32) for part in ([11, 12, 13], [21, 22], [31, 32, 33])
+    )
+    (row,) = rows_of(
+        Packer(layout="shared", num_rows=1, row_sizes=(10,), num_places=1)(
+            [EncodedPair(prompt, chosen, rejected)]
+        )
+    )
     assert row.tokens_MBT.tolist() == [22, 21, 11, 12, 13, 31, 32, 33, 0, 0]
     assert row.positions_MBT.tolist() == [4, 3, 0, 1, 2, 3, 4, 5, 0, 0]
     assert row.k_start_MBT.tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 8, 9]
@@ -103,12 +130,19 @@ def test_processes_fill_their_own_rows_and_read_no_other_pair(layout: str) -> No
     whole, taken = packer(some), []
     for own in ({0, 1}, {2}, {3}):
         watched = [Watched(item.prompt_ids) for item in some]
-        reads = [dataclasses.replace(item, prompt_ids=prompt) for item, prompt in zip(some, watched, strict=True)]
+        reads = [
+            dataclasses.replace(item, prompt_ids=prompt)
+            for item, prompt in zip(some, watched, strict=True)
+        ]
         part = packer(reads, own)
         for name, array in part._asdict().items():
             others = array[:, [row for row in range(4) if row not in own]]
-            np.testing.assert_array_equal(array[:, sorted(own)], getattr(whole, name)[:, sorted(own)], err_msg=name)
-            assert name in ("index_MBP", "k_start_MBT", "k_end_MBT", "sides_MBS") or not others.any()
+            np.testing.assert_array_equal(
+                array[:, sorted(own)], getattr(whole, name)[:, sorted(own)], err_msg=name
+            )
+            assert (
+                name in ("index_MBP", "k_start_MBT", "k_end_MBT", "sides_MBS") or not others.any()
+            )
         np.testing.assert_array_equal(part.index_MBP, whole.index_MBP)
         taken.append({i for i, prompt in enumerate(watched) if prompt.read})
     assert sorted(itertools.chain(*taken)) == list(range(24)), "each pair is read by one process"
@@ -133,28 +167,45 @@ def test_a_pair_that_fits_no_row_is_an_error(layout: str, slots: int) -> None:
     exact = Packer(layout=layout, num_rows=1, row_sizes=(slots,), num_places=1)
     assert exact([pair(5, 7, 9)]).tokens_MBT.shape == (1, 1, slots)
     short = Packer(layout=layout, num_rows=1, row_sizes=(slots - 1,), num_places=1)
-    with pytest.raises(ValueError, match=rf"data.max_row_tokens={slots - 1}: a pair needs {slots} slots"):
+    with pytest.raises(
+        ValueError, match=rf"data.max_row_tokens={slots - 1}: a pair needs {slots} slots"
+    ):
         short([pair(5, 7, 9)])
 
 
 def test_the_row_length_is_the_shortest_that_holds_the_fullest_row() -> None:
     packer = Packer(layout="shared", num_rows=1, row_sizes=(64, 128, 256), num_places=8)
-    assert [packer([pair(10, size, 10)]).tokens_MBT.shape for size in (44, 45, 109)] == [(1, 1, 64), (1, 1, 128), (1, 1, 256)]
+    assert [packer([pair(10, size, 10)]).tokens_MBT.shape for size in (44, 45, 109)] == [
+        (1, 1, 64),
+        (1, 1, 128),
+        (1, 1, 256),
+    ]
 
 
 def test_more_tokens_than_a_pass_holds_take_more_microbatches() -> None:
     some = pairs(9, low=18, high=21)
-    shapes = [Packer(layout="shared", num_rows=n, row_sizes=(128,), num_places=9)(some).tokens_MBT.shape for n in (1, 2, 4)]
+    shapes = [
+        Packer(layout="shared", num_rows=n, row_sizes=(128,), num_places=9)(some).tokens_MBT.shape
+        for n in (1, 2, 4)
+    ]
     assert shapes == [(5, 1, 128), (3, 2, 128), (2, 4, 128)]
 
 
-@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), num_rows=st.integers(1, 5), max_slots=st.integers(50, 120))
-def test_balance_keeps_every_item_and_every_limit(sizes: list[int], num_rows: int, max_slots: int) -> None:
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    num_rows=st.integers(1, 5),
+    max_slots=st.integers(50, 120),
+)
+def test_balance_keeps_every_item_and_every_limit(
+    sizes: list[int], num_rows: int, max_slots: int
+) -> None:
     rows = balance(sizes, num_rows, max_slots)
     loads = [sum(sizes[i] for i in row) for row in rows]
     assert sorted(itertools.chain(*rows)) == list(range(len(sizes)))
     assert len(rows) % num_rows == 0 and max(loads) <= max_slots
-    assert max(loads) - min(loads) <= max(sizes)  # longest first: no row is ahead by more than one item
+    assert max(loads) - min(loads) <= max(
+        sizes
+    )  # longest first: no row is ahead by more than one item
     assert rows == balance(sizes, num_rows, max_slots)
     fewer = len(rows) - num_rows
     if fewer:  # one microbatch less would not have held them, laid out in this way or in any
@@ -172,7 +223,11 @@ def slots_taken(loads: list[int], sizes: tuple[int, ...]) -> int:
     return sum(min(size for size in sizes if size >= load) for load in loads)
 
 
-@given(loads=st.lists(st.integers(1, 500), min_size=1, max_size=12), count=st.integers(1, 4), longest=st.sampled_from([500, 512, 700]))
+@given(
+    loads=st.lists(st.integers(1, 500), min_size=1, max_size=12),
+    count=st.integers(1, 4),
+    longest=st.sampled_from([500, 512, 700]),
+)
 @settings(deadline=None)
 def test_no_other_row_lengths_waste_less(loads: list[int], count: int, longest: int) -> None:
     sizes = choose_row_sizes(loads, count, longest)
@@ -180,4 +235,6 @@ def test_no_other_row_lengths_waste_less(loads: list[int], count: int, longest: 
     below = range(SLOT_MULTIPLE, longest, SLOT_MULTIPLE)
     assert set(sizes[:-1]) <= set(below)
     others = (combination for n in range(count) for combination in itertools.combinations(below, n))
-    assert slots_taken(loads, sizes) == min(slots_taken(loads, (*other, longest)) for other in others)
+    assert slots_taken(loads, sizes) == min(
+        slots_taken(loads, (*other, longest)) for other in others
+    )

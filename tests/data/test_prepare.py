@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.config import DataSection
-from jaxdpo.data.chat import load_tokenizer
+from jaxdpo.config.schema import DataSection
 from jaxdpo.data.prepare import prepare, split_by_prompt, summary
+from jaxdpo.data.tokenize import load_tokenizer
 
 Write = Callable[..., str]
 
@@ -22,7 +22,10 @@ def options(**values: object) -> DataSection:
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, str]]:
-    return [{"prompt": f"Question {i // 2}?", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(start, start + count)]
+    return [
+        {"prompt": f"Question {i // 2}?", "chosen": f" good {i}", "rejected": f" bad {i}"}
+        for i in range(start, start + count)
+    ]
 
 
 def test_read_split_encode_report(write: Write, byte_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -30,18 +33,31 @@ def test_read_split_encode_report(write: Write, byte_tokenizer: PreTrainedTokeni
     done = prepare(options(train=[path], eval_fraction=0.3), byte_tokenizer, 1000)
     assert len(done.train) + len(done.eval) == 100 and 15 < len(done.eval) < 45
     assert not set(done.train.prompt_keys) & set(done.eval.prompt_keys)
-    assert sorted([*done.train.ids, *done.eval.ids], key=lambda name: int(name.split(":")[1])) == [f"a.jsonl:{i}" for i in range(1, 101)]
+    assert sorted([*done.train.ids, *done.eval.ids], key=lambda name: int(name.split(":")[1])) == [
+        f"a.jsonl:{i}" for i in range(1, 101)
+    ]
     report = json.loads(json.dumps(done.report))
-    assert report["sets"]["train"][0]["dropped"] == {"empty answer": {"count": 1, "examples": ["a.jsonl:101"]}}
+    assert report["sets"]["train"][0]["dropped"] == {
+        "empty answer": {"count": 1, "examples": ["a.jsonl:101"]}
+    }
     assert report["sets"]["train"][0]["kept"] == 100 and report["sets"]["eval"] == []
     assert report["train"]["pairs"] == len(done.train) and report["eval"]["pairs"] == len(done.eval)
-    assert report["train"]["ended"] == 1 and report["shared_prompts"] == 0 and report["warnings"] == []
+    assert (
+        report["train"]["ended"] == 1 and report["shared_prompts"] == 0 and report["warnings"] == []
+    )
     lines = summary(done.report)
-    assert len(lines) == 3 and "101 rows read, 100 parsed, 100 kept; dropped 1 (1 empty answer)" in lines[0]
-    assert lines[1].startswith(f"train: {len(done.train)} pairs of ") and lines[2].startswith("eval: ")
+    assert (
+        len(lines) == 3
+        and "101 rows read, 100 parsed, 100 kept; dropped 1 (1 empty answer)" in lines[0]
+    )
+    assert lines[1].startswith(f"train: {len(done.train)} pairs of ") and lines[2].startswith(
+        "eval: "
+    )
 
 
-def test_the_same_rows_give_the_same_tables(write: Write, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_same_rows_give_the_same_tables(
+    write: Write, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
     section = options(train=[write("a.jsonl", rows(1100))])
     first, second = (prepare(section, byte_tokenizer, 1000) for _ in range(2))
     assert first.report == second.report and first.train.fingerprint() == second.train.fingerprint()
@@ -54,43 +70,78 @@ def test_given_validation_sets_and_a_shared_prompt(
     section = options(train=train, eval=[write("c.jsonl", rows(6, 12))], overlap="keep")
     done = prepare(section, byte_tokenizer, 1000)
     assert (len(done.train), len(done.eval)) == (14, 6)
-    assert [item["rows_read"] for item in done.report["sets"]["train"]] == [10, 4] and done.report["shared_prompts"] == 1
-    assert "1 validation prompts are in the training sets too" in caplog.text and caplog.records[-1].levelno == logging.WARNING
+    assert [item["rows_read"] for item in done.report["sets"]["train"]] == [10, 4] and done.report[
+        "shared_prompts"
+    ] == 1
+    assert (
+        "1 validation prompts are in the training sets too" in caplog.text
+        and caplog.records[-1].levelno == logging.WARNING
+    )
 
 
-def test_too_many_unusable_rows_stop_the_run(write: Write, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_too_many_unusable_rows_stop_the_run(
+    write: Write, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
     path = write("a.jsonl", [*rows(7), *({"prompt": "q", "chosen": "a", "rejected": "a"},) * 3])
-    assert len(prepare(options(train=[path], max_dropped_fraction=0.3), byte_tokenizer, 1000).train) > 0
+    assert (
+        len(prepare(options(train=[path], max_dropped_fraction=0.3), byte_tokenizer, 1000).train)
+        > 0
+    )
     with pytest.raises(
-        ValueError, match=r"30\.0% of the pairs are unusable, more than data\.max_dropped_fraction=0\.2\. .*3 identical answers"
+        ValueError,
+        match=r"30\.0% of the pairs are unusable, more than data\.max_dropped_fraction=0\.2\. .*3 identical answers",
     ):
         prepare(options(train=[path], max_dropped_fraction=0.2), byte_tokenizer, 1000)
     section = options(
-        train=[write("b.jsonl", rows(5))], eval=[path + ":7", write("c.jsonl", [{"prompt": "q", "chosen": "a", "rejected": ""}])]
+        train=[write("b.jsonl", rows(5))],
+        eval=[path + ":7", write("c.jsonl", [{"prompt": "q", "chosen": "a", "rejected": ""}])],
     )
-    with pytest.raises(ValueError, match=r"^data\.eval=.*c\.jsonl: no usable pair is left\. .*1 rows read.*1 empty answer"):
+    with pytest.raises(
+        ValueError,
+        match=r"^data\.eval=.*c\.jsonl: no usable pair is left\. .*1 rows read.*1 empty answer",
+    ):
         prepare(section, byte_tokenizer, 1000)
 
 
-def test_a_model_without_rows_for_the_tokenizer_is_refused(write: Write, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_model_without_rows_for_the_tokenizer_is_refused(
+    write: Write, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
     with pytest.raises(ValueError, match=r"model\.path: the tokenizer .* vocab_size is 100"):
         prepare(options(train=[write("a.jsonl", rows(5))]), byte_tokenizer, 100)
 
 
 def test_warnings_about_templates_and_special_tokens(
-    write: Write, chat_tokenizer: PreTrainedTokenizerFast, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    write: Write,
+    chat_tokenizer: PreTrainedTokenizerFast,
+    byte_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
 ) -> None:
-    path = write("a.jsonl", [*rows(20), {"prompt": "<|im_start|>user", "chosen": "a", "rejected": "b"}])
-    warnings = prepare(options(train=[path], eval_fraction=0), chat_tokenizer, 1000).report["warnings"]
-    assert ["1 rows spell a special token" in warnings[0], "21 rows are plain strings" in warnings[1]] == [True, True]
-    chats = [{"prompt": [{"role": "user", "content": str(i)}], "chosen": "a", "rejected": "b"} for i in range(5)]
-    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
-    section = options(train=[write("b.jsonl", chats)], eval_fraction=0, chat_template=str(tmp_path / "t.jinja"))
-    with pytest.raises(ValueError, match=r"none of 10 answers ends in an end marker \(0 were cut\).*data\.no_end=keep trains nevertheless"):
-        prepare(section, byte_tokenizer, 1000)
-    assert prepare(dataclasses.replace(section, no_end="keep"), byte_tokenizer, 1000).report["warnings"] == [
-        "train: no answer ends in an end-of-text token, so the model will not learn to stop"
+    path = write(
+        "a.jsonl", [*rows(20), {"prompt": "<|im_start|>user", "chosen": "a", "rejected": "b"}]
+    )
+    warnings = prepare(options(train=[path], eval_fraction=0), chat_tokenizer, 1000).report[
+        "warnings"
     ]
+    assert [
+        "1 rows spell a special token" in warnings[0],
+        "21 rows are plain strings" in warnings[1],
+    ] == [True, True]
+    chats = [
+        {"prompt": [{"role": "user", "content": str(i)}], "chosen": "a", "rejected": "b"}
+        for i in range(5)
+    ]
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    section = options(
+        train=[write("b.jsonl", chats)], eval_fraction=0, chat_template=str(tmp_path / "t.jinja")
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"none of 10 answers ends in an end marker \(0 were cut\).*data\.no_end=keep trains nevertheless",
+    ):
+        prepare(section, byte_tokenizer, 1000)
+    assert prepare(dataclasses.replace(section, no_end="keep"), byte_tokenizer, 1000).report[
+        "warnings"
+    ] == ["train: no answer ends in an end-of-text token, so the model will not learn to stop"]
 
 
 KEYS = st.lists(st.integers(0, 2**64 - 1), max_size=30)
@@ -106,8 +157,13 @@ def test_a_prompt_stays_on_one_side(keys: list[int], more: list[int], fraction: 
         return
     assert mask.any() and not mask.all()
     regular = (old < np.uint64(int(fraction * 2**64))) == mask
-    if regular.all() and (grown := split_by_prompt(both, fraction))[: len(old)].tolist() != mask.tolist():
-        assert (both < np.uint64(int(fraction * 2**64))).tolist() != grown.tolist(), "only a forced side moves"
+    if (
+        regular.all()
+        and (grown := split_by_prompt(both, fraction))[: len(old)].tolist() != mask.tolist()
+    ):
+        assert (both < np.uint64(int(fraction * 2**64))).tolist() != grown.tolist(), (
+            "only a forced side moves"
+        )
 
 
 def test_added_rows_move_no_prompt_and_the_share_is_kept() -> None:
@@ -131,4 +187,7 @@ def test_real_pairs(real_data: Path) -> None:
     }
     assert len(done.train) + len(done.eval) == 2299 and 80 < len(done.eval) < 150
     assert done.report["train"]["chosen_longer"] == pytest.approx(0.44, abs=0.02)
-    assert int(done.train.lengths[:, 0].max()) == 512 and int(done.train.lengths[:, :2].sum(1).max()) <= 1024
+    assert (
+        int(done.train.lengths[:, 0].max()) == 512
+        and int(done.train.lengths[:, :2].sum(1).max()) <= 1024
+    )

@@ -6,28 +6,41 @@ from pathlib import Path
 
 import pytest
 
-from jaxdpo.config import DataSection
-from jaxdpo.data.chat import Encoder, Tokenizer, decode_answer, load_tokenizer
-from jaxdpo.data.records import Dropped, Message, Preference
+from jaxdpo.config.schema import DataSection
+from jaxdpo.data.formats.records import Dropped, Message, Preference
+from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.sources import read_set
-from jaxdpo.data.table import EncodedPair
+from jaxdpo.data.tokenize import Encoder, Tokenizer, decode_answer, load_tokenizer
 from jaxdpo.data.tokens import Words
 
 
 def encoder(tokenizer: Tokenizer, chat_template: str | None = None) -> Encoder:
     """An encoder that cuts nothing."""
-    options = {"max_length": 10**6, "max_prompt_length": 10**5, "max_row_tokens": 2 * 10**6, "chat_template": chat_template}
+    options = {
+        "max_length": 10**6,
+        "max_prompt_length": 10**5,
+        "max_row_tokens": 2 * 10**6,
+        "chat_template": chat_template,
+    }
     return Encoder.create(tokenizer, DataSection(**options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("name", "block"), [("gpt2", "gpt-2"), ("qwen3", "qwen2")])
 def test_published_ids(real_data: Path, name: str, block: str) -> None:
     folder = real_data / "tokenizers" / "_reference_ids"
-    texts = (folder / f"ggml-{block}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
-    expected = [[int(number) for number in line.split()] for line in (folder / f"ggml-{block}.out").read_text().splitlines()]
+    texts = (
+        (folder / f"ggml-{block}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    )
+    expected = [
+        [int(number) for number in line.split()]
+        for line in (folder / f"ggml-{block}.out").read_text().splitlines()
+    ]
     tokenizer = load_tokenizer(str(real_data / "tokenizers" / name))
     found = encoder(tokenizer).token_ids(texts, templated=False)
-    assert len(found) == 47 and found == [*expected, []]  # the last block of the file is the empty text
+    assert len(found) == 47 and found == [
+        *expected,
+        [],
+    ]  # the last block of the file is the empty text
     words = Words.of(tokenizer)
     assert words is not None and words.encode(texts, special=False) == found
 
@@ -35,13 +48,24 @@ def test_published_ids(real_data: Path, name: str, block: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_real_texts_word_by_word(real_data: Path, name: str) -> None:
     tokenizer = load_tokenizer(str(real_data / "tokenizers" / name))
-    words, texts = Words.of(tokenizer), [text for record in hh_records(real_data)[::5] for text in record.texts]
-    assert words is not None and words.encode(texts, special=True) == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    words, texts = (
+        Words.of(tokenizer),
+        [text for record in hh_records(real_data)[::5] for text in record.texts],
+    )
+    assert (
+        words is not None
+        and words.encode(texts, special=True)
+        == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    )
 
 
 @functools.cache
 def hh_records(folder: Path) -> list[Preference]:
-    return list(read_set(str(folder / "hh-rlhf" / "harmless-base-test.jsonl.gz"), DataSection(), "data.train")[1])
+    return list(
+        read_set(
+            str(folder / "hh-rlhf" / "harmless-base-test.jsonl.gz"), DataSection(), "data.train"
+        )[1]
+    )
 
 
 @pytest.mark.parametrize("name", ["models/stories260K", "tokenizers/gpt2"])
@@ -50,12 +74,23 @@ def test_plain_spans_of_real_pairs_decode_to_the_answers(real_data: Path, name: 
     records = hh_records(real_data)[::20]
     pairs = encoder(tokenizer).encode(records)
     for record, pair in zip(records, pairs, strict=True):
-        assert isinstance(pair, EncodedPair) and isinstance(record.chosen[0], Message) and isinstance(record.rejected[0], Message)
-        expected = [f" {answer.content}{tokenizer.eos_token}" for answer in (record.chosen[0], record.rejected[0])]
-        assert [decode_answer(tokenizer, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)] == expected
-        assert [pair.prompt_ids[0] == tokenizer.bos_token_id, *(pair.prompt_ids[1:] == tokenizer.bos_token_id)].count(True) == (
-            "260K" in name
+        assert (
+            isinstance(pair, EncodedPair)
+            and isinstance(record.chosen[0], Message)
+            and isinstance(record.rejected[0], Message)
         )
+        expected = [
+            f" {answer.content}{tokenizer.eos_token}"
+            for answer in (record.chosen[0], record.rejected[0])
+        ]
+        assert [
+            decode_answer(tokenizer, pair.prompt_ids, ids)
+            for ids in (pair.chosen_ids, pair.rejected_ids)
+        ] == expected
+        assert [
+            pair.prompt_ids[0] == tokenizer.bos_token_id,
+            *(pair.prompt_ids[1:] == tokenizer.bos_token_id),
+        ].count(True) == ("260K" in name)
 
 
 def test_qwen3_spans_of_real_pairs_decode_to_the_answers(real_data: Path) -> None:
@@ -63,25 +98,45 @@ def test_qwen3_spans_of_real_pairs_decode_to_the_answers(real_data: Path) -> Non
     records = hh_records(real_data)[::20]
     pairs = encoder(tokenizer).encode(records)
     for record, pair in zip(records, pairs, strict=True):
-        assert isinstance(pair, EncodedPair) and isinstance(record.chosen[0], Message) and isinstance(record.rejected[0], Message)
-        expected = [f"{answer.content}<|im_end|>\n" for answer in (record.chosen[0], record.rejected[0])]
-        assert [decode_answer(tokenizer, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)] == expected
+        assert (
+            isinstance(pair, EncodedPair)
+            and isinstance(record.chosen[0], Message)
+            and isinstance(record.rejected[0], Message)
+        )
+        expected = [
+            f"{answer.content}<|im_end|>\n" for answer in (record.chosen[0], record.rejected[0])
+        ]
+        assert [
+            decode_answer(tokenizer, pair.prompt_ids, ids)
+            for ids in (pair.chosen_ids, pair.rejected_ids)
+        ] == expected
 
 
 def test_published_templates_score_exactly_the_answer(real_data: Path) -> None:
     tokenizer = load_tokenizer(str(real_data / "tokenizers" / "qwen3"))
     tokenizer.add_special_tokens({"bos_token": "<|endoftext|>"})
     turns = (Message("user", "2 + 2?"), Message("assistant", "4"), Message("user", "And 3 + 3?"))
-    record = Preference(turns, (Message("assistant", "It is 6."),), (Message("assistant", "six, I think"),))
+    record = Preference(
+        turns, (Message("assistant", "It is 6."),), (Message("assistant", "six, I think"),)
+    )
     refused = set()
     for path in sorted((real_data / "chat_templates").glob("*.jinja")):
         (pair,) = encoder(tokenizer, chat_template=str(path)).encode([record])
         if isinstance(pair, Dropped):
             refused.add(path.name)
             continue
-        spans = [decode_answer(tokenizer, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
-        ends = [span.removeprefix(text) for span, text in zip(spans, ("It is 6.", "six, I think"), strict=True)]
-        assert ends[0] == ends[1] and ends[0].startswith("<") and len(ends[0]) < 25, (path.name, spans)
+        spans = [
+            decode_answer(tokenizer, pair.prompt_ids, ids)
+            for ids in (pair.chosen_ids, pair.rejected_ids)
+        ]
+        ends = [
+            span.removeprefix(text)
+            for span, text in zip(spans, ("It is 6.", "six, I think"), strict=True)
+        ]
+        assert ends[0] == ends[1] and ends[0].startswith("<") and len(ends[0]) < 25, (
+            path.name,
+            spans,
+        )
     assert not refused
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxdpo.config import DataSection
-from jaxdpo.data.records import Preference
+from jaxdpo.config.schema import DataSection
+from jaxdpo.data.formats.records import Preference
 from jaxdpo.data.sources import FORMATS, HUB_SETS, parse_spec
 from tests.data.rows import Write, collect, hh
 
@@ -19,27 +19,60 @@ def test_the_formats_of_the_options_are_the_table() -> None:
 @pytest.mark.parametrize(
     ("text", "option", "hub", "subset", "split", "count"),
     [
-        ("hh-rlhf/harmless-base:train:50000", OPTION, "Anthropic/hh-rlhf", "harmless-base", "train", 50000),
+        (
+            "hh-rlhf/harmless-base:train:50000",
+            OPTION,
+            "Anthropic/hh-rlhf",
+            "harmless-base",
+            "train",
+            50000,
+        ),
         ("hh-rlhf", OPTION, "Anthropic/hh-rlhf", None, "train", None),
         ("hh-rlhf", "data.eval", "Anthropic/hh-rlhf", None, "test", None),
         ("Anthropic/hh-rlhf:test", OPTION, "Anthropic/hh-rlhf", None, "test", None),
         ("trl-lib/some_set:100", OPTION, "trl-lib/some_set", None, "train", 100),
         ("org/set:train[:10%]", OPTION, "org/set", None, "train[:10%]", None),
         ("shp/askculinary", "data.eval", "stanfordnlp/SHP", "askculinary", "validation", None),
-        ("ultrafeedback:9", OPTION, "HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs", 9),
-        ("ultrafeedback", "data.eval", "HuggingFaceH4/ultrafeedback_binarized", None, "test_prefs", None),
+        (
+            "ultrafeedback:9",
+            OPTION,
+            "HuggingFaceH4/ultrafeedback_binarized",
+            None,
+            "train_prefs",
+            9,
+        ),
+        (
+            "ultrafeedback",
+            "data.eval",
+            "HuggingFaceH4/ultrafeedback_binarized",
+            None,
+            "test_prefs",
+            None,
+        ),
     ],
 )
-def test_hub_names(text: str, option: str, hub: str, subset: str | None, split: str, count: int | None) -> None:
+def test_hub_names(
+    text: str, option: str, hub: str, subset: str | None, split: str, count: int | None
+) -> None:
     spec = parse_spec(text, option)
-    assert (spec.path, spec.hub, spec.subset, spec.split, spec.count) == (None, hub, subset, split, count)
+    assert (spec.path, spec.hub, spec.subset, spec.split, spec.count) == (
+        None,
+        hub,
+        subset,
+        split,
+        count,
+    )
     known = [short for short in HUB_SETS if short in text]
     assert spec.format == (HUB_SETS[known[0]].format if known else None) and spec.revision is None
 
 
 def test_paths_may_carry_a_count(write: Write, tmp_path: Path) -> None:
     path = write("odd:7", b"")
-    for text, expected, count in [("a.jsonl:5", "a.jsonl", 5), ("./no-ending", "no-ending", None), (path, path, None)]:
+    for text, expected, count in [
+        ("a.jsonl:5", "a.jsonl", 5),
+        ("./no-ending", "no-ending", None),
+        (path, path, None),
+    ]:
         spec = parse_spec(text, OPTION)
         assert (spec.path, spec.count) == (Path(expected), count)
     assert parse_spec(str(tmp_path / "typo.jsnl"), OPTION).path == tmp_path / "typo.jsnl"
@@ -48,35 +81,57 @@ def test_paths_may_carry_a_count(write: Write, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hh-rlhf/harmles-base", r"data\.train=hh-rlhf/harmles-base: .*Did you mean hh-rlhf/harmless-base\?"),
+        (
+            "hh-rlhf/harmles-base",
+            r"data\.train=hh-rlhf/harmles-base: .*Did you mean hh-rlhf/harmless-base\?",
+        ),
         ("hh_rlhf", r"Did you mean hh-rlhf\? Sets: hh-rlhf, shp, oasst1, .*dpo-mix-7k"),
         ("pairs.jsnl", r"Did you mean pairs\.jsonl\?"),
         ("orca-dpo-pair", r"Did you mean orca-dpo-pairs\?"),
         ("a.jsonl:0", r"data\.train=a\.jsonl:0: the count must be at least 1"),
     ],
 )
-def test_unknown_names_offer_the_nearest(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
+def test_unknown_names_offer_the_nearest(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
     write("pairs.jsonl", b"")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         parse_spec(text, OPTION)
 
 
-def test_the_format_is_found_from_the_rows_and_logged(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_format_is_found_from_the_rows_and_logged(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     report, pairs = collect(write("hh.jsonl", [hh(" a", " b"), hh("", " b"), hh(" c", " d")]))
-    assert (report.format, report.rows_read, report.parsed, report.dropped) == ("hh-rlhf", 3, 2, {"empty answer": 1})
+    assert (report.format, report.rows_read, report.parsed, report.dropped) == (
+        "hh-rlhf",
+        3,
+        2,
+        {"empty answer": 1},
+    )
     assert [pair.id for pair in pairs] == ["hh.jsonl:1", "hh.jsonl:3"]
     assert report.examples["empty answer"] == ["hh.jsonl:2"]
-    report, pairs = collect(write("p.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b", "score": 3}]))
-    assert (report.format, report.ignored_columns, pairs) == ("preference", ("score",), [Preference("q", "a", "b", id="p.jsonl:1")])
+    report, pairs = collect(
+        write("p.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b", "score": 3}])
+    )
+    assert (report.format, report.ignored_columns, pairs) == (
+        "preference",
+        ("score",),
+        [Preference("q", "a", "b", id="p.jsonl:1")],
+    )
     assert "hh.jsonl: format hh-rlhf (found from its rows)" in caplog.text
 
 
 def test_a_format_can_be_forced(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     report, pairs = collect(write("hh.jsonl", [hh(" I am", " I was")]), format="preference")
-    assert report.format == "preference" and isinstance(pairs[0].prompt, str) and pairs[0].chosen == " am"
+    assert (
+        report.format == "preference"
+        and isinstance(pairs[0].prompt, str)
+        and pairs[0].chosen == " am"
+    )
     assert "format preference (forced by data.format)" in caplog.text
 
 
@@ -99,19 +154,30 @@ def test_the_count_limits_the_rows_that_are_read(write: Write) -> None:
         ),
     ],
 )
-def test_errors_name_the_option_the_file_and_the_row(write: Write, content: bytes, message: str) -> None:
+def test_errors_name_the_option_the_file_and_the_row(
+    write: Write, content: bytes, message: str
+) -> None:
     with pytest.raises(ValueError, match=r"^data\.train=.*a\.jsonl: .*" + message):
         collect(write("a.jsonl", content))
 
 
 def test_the_commit_of_a_hub_set_can_be_named() -> None:
     spec = parse_spec("hh-rlhf/harmless-base@09be8c5:test:7", OPTION)
-    assert (spec.hub, spec.subset, spec.revision, spec.split, spec.count) == ("Anthropic/hh-rlhf", "harmless-base", "09be8c5", "test", 7)
+    assert (spec.hub, spec.subset, spec.revision, spec.split, spec.count) == (
+        "Anthropic/hh-rlhf",
+        "harmless-base",
+        "09be8c5",
+        "test",
+        7,
+    )
     assert parse_spec("org/set@v1", OPTION).revision == "v1"
 
 
 def test_a_set_without_validation_split_says_so() -> None:
-    with pytest.raises(ValueError, match=r"data\.eval=orca-dpo-pairs: the set has no split for validation\. Name one"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.eval=orca-dpo-pairs: the set has no split for validation\. Name one",
+    ):
         parse_spec("orca-dpo-pairs", "data.eval")
     assert parse_spec("orca-dpo-pairs:train", "data.eval").split == "train"
 
@@ -122,12 +188,19 @@ def test_every_hub_set_has_a_form() -> None:
 
 @pytest.mark.parametrize("option", ["empty", "identical"])
 def test_an_unusable_pair_can_be_an_error(write: Write, option: str) -> None:
-    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "" if option == "empty" else "a"}]
+    rows = [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "" if option == "empty" else "a"},
+    ]
     assert len(collect(write("a.jsonl", rows))[1]) == 1
-    with pytest.raises(ValueError, match=rf"a\.jsonl:2: {option} answers?\. Repair it, or set data\.{option}=drop"):
+    with pytest.raises(
+        ValueError, match=rf"a\.jsonl:2: {option} answers?\. Repair it, or set data\.{option}=drop"
+    ):
         collect(write("a.jsonl", rows), **{option: "error"})
 
 
 def test_pairs_of_one_row_have_names_of_their_own(write: Write) -> None:
-    _, records = collect(write("a.jsonl", [{"prompt": "q", "completions": ["a", "b", "c"]}]), pairs="adjacent")
+    _, records = collect(
+        write("a.jsonl", [{"prompt": "q", "completions": ["a", "b", "c"]}]), pairs="adjacent"
+    )
     assert [record.id for record in records] == ["a.jsonl:1", "a.jsonl:1/2"]

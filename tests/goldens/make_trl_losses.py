@@ -69,7 +69,8 @@ SECTIONS = [
     {"name": "sigmoid_norm"},
     {"name": "sft"},
     *(
-        {"name": name, "f_divergence": divergence} | ({"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {})
+        {"name": name, "f_divergence": divergence}
+        | ({"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {})
         for name in ("sigmoid", "hinge", "ipo", "sigmoid_norm", "exo_pair", "robust", "discopop")
         for divergence in ("forward_kl", "js", "alpha")
     ),
@@ -122,9 +123,18 @@ def main() -> None:
     dpo_trainer.torch = Float64Torch()
     tokens = make_tokens()
     cases = [case(section, tokens) for section in SECTIONS]
-    cases += [{"section": section, "per_pair": reference_free(section, tokens)} for section in REFERENCE_FREE]
-    record = {"source": f"trl {trl.__version__}'s loss code in float64", "tokens": tokens, "cases": cases}
-    lines = json.dumps(record).replace('{"section"', '\n{"section"').replace('{"policy"', '\n{"policy"')
+    cases += [
+        {"section": section, "per_pair": reference_free(section, tokens)}
+        for section in REFERENCE_FREE
+    ]
+    record = {
+        "source": f"trl {trl.__version__}'s loss code in float64",
+        "tokens": tokens,
+        "cases": cases,
+    }
+    lines = (
+        json.dumps(record).replace('{"section"', '\n{"section"').replace('{"policy"', '\n{"policy"')
+    )
     OUT.write_text(lines + "\n")
     print(f"{OUT}: {len(cases)} cases, {OUT.stat().st_size} bytes")
 
@@ -136,8 +146,15 @@ def make_tokens() -> dict[str, list[dict[str, list[float]]]]:
     def side() -> dict[str, list[float]]:
         length = rng.integers(1, 10)
         policy = -rng.exponential(1.5, length)
-        columns = {"policy": policy, "reference": policy + rng.normal(0, 0.7, length), "log_sum_sq_probs": -rng.exponential(1.5, length)}
-        return {name: (np.round(np.minimum(column, -1 / 64) * 64) / 64).tolist() for name, column in columns.items()}
+        columns = {
+            "policy": policy,
+            "reference": policy + rng.normal(0, 0.7, length),
+            "log_sum_sq_probs": -rng.exponential(1.5, length),
+        }
+        return {
+            name: (np.round(np.minimum(column, -1 / 64) * 64) / 64).tolist()
+            for name, column in columns.items()
+        }
 
     return {name: [side() for _ in range(8)] for name in ("chosen", "rejected")}
 
@@ -157,15 +174,30 @@ def evaluate(section: dict, names: list[str], tokens: dict, pairs: list[int]) ->
     width = max(len(side["policy"]) for side in sides)
 
     def padded(column: str) -> torch.Tensor:
-        return torch.tensor([side[column] + [0.0] * (width - len(side[column])) for side in sides], dtype=torch.float64)
+        return torch.tensor(
+            [side[column] + [0.0] * (width - len(side[column])) for side in sides],
+            dtype=torch.float64,
+        )
 
-    mask = torch.tensor([[0] + [1] * len(side["policy"]) + [0] * (width - len(side["policy"])) for side in sides])
+    mask = torch.tensor(
+        [[0] + [1] * len(side["policy"]) + [0] * (width - len(side["policy"])) for side in sides]
+    )
     blank = torch.zeros(len(sides), width, dtype=torch.float64)
     policy = Scorer(
-        log_probs=padded("policy"), log_sum_sq_probs=padded("log_sum_sq_probs"), entropy=blank, mean_logits=blank, is_top1=blank.bool()
+        log_probs=padded("policy"),
+        log_sum_sq_probs=padded("log_sum_sq_probs"),
+        entropy=blank,
+        mean_logits=blank,
+        is_top1=blank.bool(),
     )
-    options = {TRL_NAMES.get(key, key): value for key, value in section.items() if key not in ("name", "discopop_tau")}
-    options["f_divergence_type"] = DIVERGENCES.get(options.get("f_divergence_type", ""), "reverse_kl")
+    options = {
+        TRL_NAMES.get(key, key): value
+        for key, value in section.items()
+        if key not in ("name", "discopop_tau")
+    }
+    options["f_divergence_type"] = DIVERGENCES.get(
+        options.get("f_divergence_type", ""), "reverse_kl"
+    )
     options = DEFAULTS | options | {"loss_types": names}
     accelerator = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     trainer = SimpleNamespace(
@@ -173,7 +205,9 @@ def evaluate(section: dict, names: list[str], tokens: dict, pairs: list[int]) ->
         model=policy,
         ref_model=Scorer(log_probs=padded("reference")),
         accelerator=accelerator,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=section.get("discopop_tau", 0.05)),
+        args=SimpleNamespace(
+            gradient_checkpointing_kwargs=None, discopop_tau=section.get("discopop_tau", 0.05)
+        ),
         aux_loss_enabled=False,
         precompute_ref_logps=False,
         _metrics=defaultdict(lambda: defaultdict(list)),
@@ -188,7 +222,10 @@ def reference_free(section: dict, tokens: dict) -> list[float]:
     """CPOTrainer's and ORPOTrainer's loss of each pair."""
     name, smoothing = section["name"], section.get("label_smoothing", 0.0)
     reduce = np.sum if name == "cpo" else np.mean
-    logps = [torch.tensor([reduce(side["policy"]) for side in tokens[side_name]]) for side_name in ("chosen", "rejected")]
+    logps = [
+        torch.tensor([reduce(side["policy"]) for side in tokens[side_name]])
+        for side_name in ("chosen", "rejected")
+    ]
     trainer = SimpleNamespace(
         alpha=0.0,
         label_smoothing=smoothing,

@@ -52,24 +52,56 @@ OPTIMIZER = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
 }
-KEPT = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+KEPT = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 # name, trainer, TRL's arguments (besides OPTIMIZER), jaxdpo's loss options
 RUNS = [
     ("sigmoid", "dpo", {"loss_type": ["sigmoid"]}, {"name": "sigmoid"}),
-    ("sigmoid_cosine", "dpo", {"loss_type": ["sigmoid"], "lr_scheduler_type": "cosine"}, {"name": "sigmoid"}),
-    ("sigmoid_beta", "dpo", {"loss_type": ["sigmoid"], "beta": 0.5}, {"name": "sigmoid", "beta": 0.5}),
+    (
+        "sigmoid_cosine",
+        "dpo",
+        {"loss_type": ["sigmoid"], "lr_scheduler_type": "cosine"},
+        {"name": "sigmoid"},
+    ),
+    (
+        "sigmoid_beta",
+        "dpo",
+        {"loss_type": ["sigmoid"], "beta": 0.5},
+        {"name": "sigmoid", "beta": 0.5},
+    ),
     ("hinge", "dpo", {"loss_type": ["hinge"]}, {"name": "hinge"}),
     ("ipo", "dpo", {"loss_type": ["ipo"]}, {"name": "ipo"}),
     ("exo_pair", "dpo", {"loss_type": ["exo_pair"], "label_smoothing": 1e-3}, {"name": "exo_pair"}),
-    ("exo_pair_smooth", "dpo", {"loss_type": ["exo_pair"], "label_smoothing": 0.1}, {"name": "exo_pair", "label_smoothing": 0.1}),
+    (
+        "exo_pair_smooth",
+        "dpo",
+        {"loss_type": ["exo_pair"], "label_smoothing": 0.1},
+        {"name": "exo_pair", "label_smoothing": 0.1},
+    ),
     ("nca_pair", "dpo", {"loss_type": ["nca_pair"]}, {"name": "nca_pair"}),
     ("robust", "dpo", {"loss_type": ["robust"], "label_smoothing": 0.1}, {"name": "robust"}),
-    ("robust_smooth", "dpo", {"loss_type": ["robust"], "label_smoothing": 0.3}, {"name": "robust", "label_smoothing": 0.3}),
+    (
+        "robust_smooth",
+        "dpo",
+        {"loss_type": ["robust"], "label_smoothing": 0.3},
+        {"name": "robust", "label_smoothing": 0.3},
+    ),
     ("bco_pair", "dpo", {"loss_type": ["bco_pair"]}, {"name": "bco_pair"}),
     ("sppo_hard", "dpo", {"loss_type": ["sppo_hard"]}, {"name": "sppo_hard"}),
     ("aot", "dpo", {"loss_type": ["aot"]}, {"name": "aot"}),
-    ("aot_smooth", "dpo", {"loss_type": ["aot"], "label_smoothing": 0.1}, {"name": "aot", "label_smoothing": 0.1}),
+    (
+        "aot_smooth",
+        "dpo",
+        {"loss_type": ["aot"], "label_smoothing": 0.1},
+        {"name": "aot", "label_smoothing": 0.1},
+    ),
     ("aot_unpaired", "dpo", {"loss_type": ["aot_unpaired"]}, {"name": "aot_unpaired"}),
     (
         "aot_unpaired_smooth",
@@ -80,8 +112,18 @@ RUNS = [
     ("apo_zero", "dpo", {"loss_type": ["apo_zero"]}, {"name": "apo_zero"}),
     ("apo_down", "dpo", {"loss_type": ["apo_down"]}, {"name": "apo_down"}),
     ("discopop", "dpo", {"loss_type": ["discopop"]}, {"name": "discopop"}),
-    ("discopop_tau", "dpo", {"loss_type": ["discopop"], "discopop_tau": 0.5}, {"name": "discopop", "discopop_tau": 0.5}),
-    ("sigmoid_norm", "dpo", {"loss_type": ["sigmoid_norm"], "beta": 1.0}, {"name": "sigmoid_norm", "beta": 1.0}),
+    (
+        "discopop_tau",
+        "dpo",
+        {"loss_type": ["discopop"], "discopop_tau": 0.5},
+        {"name": "discopop", "discopop_tau": 0.5},
+    ),
+    (
+        "sigmoid_norm",
+        "dpo",
+        {"loss_type": ["sigmoid_norm"], "beta": 1.0},
+        {"name": "sigmoid_norm", "beta": 1.0},
+    ),
     ("sft", "dpo", {"loss_type": ["sft"]}, {"name": "sft"}),
     (
         "forward_kl",
@@ -89,7 +131,12 @@ RUNS = [
         {"loss_type": ["sigmoid"], "f_divergence_type": "forward_kl"},
         {"name": "sigmoid", "f_divergence": "forward_kl"},
     ),
-    ("js", "dpo", {"loss_type": ["sigmoid"], "f_divergence_type": "js_divergence"}, {"name": "sigmoid", "f_divergence": "js"}),
+    (
+        "js",
+        "dpo",
+        {"loss_type": ["sigmoid"], "f_divergence_type": "js_divergence"},
+        {"name": "sigmoid", "f_divergence": "js"},
+    ),
     (
         "alpha_half",
         "dpo",
@@ -99,20 +146,44 @@ RUNS = [
     (
         "alpha_two",
         "dpo",
-        {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 2.0},
+        {
+            "loss_type": ["sigmoid"],
+            "f_divergence_type": "alpha_divergence",
+            "f_alpha_divergence_coef": 2.0,
+        },
         {"name": "sigmoid", "f_divergence": "alpha", "alpha_divergence": 2.0},
     ),
-    ("ipo_js", "dpo", {"loss_type": ["ipo"], "f_divergence_type": "js_divergence"}, {"name": "ipo", "f_divergence": "js"}),
+    (
+        "ipo_js",
+        "dpo",
+        {"loss_type": ["ipo"], "f_divergence_type": "js_divergence"},
+        {"name": "ipo", "f_divergence": "js"},
+    ),
     (
         "hinge_forward_kl",
         "dpo",
         {"loss_type": ["hinge"], "f_divergence_type": "forward_kl"},
         {"name": "hinge", "f_divergence": "forward_kl"},
     ),
-    ("ld", "dpo", {"loss_type": ["sigmoid"], "ld_alpha": 0.4}, {"name": "sigmoid", "ld_alpha": 0.4}),
+    (
+        "ld",
+        "dpo",
+        {"loss_type": ["sigmoid"], "ld_alpha": 0.4},
+        {"name": "sigmoid", "ld_alpha": 0.4},
+    ),
     ("ld_ipo", "dpo", {"loss_type": ["ipo"], "ld_alpha": 0.4}, {"name": "ipo", "ld_alpha": 0.4}),
-    ("ld_sft", "dpo", {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.4}, {"name": ["sigmoid", "sft"], "ld_alpha": 0.4}),
-    ("wpo", "dpo", {"loss_type": ["sigmoid"], "use_weighting": True}, {"name": "sigmoid", "wpo": True}),
+    (
+        "ld_sft",
+        "dpo",
+        {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.4},
+        {"name": ["sigmoid", "sft"], "ld_alpha": 0.4},
+    ),
+    (
+        "wpo",
+        "dpo",
+        {"loss_type": ["sigmoid"], "use_weighting": True},
+        {"name": "sigmoid", "wpo": True},
+    ),
     ("wpo_ipo", "dpo", {"loss_type": ["ipo"], "use_weighting": True}, {"name": "ipo", "wpo": True}),
     (
         "wpo_mixed",
@@ -135,7 +206,12 @@ RUNS = [
     (
         "tr",
         "dpo",
-        {"loss_type": ["sigmoid"], "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6},
+        {
+            "loss_type": ["sigmoid"],
+            "sync_ref_model": True,
+            "ref_model_sync_steps": 2,
+            "ref_model_mixup_alpha": 0.6,
+        },
         {"name": "sigmoid", "tr_every": 2, "tr_alpha": 0.6},
     ),
     ("cpo", "cpo", {"loss_type": "sigmoid"}, {"name": "cpo"}),
@@ -166,7 +242,10 @@ def main() -> None:
     rows, one_token_rows = make_rows(one_token=False), make_rows(one_token=True)
     with tempfile.TemporaryDirectory() as folder:
         model = save_checkpoint(Path(folder) / "model")
-        runs = [trajectory(folder, *run, rows=one_token_rows if run[1] == "orpo" else rows) for run in RUNS]
+        runs = [
+            trajectory(folder, *run, rows=one_token_rows if run[1] == "orpo" else rows)
+            for run in RUNS
+        ]
     record = {
         "source": f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, float32, CPU",
         "model": model,
@@ -187,7 +266,14 @@ def make_rows(one_token: bool) -> list[dict[str, list[int]]]:
     def some(low: int, high: int) -> list[int]:
         return rng.integers(3, VOCAB, rng.integers(low, high)).tolist()
 
-    rows = [{"prompt": [BOS, *some(1, 9)], "chosen": [*some(1, 13), EOS], "rejected": [*some(1, 13), EOS]} for _ in range(NUM_ROWS)]
+    rows = [
+        {
+            "prompt": [BOS, *some(1, 9)],
+            "chosen": [*some(1, 13), EOS],
+            "rejected": [*some(1, 13), EOS],
+        }
+        for _ in range(NUM_ROWS)
+    ]
     return [row | {"prompt": [BOS]} for row in rows] if one_token else rows
 
 
@@ -229,7 +315,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<s>", "</s>", *(f"t{i}" for i in range(3, VOCAB))]
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     inner.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def as_text(rows: list[dict[str, list[int]]]) -> Dataset:
@@ -241,7 +329,11 @@ def as_text(rows: list[dict[str, list[int]]]) -> Dataset:
 
     return Dataset.from_list(
         [
-            {"prompt": text(row["prompt"]), "chosen": " " + text(row["chosen"][:-1]), "rejected": " " + text(row["rejected"][:-1])}
+            {
+                "prompt": text(row["prompt"]),
+                "chosen": " " + text(row["chosen"][:-1]),
+                "rejected": " " + text(row["rejected"][:-1]),
+            }
             for row in rows
         ]
     )
@@ -265,8 +357,14 @@ class Recorder:
 
     def log(self, logs, *args, **kwargs):
         if "grad_norm" in logs:
-            now = self.metrics_now if hasattr(self, "metrics_now") else {key: values[-1] for key, values in self._metrics["train"].items()}
-            self.steps[-1] |= {key: now[key] for key in KEPT} | {key: logs[key] for key in ("grad_norm", "learning_rate")}
+            now = (
+                self.metrics_now
+                if hasattr(self, "metrics_now")
+                else {key: values[-1] for key, values in self._metrics["train"].items()}
+            )
+            self.steps[-1] |= {key: now[key] for key in KEPT} | {
+                key: logs[key] for key in ("grad_norm", "learning_rate")
+            }
         super().log(logs, *args, **kwargs)
 
 
@@ -282,10 +380,16 @@ class RecordedORPO(Recorder, ORPOTrainer):
     """ORPO's trainer with the recorder."""
 
 
-TRAINERS = {"dpo": (RecordedDPO, DPOConfig), "cpo": (RecordedCPO, CPOConfig), "orpo": (RecordedORPO, ORPOConfig)}
+TRAINERS = {
+    "dpo": (RecordedDPO, DPOConfig),
+    "cpo": (RecordedCPO, CPOConfig),
+    "orpo": (RecordedORPO, ORPOConfig),
+}
 
 
-def trajectory(folder: str, name: str, kind: str, args: dict, section: dict, rows: list[dict]) -> dict:
+def trajectory(
+    folder: str, name: str, kind: str, args: dict, section: dict, rows: list[dict]
+) -> dict:
     """One run of TRL's trainer from the checkpoint: its options and its steps."""
     trainer_type, config_type = TRAINERS[kind]
     common = {
@@ -309,12 +413,20 @@ def trajectory(folder: str, name: str, kind: str, args: dict, section: dict, row
         config.model_init_kwargs = {"dtype": "float32", "attn_implementation": "eager"}
         model = path
     else:
-        model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    trainer = trainer_type(model=model, args=config, train_dataset=as_text(rows), processing_class=tokenizer())
-    assert [ids_of(row) for row in trainer.train_dataset] == rows, f"{name}: TRL made other ids of the rows"
+        model = LlamaForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        )
+    trainer = trainer_type(
+        model=model, args=config, train_dataset=as_text(rows), processing_class=tokenizer()
+    )
+    assert [ids_of(row) for row in trainer.train_dataset] == rows, (
+        f"{name}: TRL made other ids of the rows"
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    assert len(trainer.steps) == STEPS and all(len(step) == 3 + len(KEPT) for step in trainer.steps), f"{name}: a step is missing"
+    assert len(trainer.steps) == STEPS and all(
+        len(step) == 3 + len(KEPT) for step in trainer.steps
+    ), f"{name}: a step is missing"
     print(name, [round(step["loss"], 4) for step in trainer.steps], flush=True)
     return {"name": name, "trainer": kind, "args": args, "section": section, "steps": trainer.steps}
 
@@ -322,7 +434,11 @@ def trajectory(folder: str, name: str, kind: str, args: dict, section: dict, row
 def ids_of(row: dict) -> dict[str, list[int]]:
     """The ids that a trainer keeps of a row, in whichever columns."""
     if "prompt_ids" in row:
-        return {"prompt": row["prompt_ids"], "chosen": row["chosen_ids"], "rejected": row["rejected_ids"]}
+        return {
+            "prompt": row["prompt_ids"],
+            "chosen": row["chosen_ids"],
+            "rejected": row["rejected_ids"],
+        }
     cut = len(row["prompt_input_ids"])
     return {
         "prompt": row["prompt_input_ids"],
@@ -341,7 +457,9 @@ def pretty(value: object) -> str:
         parts, ends = [pretty(item) for item in value], "[]"
     else:
         return json.dumps(value)
-    separator = ", " if sum(map(len, parts)) < 320 and not any("\n" in part for part in parts) else ",\n"
+    separator = (
+        ", " if sum(map(len, parts)) < 320 and not any("\n" in part for part in parts) else ",\n"
+    )
     return ends[0] + separator.join(parts) + ends[1]
 
 

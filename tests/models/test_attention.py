@@ -12,10 +12,22 @@ from tests.tiny import mesh, pack, pairs
 
 Arrays = tuple[jax.Array, ...]
 
-dense, blocks = (functools.partial(attention, implementation=name, scale=8**-0.5) for name in ("dense", "blocks"))
+dense, blocks = (
+    functools.partial(attention, implementation=name, scale=8**-0.5) for name in ("dense", "blocks")
+)
 
 
-def inputs(T: int, *, B: int = 2, N: int = 4, K: int = 2, H: int = 8, seed: int = 0, size: float = 1.0, dtype: str = "float32") -> Arrays:
+def inputs(
+    T: int,
+    *,
+    B: int = 2,
+    N: int = 4,
+    K: int = 2,
+    H: int = 8,
+    seed: int = 0,
+    size: float = 1.0,
+    dtype: str = "float32",
+) -> Arrays:
     """Random q, k, v."""
     rng = np.random.default_rng(seed)
     shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H))
@@ -72,27 +84,41 @@ def by_hand(qkv: Arrays, bounds: Arrays) -> np.ndarray:
 
 
 def test_every_implementation_is_tested() -> None:
-    assert set(IMPLEMENTATIONS) == {"dense", "blocks", "splash"}  # tests/models/test_splash.py has the last
+    assert set(IMPLEMENTATIONS) == {
+        "dense",
+        "blocks",
+        "splash",
+    }  # tests/models/test_splash.py has the last
 
 
 @pytest.mark.parametrize("attend", [dense, blocks], ids=["dense", "blocks"])
 def test_attention_is_the_softmax_over_the_interval(attend: Callable) -> None:
     qkv, bounds = inputs(70), any_intervals(70)
-    np.testing.assert_allclose(value_and_grads(attend, qkv, bounds)[0], by_hand(qkv, bounds), atol=2e-6)
+    np.testing.assert_allclose(
+        value_and_grads(attend, qkv, bounds)[0], by_hand(qkv, bounds), atol=2e-6
+    )
 
 
-@pytest.mark.parametrize("bounds", [any_intervals(200), packed_intervals(200)], ids=["any", "packed"])
+@pytest.mark.parametrize(
+    "bounds", [any_intervals(200), packed_intervals(200)], ids=["any", "packed"]
+)
 def test_blocks_equal_dense_in_value_and_gradient(bounds: Arrays) -> None:
     qkv = inputs(200)
-    for name, ours, theirs in zip("oqkv", *(value_and_grads(attend, qkv, bounds) for attend in (blocks, dense)), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=3e-6 * max(1.0, np.abs(theirs).max()), err_msg=name)
+    for name, ours, theirs in zip(
+        "oqkv", *(value_and_grads(attend, qkv, bounds) for attend in (blocks, dense)), strict=True
+    ):
+        np.testing.assert_allclose(
+            ours, theirs, atol=3e-6 * max(1.0, np.abs(theirs).max()), err_msg=name
+        )
 
 
 def test_blocks_equal_dense_in_bfloat16() -> None:
     qkv, bounds = inputs(200, dtype="bfloat16"), any_intervals(200)
     exact = value_and_grads(dense, tuple(x.astype(jnp.float32) for x in qkv), bounds)
     for attend in (blocks, dense):
-        for name, ours, theirs in zip("oqkv", value_and_grads(attend, qkv, bounds), exact, strict=True):
+        for name, ours, theirs in zip(
+            "oqkv", value_and_grads(attend, qkv, bounds), exact, strict=True
+        ):
             np.testing.assert_allclose(ours, theirs, atol=0.02 * np.abs(theirs).max(), err_msg=name)
     assert jax.eval_shape(blocks, *qkv, *bounds).dtype == jnp.float32
 
@@ -109,7 +135,9 @@ def test_what_lies_outside_an_interval_has_no_influence_at_all() -> None:
     (q, k, v), (starts, ends) = inputs(200), packed_intervals(200)
     changed = 17 + int(np.asarray(ends)[0, 0])  # a slot of a later pair of the first row
     out, *_ = value_and_grads(blocks, (q, k, v), (starts, ends))
-    other, *_ = value_and_grads(blocks, (q, k.at[0, changed].add(5.0), v.at[0, changed].add(5.0)), (starts, ends))
+    other, *_ = value_and_grads(
+        blocks, (q, k.at[0, changed].add(5.0), v.at[0, changed].add(5.0)), (starts, ends)
+    )
     sees = np.asarray((starts <= changed) & (changed < ends))[0]
     assert 0 < sees.sum() < 200
     np.testing.assert_array_equal(out[0, ~sees], other[0, ~sees])
@@ -122,14 +150,24 @@ def test_blocks_that_no_slot_may_see_are_not_even_read() -> None:
     slots = jnp.broadcast_to(jnp.arange(2 * half, dtype=jnp.int32), (2, 2 * half))
     bounds = (slots // half * half, slots + 1)
     q, k, v = inputs(2 * half)
-    poisoned = (q.at[:, half:].set(jnp.nan), k.at[:, half:].set(jnp.nan), v.at[:, half:].set(jnp.nan))
-    for clean, ours in zip(value_and_grads(blocks, (q, k, v), bounds), value_and_grads(blocks, poisoned, bounds), strict=True):
+    poisoned = (
+        q.at[:, half:].set(jnp.nan),
+        k.at[:, half:].set(jnp.nan),
+        v.at[:, half:].set(jnp.nan),
+    )
+    for clean, ours in zip(
+        value_and_grads(blocks, (q, k, v), bounds),
+        value_and_grads(blocks, poisoned, bounds),
+        strict=True,
+    ):
         np.testing.assert_array_equal(ours[:, :half], clean[:, :half])
 
 
 def test_no_array_of_all_slots_by_all_slots() -> None:
     T = 1024
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs(T, B=1), *any_intervals(T, B=1))]
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs(T, B=1), *any_intervals(T, B=1))
+    ]
     grad = jax.grad(lambda *args: blocks(*args).sum(), argnums=(0, 1, 2))
     for attend, there in ((grad, False), (dense, True)):
         text = str(jax.make_jaxpr(attend)(*shapes))
@@ -161,9 +199,16 @@ def everything(T: int, seed: int = 5) -> tuple[Arrays, dict]:
 
 def test_window_cap_and_sinks_by_hand() -> None:
     (q, k, v), (bounds, how) = inputs(200, size=2.0), everything(200)
-    scores = np.einsum("btnh,bsnh->btsn", *(np.asarray(x, np.float64) for x in (q, k.repeat(2, axis=2)))) * 8**-0.5
+    scores = (
+        np.einsum("btnh,bsnh->btsn", *(np.asarray(x, np.float64) for x in (q, k.repeat(2, axis=2))))
+        * 8**-0.5
+    )
     scores = 3.0 * np.tanh(scores / 3.0)
-    slots, positions, sinks = np.arange(200), np.asarray(how["window"].positions_BT), np.asarray(how["sinks_N"], np.float64)
+    slots, positions, sinks = (
+        np.arange(200),
+        np.asarray(how["window"].positions_BT),
+        np.asarray(how["sinks_N"], np.float64),
+    )
     sees = (slots >= np.asarray(bounds[0])[..., None]) & (slots < np.asarray(bounds[1])[..., None])
     near = positions[:, :, None] - positions[:, None, :] < 7
     assert (sees & ~near).any()
@@ -176,7 +221,9 @@ def test_window_cap_and_sinks_by_hand() -> None:
 
 @pytest.mark.parametrize("implementation", [blocks, dense], ids=["blocks", "dense"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 1, 2, 4), (2, 1, 1, 2)])
-def test_window_cap_and_sinks_have_the_same_gradients_on_every_mesh(implementation: Callable, sizes: tuple[int, ...]) -> None:
+def test_window_cap_and_sinks_have_the_same_gradients_on_every_mesh(
+    implementation: Callable, sizes: tuple[int, ...]
+) -> None:
     qkv, (bounds, how) = inputs(200, B=4, size=2.0), everything(200)
     bounds = tuple(jnp.concatenate([x, x]) for x in bounds)
     positions = jnp.concatenate([how["window"].positions_BT] * 2)
@@ -184,11 +231,22 @@ def test_window_cap_and_sinks_have_the_same_gradients_on_every_mesh(implementati
 
     def gradients(attend: Callable) -> Arrays:
         def loss(qkv: Arrays, sinks: jax.Array) -> jax.Array:
-            return jnp.vdot(attend(*qkv, *bounds, window=Window(how["window"].size, positions), sinks_N=sinks, cap=3.0), pull)
+            return jnp.vdot(
+                attend(
+                    *qkv,
+                    *bounds,
+                    window=Window(how["window"].size, positions),
+                    sinks_N=sinks,
+                    cap=3.0,
+                ),
+                pull,
+            )
 
         d_qkv, d_sinks = jax.jit(jax.grad(loss, argnums=(0, 1)))(qkv, how["sinks_N"])
         return *d_qkv, d_sinks
 
     theirs, ours = gradients(dense), gradients(functools.partial(implementation, mesh=mesh(*sizes)))
     for name, a, b in zip(("q", "k", "v", "sinks"), ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, atol=4e-6 * max(1.0, float(jnp.abs(b).max())), err_msg=name)
+        np.testing.assert_allclose(
+            a, b, atol=4e-6 * max(1.0, float(jnp.abs(b).max())), err_msg=name
+        )

@@ -10,15 +10,30 @@ import numpy as np
 import pytest
 
 from jaxdpo.data.packing import Batch
-from jaxdpo.data.table import EncodedPair
+from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.models.config import ModelConfig, RopeScaling
-from jaxdpo.models.decoder import REMAT, ForwardOptions, Params, abstract_params, forward, head_weight, init_params, logical_axes
+from jaxdpo.models.decoder import (
+    REMAT,
+    ForwardOptions,
+    Params,
+    abstract_params,
+    forward,
+    head_weight,
+    init_params,
+    logical_axes,
+)
 from jaxdpo.models.layers import product, rope_tables, scale_frequencies
 from tests.byhand import by_hand
 from tests.families import tiny
 from tests.tiny import model, pack, pairs, params
 
-QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12, "attention_bias": True, "tie_word_embeddings": True}
+QWEN3 = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "head_dim": 12,
+    "attention_bias": True,
+    "tie_word_embeddings": True,
+}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 9}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -41,14 +56,18 @@ PAIRS = pairs(5, low=7, high=20)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
-def hidden_states(weights: Params, arrays: Any, config: ModelConfig, options: ForwardOptions) -> jax.Array:
+def hidden_states(
+    weights: Params, arrays: Any, config: ModelConfig, options: ForwardOptions
+) -> jax.Array:
     tokens, positions, k_start, k_end = arrays
     return forward(weights, config, tokens, positions, k_start, k_end, options)
 
 
 def packed_states(batch: Batch, config: ModelConfig, **options: Any) -> np.ndarray:
     """Hidden states of the batch's first microbatch."""
-    arrays = tuple(x[0] for x in (batch.tokens_MBT, batch.positions_MBT, batch.k_start_MBT, batch.k_end_MBT))
+    arrays = tuple(
+        x[0] for x in (batch.tokens_MBT, batch.positions_MBT, batch.k_start_MBT, batch.k_end_MBT)
+    )
     return np.asarray(hidden_states(params(0, config), arrays, config, ForwardOptions(**options)))
 
 
@@ -59,7 +78,9 @@ def states_alone(one: EncodedPair, side: int, config: ModelConfig) -> np.ndarray
     tokens[0, : len(ids)] = ids
     slots = np.arange(64, dtype=np.int32)[None]
     arrays = (tokens, slots, np.zeros_like(slots), slots + 1)
-    states = np.asarray(hidden_states(params(0, config), arrays, config, ForwardOptions(attention="dense")))
+    states = np.asarray(
+        hidden_states(params(0, config), arrays, config, ForwardOptions(attention="dense"))
+    )
     return states[0, len(one.prompt_ids) - 1 : len(ids) - 1]
 
 
@@ -77,7 +98,9 @@ def check_packed(config: ModelConfig, layout: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_states_in_packed_rows_are_those_of_each_answer_alone(name: str) -> None:
     """Windows too, which cut prompts and answers."""
-    assert KINDS[name].sliding_window in (None, 9) and max(len(pair.prompt_ids) for pair in PAIRS) > 9 < min(map(len, PAIRS))
+    assert KINDS[name].sliding_window in (None, 9) and max(
+        len(pair.prompt_ids) for pair in PAIRS
+    ) > 9 < min(map(len, PAIRS))
     for layout in ("shared", "separate"):
         check_packed(KINDS[name], layout)
 
@@ -96,29 +119,44 @@ def test_a_window_of_nine_is_a_slot_and_the_eight_before_it() -> None:
     windowed, plain = model(**MISTRAL), model(**MISTRAL | {"sliding_window": None})
     slots = np.arange(64, dtype=np.int32)[None]
     tokens, first = slots + 0, np.zeros_like(slots)
-    ours = hidden_states(params(0, windowed), (tokens, slots, first, slots + 1), windowed, ForwardOptions())
+    ours = hidden_states(
+        params(0, windowed), (tokens, slots, first, slots + 1), windowed, ForwardOptions()
+    )
     nine = (tokens, slots, np.maximum(slots - 8, 0), slots + 1)
-    np.testing.assert_allclose(ours, hidden_states(params(0, windowed), nine, plain, ForwardOptions(attention="dense")), atol=2e-5)
+    np.testing.assert_allclose(
+        ours,
+        hidden_states(params(0, windowed), nine, plain, ForwardOptions(attention="dense")),
+        atol=2e-5,
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_axes_and_shapes_are_one_tree(name: str) -> None:
     config = model(**FAMILIES[name])
     shapes, axes = abstract_params(config, "bfloat16"), logical_axes(config)
-    named = {path: axes_of for path, axes_of in jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda node: isinstance(node, tuple))}
+    named = {
+        path: axes_of
+        for path, axes_of in jax.tree_util.tree_leaves_with_path(
+            axes, is_leaf=lambda node: isinstance(node, tuple)
+        )
+    }
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         assert len(named.pop(path)) == len(leaf.shape) and leaf.dtype == jnp.bfloat16, path
     assert not named
     assert ("head" in shapes) is not config.tied_head
     attn = shapes["layers"]["attn"]
-    assert ("q_bias" in attn) is config.qkv_bias and ("q_norm" in attn) is (config.qk_norm != "none")
+    assert ("q_bias" in attn) is config.qkv_bias and ("q_norm" in attn) is (
+        config.qk_norm != "none"
+    )
 
 
 def test_random_weights_have_the_configs_spread() -> None:
     config = model(**QWEN3, num_hidden_layers=1)
     weights = jax.jit(init_params, static_argnums=(0, 2))(config, jax.random.key(0), "float32")
     shapes = abstract_params(config, "float32")
-    assert jax.tree.map(lambda w: (w.shape, w.dtype), weights) == jax.tree.map(lambda w: (w.shape, w.dtype), shapes)
+    assert jax.tree.map(lambda w: (w.shape, w.dtype), weights) == jax.tree.map(
+        lambda w: (w.shape, w.dtype), shapes
+    )
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         name = jax.tree_util.keystr(path)
         if "norm" in name or "bias" in name:
@@ -137,12 +175,19 @@ def test_the_head_is_the_embedding_where_they_are_tied() -> None:
 @pytest.mark.parametrize("remat", REMAT)
 def test_recomputation_leaves_the_states_alone(remat: str) -> None:
     batch = pack(PAIRS, size=384)
-    np.testing.assert_allclose(packed_states(batch, model(), remat=remat), packed_states(batch, model(), attention="dense"), atol=2e-5)
+    np.testing.assert_allclose(
+        packed_states(batch, model(), remat=remat),
+        packed_states(batch, model(), attention="dense"),
+        atol=2e-5,
+    )
 
 
 def test_bfloat16_products_stay_near_float32() -> None:
     batch = pack(PAIRS, size=384)
-    exact, rounded = packed_states(batch, model()), packed_states(batch, model(), compute_dtype="bfloat16")
+    exact, rounded = (
+        packed_states(batch, model()),
+        packed_states(batch, model(), compute_dtype="bfloat16"),
+    )
     assert rounded.dtype == np.float32
     off = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 1e-5 < off < 0.05
@@ -150,10 +195,14 @@ def test_bfloat16_products_stay_near_float32() -> None:
 
 def test_a_reference_held_in_bfloat16_computes_the_same_bits_as_its_float32_source() -> None:
     config, batch = model(**FAMILIES["llama with biases"]), pack(PAIRS, size=384)
-    arrays = tuple(x[0] for x in (batch.tokens_MBT, batch.positions_MBT, batch.k_start_MBT, batch.k_end_MBT))
+    arrays = tuple(
+        x[0] for x in (batch.tokens_MBT, batch.positions_MBT, batch.k_start_MBT, batch.k_end_MBT)
+    )
     options = ForwardOptions(compute_dtype="bfloat16")
     held = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), params(0, config))
-    ours, theirs = (hidden_states(weights, arrays, config, options) for weights in (params(0, config), held))
+    ours, theirs = (
+        hidden_states(weights, arrays, config, options) for weights in (params(0, config), held)
+    )
     np.testing.assert_array_equal(ours, theirs)
 
 
@@ -163,11 +212,14 @@ def test_products_have_the_gradients_of_einsum(equation: str) -> None:
     x_dims, rest = equation.split(",")
     weight_dims, y_dims = rest.split("->")
     x, weight, pull = (
-        jax.random.normal(jax.random.key(i), [sizes[dim] for dim in dims]) for i, dims in enumerate((x_dims, weight_dims, y_dims))
+        jax.random.normal(jax.random.key(i), [sizes[dim] for dim in dims])
+        for i, dims in enumerate((x_dims, weight_dims, y_dims))
     )
 
     def through(f: Any) -> Any:
-        return jax.value_and_grad(lambda x, weight: jnp.vdot(f(x, weight), pull), argnums=(0, 1))(x, weight)
+        return jax.value_and_grad(lambda x, weight: jnp.vdot(f(x, weight), pull), argnums=(0, 1))(
+            x, weight
+        )
 
     ours, theirs = (
         through(functools.partial(product, equation, jnp.dtype("float32"))),
@@ -186,7 +238,9 @@ def test_weight_gradients_of_bfloat16_products_are_sums_in_float32() -> None:
         return y.sum()
 
     grad = jax.grad(total)(weight)
-    assert grad.dtype == jnp.float32 and float(grad[0, 0]) == 1000  # bfloat16 sums would stop at 256
+    assert (
+        grad.dtype == jnp.float32 and float(grad[0, 0]) == 1000
+    )  # bfloat16 sums would stop at 256
 
 
 def test_rotary_angles_follow_positions_not_slots() -> None:
@@ -199,9 +253,19 @@ def test_rotary_angles_follow_positions_not_slots() -> None:
 def test_scaled_rotations() -> None:
     frequencies = jnp.array([1.0, 0.1, 0.02, 0.001], jnp.float32)
     linear = RopeScaling(kind="linear", factor=4.0)
-    np.testing.assert_allclose(scale_frequencies(frequencies, linear, 1e4), frequencies / 4, rtol=1e-6)
-    llama3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=1000)
-    turns = 1000 * np.array([1.0, 0.1, 0.02, 0.001]) / (2 * np.pi)  # 159, 16, 3.2, 0.16: kept, kept, blended, divided
+    np.testing.assert_allclose(
+        scale_frequencies(frequencies, linear, 1e4), frequencies / 4, rtol=1e-6
+    )
+    llama3 = RopeScaling(
+        kind="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_positions=1000,
+    )
+    turns = (
+        1000 * np.array([1.0, 0.1, 0.02, 0.001]) / (2 * np.pi)
+    )  # 159, 16, 3.2, 0.16: kept, kept, blended, divided
     blend = (turns[2] - 1) / 3
     wanted = [1.0, 0.1, 0.02 * (blend + (1 - blend) / 8), 0.001 / 8]
     np.testing.assert_allclose(scale_frequencies(frequencies, llama3, 1e4), wanted, rtol=1e-5)

@@ -7,11 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.config import LoraSection
+from jaxdpo.config.schema import LoraSection
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, forward
-from jaxdpo.models.lora import Lora, MergedWeight, adapter_shapes, by_target, find_targets, init_adapter, lora_of, merge, projections
-from jaxdpo.runweights import trained_shardings
+from jaxdpo.models.lora import (
+    Lora,
+    MergedWeight,
+    adapter_shapes,
+    by_target,
+    find_targets,
+    init_adapter,
+    lora_of,
+    merge,
+    projections,
+)
+from jaxdpo.training.weights import trained_shardings
 from tests.families import TINY, tiny
 from tests.tiny import mesh, params
 
@@ -21,25 +31,39 @@ LORA = Lora(rank=3, alpha=6.0, rslora=False, targets=("attn/q", "attn/o", "mlp/u
 def random_adapter(config: ModelConfig, lora: Lora, size: float = 0.3) -> Params:
     """An adapter whose B is not zero; numpy arrays."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: np.float32(size) * rng.standard_normal(leaf.shape).astype(np.float32), adapter_shapes(config, lora))
+    return jax.tree.map(
+        lambda leaf: np.float32(size) * rng.standard_normal(leaf.shape).astype(np.float32),
+        adapter_shapes(config, lora),
+    )
 
 
 def hidden(weights: Params, config: ModelConfig, scale: float = 1.0) -> np.ndarray:
     tokens = (jnp.arange(24, dtype=jnp.int32)[None] * 7) % config.vocab_size
     slots = jnp.broadcast_to(jnp.arange(24, dtype=jnp.int32), tokens.shape)
     options = ForwardOptions(attention="dense", lora_scale=scale)
-    return np.asarray(forward(weights, config, tokens, slots, jnp.zeros_like(slots), slots + 1, options))
+    return np.asarray(
+        forward(weights, config, tokens, slots, jnp.zeros_like(slots), slots + 1, options)
+    )
 
 
 def test_targets_by_our_names_and_those_of_transformers() -> None:
     llama, gpt2, phi, moe = tiny("llama"), tiny("gpt2"), tiny("phi3"), tiny("qwen3_moe")
     every = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
     assert find_targets(llama, "all-linear") == every
-    assert find_targets(llama, ["v", "q"]) == find_targets(llama, ["q_proj", "self_attn.v_proj"]) == ("attn/q", "attn/v")
+    assert (
+        find_targets(llama, ["v", "q"])
+        == find_targets(llama, ["q_proj", "self_attn.v_proj"])
+        == ("attn/q", "attn/v")
+    )
     assert find_targets(llama, "down_proj") == ("mlp/down",)
-    assert find_targets(phi, ["qkv_proj"]) == every[:3] and find_targets(phi, ["gate_up_proj", "o"]) == ("attn/o", "mlp/gate", "mlp/up")
+    assert find_targets(phi, ["qkv_proj"]) == every[:3] and find_targets(
+        phi, ["gate_up_proj", "o"]
+    ) == ("attn/o", "mlp/gate", "mlp/up")
     assert find_targets(gpt2, "all-linear") == (*every[:4], "mlp/up", "mlp/down")
-    assert find_targets(gpt2, ["c_attn"]) == every[:3] and find_targets(gpt2, ["c_proj"]) == ("attn/o", "mlp/down")
+    assert find_targets(gpt2, ["c_attn"]) == every[:3] and find_targets(gpt2, ["c_proj"]) == (
+        "attn/o",
+        "mlp/down",
+    )
     assert find_targets(gpt2, ["attn.c_proj"]) == ("attn/o",)
     assert find_targets(moe, "all-linear") == every[:4]  # never experts
 
@@ -56,7 +80,10 @@ def test_names_that_the_model_does_not_have_are_refused_with_those_it_has() -> N
 def test_what_the_options_leave_open() -> None:
     lora = lora_of(LoraSection(rank=8), tiny("llama"))
     assert (lora.rank, lora.alpha, lora.scale, len(lora.targets)) == (8, 16.0, 2.0, 7)
-    assert lora_of(LoraSection(rank=16, alpha=8.0, rslora=True, targets="q"), tiny("llama")).scale == 2.0
+    assert (
+        lora_of(LoraSection(rank=16, alpha=8.0, rslora=True, targets="q"), tiny("llama")).scale
+        == 2.0
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -65,7 +92,10 @@ def test_an_adapter_starts_as_nothing(name: str) -> None:
     lora = lora_of(LoraSection(rank=4), config)
     adapter = init_adapter(adapter_shapes(config, lora), jax.random.key(0))
     assert set(by_target(adapter)) == set(projections(config)) == set(lora.targets)
-    np.testing.assert_array_equal(hidden(params(0, config) | {"lora": adapter}, config, 2.0), hidden(params(0, config), config))
+    np.testing.assert_array_equal(
+        hidden(params(0, config) | {"lora": adapter}, config, 2.0),
+        hidden(params(0, config), config),
+    )
     for target, update in by_target(adapter).items():
         bound = np.prod(update["a"].shape[1:-1]) ** -0.5
         assert not update["b"].any() and 0.9 * bound < np.abs(update["a"]).max() <= bound, target
@@ -90,12 +120,18 @@ def test_merged_weights_compute_the_same(name: str) -> None:
     got, wanted = hidden(base | {"lora": adapter}, config, lora.scale), hidden(arrays, config)
     np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-4)
     assert np.abs(got - hidden(base, config)).mean() > 0.05
-    assert merged["embed"] is base["embed"] and jax.tree.structure(merged) == jax.tree.structure(base)
+    assert merged["embed"] is base["embed"] and jax.tree.structure(merged) == jax.tree.structure(
+        base
+    )
 
 
 def layer_by_layer(weight: Any) -> np.ndarray:
     """A merged weight as one array; others as they are."""
-    return np.stack([weight[layer,] for layer in range(len(weight.weight))]) if isinstance(weight, MergedWeight) else weight
+    return (
+        np.stack([weight[layer,] for layer in range(len(weight.weight))])
+        if isinstance(weight, MergedWeight)
+        else weight
+    )
 
 
 def test_a_small_update_is_not_lost_in_a_weight_of_few_bits() -> None:
@@ -105,7 +141,9 @@ def test_a_small_update_is_not_lost_in_a_weight_of_few_bits() -> None:
     adapter = random_adapter(config, LORA)
     merged = merge(base, adapter, 1e-5)["layers"]["attn"]["q"][1,]
     update = adapter["layers"]["attn"]["q"]
-    exact = base["layers"]["attn"]["q"][1].astype(np.float64) + 1e-5 * np.tensordot(update["a"][1], update["b"][1].astype(np.float64), 1)
+    exact = base["layers"]["attn"]["q"][1].astype(np.float64) + 1e-5 * np.tensordot(
+        update["a"][1], update["b"][1].astype(np.float64), 1
+    )
     assert merged.dtype == np.float32 and merged.shape == exact.shape
     np.testing.assert_allclose(merged, exact, rtol=1e-6, atol=1e-8)
     assert not np.array_equal(merged, base["layers"]["attn"]["q"][1].astype(np.float32))
@@ -113,8 +151,14 @@ def test_a_small_update_is_not_lost_in_a_weight_of_few_bits() -> None:
 
 def test_an_adapter_lies_as_its_weights_and_its_rank_is_whole() -> None:
     config, some = tiny("llama"), mesh(fsdp=4, tensor=2)
-    weights, adapter = trained_shardings(config, some)["layers"], trained_shardings(config, some, LORA)["layers"]
+    weights, adapter = (
+        trained_shardings(config, some)["layers"],
+        trained_shardings(config, some, LORA)["layers"],
+    )
     for part, name, inputs in (("attn", "q", 1), ("mlp", "up", 1), ("attn", "o", 2)):
-        whole, a, b = (tuple(place.spec) for place in (weights[part][name], adapter[part][name]["a"], adapter[part][name]["b"]))
+        whole, a, b = (
+            tuple(place.spec)
+            for place in (weights[part][name], adapter[part][name]["a"], adapter[part][name]["b"])
+        )
         assert a == (*whole[: 1 + inputs], None) and b == (whole[0], None, *whole[1 + inputs :])
         assert any(whole)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.answers import real_slots
 from jaxdpo.data.packing import Batch
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params, forward, forward_moe, logits
-from jaxdpo.models.families import FAMILIES
+from jaxdpo.models.hf.families import FAMILIES
+from jaxdpo.models.hf.load_save import load_params
 from jaxdpo.models.moe import balance_loss
-from jaxdpo.models.weights import load_params
+from jaxdpo.training.completion_logps import real_slots
 from tests.families import TINY
 from tests.theirs import CASES, Both, logits_of, make, padded, raw_of, read
 from tests.tiny import pack, pairs
@@ -27,7 +27,11 @@ pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 TOLERANCE = 1e-4
 VOCAB, SLOTS = 96, 384
 PAIRS = pairs(6, low=3, high=24, vocab=VOCAB)
-ANSWERED = [np.concatenate([pair.prompt_ids, answer]) for pair in PAIRS for answer in (pair.chosen_ids, pair.rejected_ids)]
+ANSWERED = [
+    np.concatenate([pair.prompt_ids, answer])
+    for pair in PAIRS
+    for answer in (pair.chosen_ids, pair.rejected_ids)
+]
 LONG = np.random.default_rng(1).integers(1, VOCAB, 100).astype(np.int32)
 Slots = tuple[Any, Any, Any, Any]
 """Tokens, positions and intervals [B, T], as `forward` takes them."""
@@ -46,7 +50,9 @@ def compute(params: Params, slots: Slots, config: ModelConfig, attention: str) -
 
 def our_logits(model: Both, slots: Slots, attention: str = "dense") -> np.ndarray:
     """Logits [T, V] of the first row."""
-    return np.asarray(compute(model.params, tuple(map(jnp.asarray, slots)), model.config, attention))[0]
+    return np.asarray(
+        compute(model.params, tuple(map(jnp.asarray, slots)), model.config, attention)
+    )[0]
 
 
 def plain(row: np.ndarray) -> Slots:
@@ -66,24 +72,36 @@ def packed(layout: str) -> tuple[Batch, Slots]:
     """PAIRS in one row."""
     batch = pack(PAIRS, layout=layout, size=SLOTS)
     assert batch.tokens_MBT.shape == (1, 1, SLOTS)
-    return batch, tuple(x[0] for x in (batch.tokens_MBT, batch.positions_MBT, batch.k_start_MBT, batch.k_end_MBT))
+    return batch, tuple(
+        x[0] for x in (batch.tokens_MBT, batch.positions_MBT, batch.k_start_MBT, batch.k_end_MBT)
+    )
 
 
 def answer_slots(batch: Batch) -> list[np.ndarray]:
     """The slots that predict each answer, in the order of ANSWERED."""
     sides = batch.sides_MBS[0, 0]
     places = {int(index): place for place, index in enumerate(batch.index_MBP[0, 0])}
-    return [batch.slots_MBS[0, 0][sides == 2 * places[number // 2] + number % 2] for number in range(len(ANSWERED))]
+    return [
+        batch.slots_MBS[0, 0][sides == 2 * places[number // 2] + number % 2]
+        for number in range(len(ANSWERED))
+    ]
 
 
 @pytest.mark.parametrize("attention", ["dense", "blocks"])
-def test_logits_are_those_of_transformers_in_plain_and_packed_rows(both: Both, attention: str) -> None:
+def test_logits_are_those_of_transformers_in_plain_and_packed_rows(
+    both: Both, attention: str
+) -> None:
     *answered, long = both.logits([*ANSWERED, LONG])
     assert np.abs(long).max() > 2
     close(our_logits(both, plain(LONG), attention)[: len(LONG)], long)
     if both.config.sliding_window is not None:
-        longest = max(len(pair.prompt_ids) for pair in PAIRS), max(len(pair.chosen_ids) for pair in PAIRS)
-        assert min(longest) > 2 * both.config.sliding_window, "the window cuts neither prompts nor answers"
+        longest = (
+            max(len(pair.prompt_ids) for pair in PAIRS),
+            max(len(pair.chosen_ids) for pair in PAIRS),
+        )
+        assert min(longest) > 2 * both.config.sliding_window, (
+            "the window cuts neither prompts nor answers"
+        )
     for layout in ("shared", "separate"):
         batch, slots = packed(layout)
         ours = our_logits(both, slots, attention)
@@ -100,12 +118,16 @@ def test_every_weight_matters(both: Both) -> None:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith("k_bias") and both.config.positions == "learned":
             continue  # without rope it adds the same to all scores of a query
-        changed = jax.tree.unflatten(tree, [*leaves[:number], jnp.roll(leaf, 1, axis=-1), *leaves[number + 1 :]])
+        changed = jax.tree.unflatten(
+            tree, [*leaves[:number], jnp.roll(leaf, 1, axis=-1), *leaves[number + 1 :]]
+        )
         other = our_logits(dataclasses.replace(both, params=changed), plain(LONG))
         assert np.abs(other - exact)[: len(LONG)].max() > 1000 * TOLERANCE, name
 
 
-@pytest.mark.parametrize("both", [case for case in CASES if "num_experts_per_tok" in raw_of(case)], indirect=True)
+@pytest.mark.parametrize(
+    "both", [case for case in CASES if "num_experts_per_tok" in raw_of(case)], indirect=True
+)
 def test_router_load_is_that_of_transformers(both: Both) -> None:
     """Over all real tokens of a packed row, each sequence once; transformers sees them padded."""
     batch, slots = packed("separate")
@@ -123,8 +145,14 @@ def test_bfloat16_folder_is_read_exactly(tmp_path: Path) -> None:
     made = make(tmp_path, "gpt_oss")
     made.model.to(torch.bfloat16).save_pretrained(tmp_path)
     params = load_params(tmp_path, made.config, None, "float32")
-    close(our_logits(dataclasses.replace(made, params=params), plain(LONG))[: len(LONG)], logits_of(read(tmp_path), [LONG])[0])
-    assert any((one != other).any() for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(made.params), strict=True))
+    close(
+        our_logits(dataclasses.replace(made, params=params), plain(LONG))[: len(LONG)],
+        logits_of(read(tmp_path), [LONG])[0],
+    )
+    assert any(
+        (one != other).any()
+        for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(made.params), strict=True)
+    )
 
 
 def test_every_family_is_compared() -> None:

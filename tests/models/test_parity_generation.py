@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxdpo.models.decoder import ForwardOptions
-from jaxdpo.models.hfconfig import load_model_config
-from jaxdpo.models.weights import load_params
-from jaxdpo.sampling import generate
+from jaxdpo.models.hf.config_json import load_model_config
+from jaxdpo.models.hf.load_save import load_params
+from jaxdpo.models.sampling import generate
 from tests.families import TINY
 from tests.theirs import make
 
@@ -32,7 +32,11 @@ def their_answers(model: Any, prompts: Sequence[np.ndarray]) -> list[list[int]]:
         here[len(row) - len(prompt) :] = 1
     model.generation_config.eos_token_id = None  # go on for NEW tokens, whatever they are
     found = model.generate(
-        torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), do_sample=False, max_new_tokens=NEW, pad_token_id=0
+        torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask),
+        do_sample=False,
+        max_new_tokens=NEW,
+        pad_token_id=0,
     )
     return found[:, ids.shape[1] :].tolist()
 
@@ -41,7 +45,9 @@ def their_answers(model: Any, prompts: Sequence[np.ndarray]) -> list[list[int]]:
 def test_greedy_answers_to_unequal_prompts_are_transformers(tmp_path: Path, case: str) -> None:
     both = make(tmp_path, case)
     window = both.config.sliding_window
-    assert window is None or any(len(prompt) < window < len(other) for prompt in PROMPTS for other in PROMPTS)
+    assert window is None or any(
+        len(prompt) < window < len(other) for prompt in PROMPTS for other in PROMPTS
+    )
     theirs = their_answers(both.model, PROMPTS)
     ours = generate(both.params, both.config, PROMPTS, max_new_tokens=NEW, options=ForwardOptions())
     assert [ids.tolist() for ids in ours] == theirs

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from jaxdpo.config import Config
+from jaxdpo.config.schema import Config
+from jaxdpo.planning.machines import topology
 from jaxdpo.planning.search import Choice, changed
 from jaxdpo.planning.target import Target
-from jaxdpo.planning.topologies import topology
 from tests.tiny import HF
 
 LLAMA: dict[str, Any] = HF | {

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jaxdpo.planning.ahead import compile_step, compiler_devices
+from jaxdpo.planning.aot_compile import compile_step, compiler_devices
 from jaxdpo.planning.memory import local_bytes
 from tests.planning.llama import config, planned, target
 
@@ -16,7 +16,9 @@ def off(machine: str, changes: dict[str, Any], model: dict[str, Any], pairs: int
     program = some.program(config(pairs, **changes), compiler_devices(some.topology))
     compiled = compile_step(program, choice.rows)
     state = sum(choice.memory.held.values())
-    assert compiled.arguments == pytest.approx(state, rel=1e-3)  # what is held is known, not estimated
+    assert compiled.arguments == pytest.approx(
+        state, rel=1e-3
+    )  # what is held is known, not estimated
     return choice.memory.peak / compiled.peak - 1
 
 
@@ -36,7 +38,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("machine", "changes", "model", "pairs"), CASES)
-def test_the_estimate_is_within_a_tenth(machine: str, changes: dict[str, Any], model: dict[str, Any], pairs: int) -> None:
+def test_the_estimate_is_within_a_tenth(
+    machine: str, changes: dict[str, Any], model: dict[str, Any], pairs: int
+) -> None:
     assert abs(off(machine, changes, model, pairs)) < 0.1
 
 
@@ -44,10 +48,21 @@ def test_what_makes_a_run_smaller_makes_its_parts_smaller() -> None:
     parts = {name: planned(target(), **change).memory for name, change in CHANGES.items()}
     plain = parts["plain"]
     assert parts["cached"].held["reference"] == 0 < plain.held["reference"]
-    assert parts["moments"].held["optimizer moments"] == pytest.approx(0.75 * plain.held["optimizer moments"], rel=1e-3)
-    assert parts["lora"].held["base under the adapter"] == plain.held["parameters"] > 50 * parts["lora"].held["parameters"]
-    assert parts["nf4"].held["base under the adapter"] < 0.4 * parts["lora"].held["base under the adapter"]
-    assert parts["short rows"].phases["backward"]["activations"] == pytest.approx(plain.phases["backward"]["activations"] / 2)
+    assert parts["moments"].held["optimizer moments"] == pytest.approx(
+        0.75 * plain.held["optimizer moments"], rel=1e-3
+    )
+    assert (
+        parts["lora"].held["base under the adapter"]
+        == plain.held["parameters"]
+        > 50 * parts["lora"].held["parameters"]
+    )
+    assert (
+        parts["nf4"].held["base under the adapter"]
+        < 0.4 * parts["lora"].held["base under the adapter"]
+    )
+    assert parts["short rows"].phases["backward"]["activations"] == pytest.approx(
+        plain.phases["backward"]["activations"] / 2
+    )
     assert plain.phases["backward"]["activations"] < parts["dots"].phases["backward"]["activations"]
     assert plain.peak == pytest.approx(sum(plain.parts.values()))
 
@@ -64,7 +79,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def test_shares_are_counted_as_they_lie() -> None:
-    whole, shared = (planned(target("cpu-8"), 8, mesh=mesh) for mesh in ({"data": 8}, {"fsdp": 4, "tensor": 2}))
+    whole, shared = (
+        planned(target("cpu-8"), 8, mesh=mesh) for mesh in ({"data": 8}, {"fsdp": 4, "tensor": 2})
+    )
     for part in ("parameters", "reference", "optimizer moments"):
-        assert shared.memory.held[part] == pytest.approx(whole.memory.held[part] / 8, rel=0.02)  # norms are on every device
+        assert shared.memory.held[part] == pytest.approx(
+            whole.memory.held[part] / 8, rel=0.02
+        )  # norms are on every device
     assert local_bytes(None) == 0 and local_bytes({}) == 0

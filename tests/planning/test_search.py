@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from jaxdpo.config import Config
+from jaxdpo.config.schema import Config
+from jaxdpo.planning.machines import GIB
 from jaxdpo.planning.search import ROOM, Choice, changed, choices, remedy, search
 from jaxdpo.planning.target import Target
-from jaxdpo.planning.topologies import GIB
 from tests.planning.llama import PAIR, config, target
 
 
@@ -30,14 +30,22 @@ def test_all_that_is_found_fits_and_the_fastest_comes_first() -> None:
 
 def test_only_settings_that_can_be_are_looked_at() -> None:
     looked_at = [choice.config for choice in choices(target("v5e-8"), config(), PAIR)]
-    assert {(one.mesh.fsdp, one.mesh.tensor) for one in looked_at} >= {(1, 1), (8, 1), (2, 4), (1, 4)}
+    assert {(one.mesh.fsdp, one.mesh.tensor) for one in looked_at} >= {
+        (1, 1),
+        (8, 1),
+        (2, 4),
+        (1, 4),
+    }
     assert max(one.mesh.tensor for one in looked_at) == 4  # key-value heads
     assert {one.mesh.expert for one in looked_at} == {1}
     assert {one.model.remat for one in looked_at} == {"none", "dots", "full"}
     long_pairs = choices(target(), changed(config(), data={"max_length": 2048}), PAIR)
     assert {one.config.data.max_row_tokens for one in long_pairs} == {4096, 8192, 16384}
     quantised = changed(config(), lora={"rank": 4}, model={"quantize": "nf4"})
-    assert {one.config.model.remat for one in choices(target(), quantised, PAIR)} == {"dots", "full"}
+    assert {one.config.model.remat for one in choices(target(), quantised, PAIR)} == {
+        "dots",
+        "full",
+    }
 
 
 def least(some: Target, config: Config) -> float:
@@ -55,7 +63,9 @@ def test_where_nothing_fits_the_mildest_remedy_is_told() -> None:
     waiting = config(train={"pairs_per_step": 5, "offload": ["reference"]})
     adapted = changed(config(), lora={"rank": 16})
     found = remedy(with_memory(some, 1.01 * least(some, adapted) / ROOM), waiting, PAIR)
-    assert found is not None and found[0] == "lora.rank=16 train.offload=[]" and found[1].fits  # whose reference is its base
+    assert (
+        found is not None and found[0] == "lora.rank=16 train.offload=[]" and found[1].fits
+    )  # whose reference is its base
     adapters = changed(config(), lora={"rank": 4})
     found = remedy(with_memory(some, 0.97 * least(some, adapters) / ROOM), adapters, PAIR)
     assert found is not None and "quantize=nf4" in found[0]

@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jaxdpo.checkpoint import restore_params  # noqa: E402
+from jaxdpo.checkpoints.checkpoint import restore_params  # noqa: E402
 from tests.runs import untimed  # noqa: E402
 from tests.tiny import rows, write_model, write_rows  # noqa: E402
 
@@ -70,13 +70,24 @@ class Failure(Exception):
 
 def main() -> int:
     """The whole of it; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=0, help="minutes; the run takes longer. SLURM warns it up to 80 s before")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        help="minutes; the run takes longer. SLURM warns it up to 80 s before",
+    )
     limit = parser.parse_args().limit
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started is stopped
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # so that what was started is stopped
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
-        print(f"skipped: {', '.join(missing)} not installed (apt-get install slurmctld slurmd slurm-client munge)")
+        print(
+            f"skipped: {', '.join(missing)} not installed (apt-get install slurmctld slurmd slurm-client munge)"
+        )
         return 0
     with tempfile.TemporaryDirectory(prefix="slurm-") as name:
         folder = Path(name)
@@ -84,7 +95,10 @@ def main() -> int:
             figures = check(folder, limit)
         except (Failure, subprocess.SubprocessError) as failure:
             for log in sorted(folder.glob("*.log")):
-                print(f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-40:]))
+                print(
+                    f"--- {log.name}\n"
+                    + "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+                )
             print(f"FAILED: {failure}")
             return 1
     print(json.dumps(figures, indent=1))
@@ -95,10 +109,18 @@ def check(folder: Path, limit: int) -> dict[str, Any]:
     """Both runs, and what was seen."""
     environment = prepare(folder)
     started = time.monotonic()
-    straight = [str(ROOT / "launch" / "local_processes.sh"), "2", *arguments(folder, "straight", 20)]
-    if limit:  # as many steps as take longer than the limit allows: measured on a run that is thrown away
+    straight = [
+        str(ROOT / "launch" / "local_processes.sh"),
+        "2",
+        *arguments(folder, "straight", 20),
+    ]
+    if (
+        limit
+    ):  # as many steps as take longer than the limit allows: measured on a run that is thrown away
         subprocess.run(straight, env=environment, check=True, cwd=folder, timeout=PATIENCE)
-        per_step = sorted(row["step_seconds"] for row in metrics(folder / "straight") if "step_seconds" in row)[10]
+        per_step = sorted(
+            row["step_seconds"] for row in metrics(folder / "straight") if "step_seconds" in row
+        )[10]
         shutil.rmtree(folder / "straight")
     steps = max(STEPS, round(60 * limit / per_step)) if limit else STEPS
     straight[2:] = arguments(folder, "straight", steps)
@@ -111,7 +133,13 @@ def check(folder: Path, limit: int) -> dict[str, Any]:
             cancelled(folder, environment)
     if not same_bits(folder / "straight", folder / "queued"):
         raise Failure("the requeued run did not end with the bits of the uninterrupted one")
-    return {"slurm": version, "steps": steps, "uninterrupted_seconds": round(alone, 1), **figures, "same_parameters_and_metrics": True}
+    return {
+        "slurm": version,
+        "steps": steps,
+        "uninterrupted_seconds": round(alone, 1),
+        **figures,
+        "same_parameters_and_metrics": True,
+    }
 
 
 def prepare(folder: Path) -> dict[str, str]:
@@ -119,8 +147,17 @@ def prepare(folder: Path) -> dict[str, str]:
     write_model(folder / "model")
     write_rows(folder / "rows.jsonl", rows(60))
     flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "NPROC": "32"}
-    flags |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return dict(os.environ) | flags | {"PYTHON": sys.executable, "SLURM_CONF": str(folder / "slurm.conf")}
+    flags |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return (
+        dict(os.environ)
+        | flags
+        | {"PYTHON": sys.executable, "SLURM_CONF": str(folder / "slurm.conf")}
+    )
 
 
 def arguments(folder: Path, name: str, steps: int) -> list[str]:
@@ -140,22 +177,39 @@ def slurm(folder: Path, environment: dict[str, str]) -> Iterator[None]:
     user = output(["id", "-un"], environment).strip()
     for name in ("state", "spool"):
         (folder / name).mkdir()
-    (folder / "slurm.conf").write_text(CONFIG.format(host=host, folder=folder, user=user, ports=free_ports(2)))
+    (folder / "slurm.conf").write_text(
+        CONFIG.format(host=host, folder=folder, user=user, ports=free_ports(2))
+    )
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
-    paths = [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("socket", "key-file", "pid-file", "seed-file")]
-    daemons = [["munged", "--foreground", "--force", *paths], ["slurmctld", "-D"], ["slurmd", "-D", "-N", host]]
+    paths = [
+        f"--{name}={folder}/munge.{name.split('-')[0]}"
+        for name in ("socket", "key-file", "pid-file", "seed-file")
+    ]
+    daemons = [
+        ["munged", "--foreground", "--force", *paths],
+        ["slurmctld", "-D"],
+        ["slurmd", "-D", "-N", host],
+    ]
     with contextlib.ExitStack() as stack:
         for daemon in daemons:
             stack.enter_context(running(daemon, folder, environment))
             time.sleep(1)
-        wait_for(lambda: output(["sinfo", "--noheader", "--format=%T"], environment).strip() == "idle", "the node is idle", 60)
+        wait_for(
+            lambda: output(["sinfo", "--noheader", "--format=%T"], environment).strip() == "idle",
+            "the node is idle",
+            60,
+        )
         try:
             yield
         finally:
             subprocess.run(["scancel", "--user", user], env=environment)
-            wait_for(lambda: not output(["squeue", "--noheader"], environment).strip(), "no job is left", 60)
+            wait_for(
+                lambda: not output(["squeue", "--noheader"], environment).strip(),
+                "no job is left",
+                60,
+            )
 
 
 @contextlib.contextmanager
@@ -184,37 +238,58 @@ def free_ports(count: int) -> list[int]:
 
 def submit(folder: Path, environment: dict[str, str], name: str, steps: int, *more: str) -> str:
     """Hand launch/slurm.sbatch to SLURM for two tasks of this machine; the job's number."""
-    machine = ["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0", f"--output={folder}/{name}.log"]
+    machine = [
+        "--nodes=1",
+        "--ntasks-per-node=2",
+        "--cpus-per-task=1",
+        "--gpus-per-node=0",
+        f"--output={folder}/{name}.log",
+    ]
     file = str(ROOT / "launch" / "slurm.sbatch")
-    return output(["sbatch", "--parsable", *machine, *more, file, *arguments(folder, name, steps)], environment).strip()
+    return output(
+        ["sbatch", "--parsable", *machine, *more, file, *arguments(folder, name, steps)],
+        environment,
+    ).strip()
 
 
-def interrupted(folder: Path, environment: dict[str, str], steps: int, limit: int) -> dict[str, Any]:
+def interrupted(
+    folder: Path, environment: dict[str, str], steps: int, limit: int
+) -> dict[str, Any]:
     """A job that gets SIGTERM, goes back into the queue and comes to its end; what was seen of it."""
     times = [f"--time={limit}", "--signal=TERM@20"] if limit else ["--time=30"]
     began = time.monotonic()
     job = submit(folder, environment, "queued", steps, *times)
     if not limit:
-        wait_for(lambda: len(metrics(folder / "queued")) >= steps // 3, "a third of the steps are done")
+        wait_for(
+            lambda: len(metrics(folder / "queued")) >= steps // 3, "a third of the steps are done"
+        )
         output(["scancel", "--signal=TERM", job], environment)
     log = folder / "queued.log"
-    wait_for(lambda: f"job {job}: exit 75" in log.read_text(), "the processes saved and ended with 75")
+    wait_for(
+        lambda: f"job {job}: exit 75" in log.read_text(), "the processes saved and ended with 75"
+    )
     to_save = time.monotonic() - began
     last = metrics(folder / "queued")[-1]["step"] if metrics(folder / "queued") else 0
     if last >= steps:
         raise Failure("the run was done before the signal came")
-    wait_for(lambda: f"job {job}, start 2" in log.read_text(), "the job is requeued and starts again")
+    wait_for(
+        lambda: f"job {job}, start 2" in log.read_text(), "the job is requeued and starts again"
+    )
     wait_for(lambda: f"job {job}: exit 0" in log.read_text(), "the requeued job is done")
     text = log.read_text()
     restarts = text.count(f"job {job}, start ") - 1
     resumed = [int(line.split()[-1]) for line in text.splitlines() if "resuming after step" in line]
     if not resumed or resumed[0] < last:
-        raise Failure(f"step {last} was done when the signal came, but it was resumed after {resumed}")
+        raise Failure(
+            f"step {last} was done when the signal came, but it was resumed after {resumed}"
+        )
     found = [row["step"] for row in metrics(folder / "queued")]
     if found != list(range(1, steps + 1)):
         raise Failure("metrics.jsonl does not hold each step once")
     seconds = round(time.monotonic() - began, 1)
-    signalled = f"SLURM, before the time limit of {limit} minutes" if limit else "scancel --signal=TERM"
+    signalled = (
+        f"SLURM, before the time limit of {limit} minutes" if limit else "scancel --signal=TERM"
+    )
     return {
         "signal": signalled,
         "seconds_to_exit_75": round(to_save, 1),
@@ -229,7 +304,11 @@ def cancelled(folder: Path, environment: dict[str, str]) -> None:
     job = submit(folder, environment, "cancelled", 100_000, "--time=30")
     wait_for(lambda: len(metrics(folder / "cancelled")) >= 3, "the job to be cancelled trains")
     output(["scancel", job], environment)
-    wait_for(lambda: not output(["squeue", "--noheader"], environment).strip(), "the cancelled job is gone", 120)
+    wait_for(
+        lambda: not output(["squeue", "--noheader"], environment).strip(),
+        "the cancelled job is gone",
+        120,
+    )
     time.sleep(20)
     state = output(["scontrol", "show", "job", job], environment)
     if "JobState=CANCELLED" not in state or "Restarts=0" not in state:
@@ -246,13 +325,19 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 def same_bits(one: Path, other: Path) -> bool:
     """Whether two runs ended with the same parameters and metrics."""
     (step, params, _), (other_step, other_params, _) = restore_params(one), restore_params(other)
-    return step == other_step and flat(params) == flat(other_params) and untimed(one) == untimed(other)
+    return (
+        step == other_step and flat(params) == flat(other_params) and untimed(one) == untimed(other)
+    )
 
 
 def flat(tree: Any, name: str = "") -> dict[str, bytes]:
     """The bytes of every array of a nested dict."""
     if isinstance(tree, dict):
-        return {path: value for key, branch in tree.items() for path, value in flat(branch, f"{name}/{key}").items()}
+        return {
+            path: value
+            for key, branch in tree.items()
+            for path, value in flat(branch, f"{name}/{key}").items()
+        }
     return {name: tree.tobytes()}
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints and run folders: saving, restoring, and reading a finished run."""

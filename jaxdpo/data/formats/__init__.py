@@ -1,0 +1,1 @@
+"""The forms of rows, one file each, and what they become."""

@@ -1,0 +1,1 @@
+"""Looking at preference data: survey, near-duplicates, examples, tables."""

@@ -1,0 +1,222 @@
+"""Rows of local files: JSON lines, JSON arrays, CSV, Parquet and Arrow, plain or gzipped, read one row at a time."""
+
+import codecs
+import csv
+import difflib
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
+from jaxdpo.data.formats.records import printable
+
+Row = dict[str, Any]
+
+MAX_LINE = 32 * 2**20
+"""Longest line of a text file, in bytes; a longer one is not a row but a file of another kind."""
+
+
+def file_kind(path: Path) -> str | None:
+    """The ending that says how to read a file (a key of READERS; a final .gz does not count), or None if it is no such."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield (row number from 1, row); in JSON lines and CSV the number is the line's. Memory grows with a .json array only.
+
+    Raises:
+        ValueError: the file is missing, damaged, not UTF-8 or not of the form that its ending says; names file and line.
+    """
+    kind = file_kind(path)
+    if not path.is_file() or kind is None:
+        raise ValueError(_not_readable(path))
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opener(path, "rb") as stream:
+            yield from READERS[kind](stream, str(path))  # type: ignore[arg-type]
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error}). Copy it again") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def file_hash(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(_not_readable(path))
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _not_readable(path: Path) -> str:
+    if path.is_dir():
+        return f"{path}: is a folder. Name a file in it that ends in {', '.join(READERS)}"
+    if path.exists():
+        return f"{path}: unknown ending. Files end in {', '.join(READERS)}, also with .gz"
+    if not path.parent.is_dir():
+        return f"{path}: no such file; the folder {path.parent} does not exist either"
+    near = difflib.get_close_matches(
+        path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.6
+    )
+    return f"{path}: no such file" + (
+        f". Did you mean {path.parent / near[0]}?" if near else f" in {path.parent}"
+    )
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines without the byte order mark."""
+    number = 0
+    while line := stream.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise ValueError(
+                f"{name}:{number}: the line is longer than {MAX_LINE >> 20} MiB. Is each row on a line of its own?"
+            )
+        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def _read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
+    for number, line in _lines(stream, name):
+        if line.strip():
+            yield (
+                number,
+                _object(_parse(line.rstrip(b"\r\n"), f"{name}:{number}"), f"{name}:{number}"),
+            )
+
+
+def _read_json(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
+    """An array of objects (held in memory whole), or JSON lines under another ending."""
+    first = stream.read(64)
+    stream.seek(0)
+    if not first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from _read_lines(stream, name)
+        return
+    for number, row in enumerate(
+        _parse(stream.read().removeprefix(codecs.BOM_UTF8), name), start=1
+    ):
+        yield number, _object(row, f"{name}:{number}")
+
+
+def _read_csv(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
+    """Cells are text, but for an empty one (null), a number in a column that must hold one, and messages written as JSON."""
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.reader(
+        (_decode(line, f"{name}:{number}") for number, line in _lines(stream, name)), strict=True
+    )
+    header: list[str] = []
+    start = 1
+    try:
+        for cells in reader:
+            number, start = start, reader.line_num + 1
+            if not header:
+                header = cells
+            elif cells:
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"{name}:{number}: has {len(cells)} cells, the header has {len(header)}"
+                    )
+                yield (
+                    number,
+                    {
+                        column: _cell(column, text)
+                        for column, text in zip(header, cells, strict=True)
+                    },
+                )
+    except csv.Error as error:
+        raise ValueError(f"{name}:{start}: broken CSV ({error})") from None
+
+
+def _cell(column: str, text: str) -> Any:
+    if not text:
+        return None
+    try:
+        if column in CSV_NUMBERS:
+            return float(text)
+        if text.startswith(("[{", "[ {")):
+            value = json.loads(text)
+            if all(
+                isinstance(item, dict) and item.keys() & {"role", "from", "function"}
+                for item in value
+            ):
+                return value
+    except ValueError:
+        pass  # text that only looks like it
+    return text
+
+
+CSV_NUMBERS = ("weight", "margin", "labels", "score_A", "score_B", "rank")
+"""Columns of CSV files whose cells are numbers."""
+
+
+def _read_arrow(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
+    """The stream format, as datasets writes it."""
+    try:
+        batches = pyarrow.ipc.open_stream(stream)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{name}: not a readable Arrow file ({printable(str(error))})") from None
+
+
+def _read_parquet(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
+    try:
+        batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from enumerate(rows, start=1)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{name}: not a readable Parquet file ({printable(str(error))})") from None
+
+
+READERS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Row]]]] = {
+    ".jsonl": _read_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+
+
+def _decode(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = data[error.start]
+        raise ValueError(
+            f"{place}: not UTF-8 (byte 0x{bad:02x} at position {error.start}). Convert the file to UTF-8"
+        ) from None
+
+
+def _parse(data: bytes, place: str) -> Any:
+    try:
+        return json.loads(_decode(data, place))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(
+            f"{place}: broken JSON ({error.msg.removesuffix(' starting at')} at {where}column {error.colno})"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{place}: broken JSON (nested too deeply)") from None
+
+
+def _object(value: Any, place: str) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{place}: a row must be a JSON object with named columns, this is {type(value).__name__}"
+        )
+    return value

@@ -1,0 +1,83 @@
+"""Which files of a folder hold a split: `datasets` folders (save_to_disk), and copies of hub sets."""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxdpo.data.readers import file_kind
+
+
+def split_files(folder: Path, split: str | None, usual: Sequence[str]) -> list[Path]:
+    """The files with the rows of a split, in order.
+
+    Args:
+        split: the split that is asked for; None: the first of `usual` that the folder has, or its only one.
+
+    Raises:
+        ValueError: the folder holds no rows, or no such split; names those that it has.
+    """
+    if (folder / "state.json").is_file():
+        return _saved_files(folder, split)
+    splits = _splits(folder)
+    if not splits:
+        raise ValueError(
+            f"{folder}: is a folder without rows. Name a file, or a folder of files or from save_to_disk"
+        )
+    name = (
+        split
+        or next((name for name in usual if name in splits), None)
+        or (next(iter(splits)) if len(splits) == 1 else None)
+    )
+    if name is None or name not in splits:
+        near = difflib.get_close_matches(split or usual[0], splits, n=1, cutoff=0.0)[0]
+        asked = f"no split {split}" if split else f"no split {' or '.join(usual)}"
+        raise ValueError(
+            f"{folder}: has {asked}. Its splits: {', '.join(splits)}. Write {folder}:{near}"
+        )
+    return splits[name]
+
+
+def _splits(folder: Path) -> dict[str, list[Path]]:
+    if (folder / "dataset_dict.json").is_file():
+        return {
+            path.parent.name: _saved_files(path.parent, None)
+            for path in sorted(folder.glob("*/state.json"))
+        }
+    splits: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if (
+            path.is_file()
+            and file_kind(path)
+            and not any(part.startswith(".") for part in parts)
+            and path.name != "dataset_infos.json"
+        ):
+            splits.setdefault(_split_of(path), []).append(path)
+    return splits
+
+
+def _split_of(path: Path) -> str:
+    """train.jsonl.gz and train-00000-of-00002.parquet hold the split train."""
+    stem = path.name[: -len("".join(path.suffixes))] if path.suffixes else path.name
+    return re.sub(r"-\d+-of-\d+$", "", stem)
+
+
+def _saved_files(folder: Path, split: str | None) -> list[Path]:
+    """The Arrow files of one set from save_to_disk."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        names = [str(item["filename"]) for item in state["_data_files"]]
+        found = state.get("_split")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: its state.json is not from datasets' save_to_disk ({error!r})"
+        ) from None
+    if split is not None and found is not None and split != str(found):
+        raise ValueError(
+            f"{folder}: has no split {split}, it is the split {found}. Leave the split out"
+        )
+    if any(Path(name).name != name for name in names):
+        raise ValueError(f"{folder}: its state.json names files outside of the folder")
+    return [folder / name for name in names]

@@ -1,0 +1,1 @@
+"""Preference losses: the registry, the functions, and what they see of a batch."""

@@ -1,0 +1,380 @@
+"""The table of losses: which exist, what each reads, how several are mixed, and how rewards are reported.
+
+Adding a loss: write the function in loss_functions.py with a doctest, add its row to LOSSES here, add its row to
+docs/losses.md. Nothing else compares a loss's name. P pairs.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdpo.config.schema import LossSection
+from jaxdpo.losses import preference as fn
+from jaxdpo.losses.pair_logps import BETA, PairLogps, chosen_nll, given, log_ratios, mean_logps
+
+LossFn = Callable[[PairLogps, LossSection], jax.Array]
+FromSection = Callable[[LossSection], float]
+
+MODIFIERS = ("f_divergence", "alpha_divergence", "ld_alpha", "length_penalty", "wpo")
+"""Options that change what a pair's term means: of mixed losses, all terms per pair must accept them or none."""
+
+LN2 = math.log(2.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    """One row of the table."""
+
+    fn: LossFn
+    """(pair, section) -> float32 [P]: numerators, one a pair."""
+    options: frozenset[str]
+    """Fields of LossSection that it reads or, for ld_alpha and wpo, lets the step apply."""
+    paper: str
+    """arXiv number, or name and year."""
+    equation: str
+    """The loss of one pair, in the symbols of loss_functions.py."""
+    needs_reference: bool = True
+    divisor: Literal["pairs", "chosen_tokens"] = "pairs"
+    """What the sum of `fn` over the global batch is divided by."""
+    coupled: bool = False
+    """The terms mix pairs of the batch: `fn` must see the whole global batch at once, and pairs cannot be weighted."""
+    closed_form: FromSection | None = None
+    """Its value where policy and reference agree (without a length penalty); None where that depends on the data."""
+    nll_weight: FromSection | None = None
+    """Weight of the chosen answers' NLL per chosen token that is part of the loss."""
+    needs_smoothing: bool = False
+    """loss.label_smoothing=0 has no meaning for it."""
+    reward_kind: Literal["ratio", "sum", "mean"] = "ratio"
+    """The reported reward: log-ratio to the reference, log-prob, or mean log-prob per token, times `reward_scale`."""
+    reward_scale: FromSection = lambda section: given(section.beta, BETA)
+
+
+class Numerators(NamedTuple):
+    """Per-pair terms by what their weighted sum is divided by; both float32 [P]."""
+
+    pairs_P: jax.Array
+    """Divide sum(weight * wpo_weight * term) by sum(weight)."""
+    chosen_tokens_P: jax.Array
+    """Divide sum(weight * term) by sum(weight * chosen tokens)."""
+
+
+def _options(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+_MARGIN = _options("beta", "f_divergence", "alpha_divergence", "length_penalty", "ld_alpha", "wpo")
+"""Read by every loss on beta (score_w - score_l)."""
+_PER_TOKEN = _MARGIN - _options("length_penalty")
+_RATIOS = _options("beta", "ld_alpha", "wpo")
+"""Read by the losses on each side's log-ratio; f-divergences hold only for differences, where log Z cancels."""
+
+
+def _ln2(section: LossSection) -> float:
+    del section
+    return LN2
+
+
+def _exo_start(section: LossSection) -> float:
+    smoothing = given(section.label_smoothing, fn.EXO_FLIP)
+    return -LN2 - 0.5 * (math.log(smoothing) + math.log1p(-smoothing))
+
+
+LOSSES: dict[str, Loss] = {
+    "sigmoid": Loss(
+        fn=fn.sigmoid,
+        options=_MARGIN,
+        paper="2305.18290 eq. 7",
+        equation="-log s(b d)",
+        closed_form=_ln2,
+    ),
+    "cdpo": Loss(
+        fn=fn.cdpo,
+        options=_MARGIN | _options("label_smoothing"),
+        paper="Mitchell 2023",
+        equation="-(1-e) log s(b d) - e log s(-b d)",
+        closed_form=_ln2,
+    ),
+    "robust": Loss(
+        fn=fn.robust,
+        options=_MARGIN | _options("label_smoothing"),
+        paper="2403.00409",
+        equation="[-(1-e) log s(b d) + e log s(-b d)] / (1-2e)",
+        closed_form=_ln2,
+    ),
+    "hinge": Loss(
+        fn=fn.hinge,
+        options=_MARGIN,
+        paper="2305.10425, 2309.06657",
+        equation="max(0, 1 - b d)",
+        closed_form=lambda section: 1.0,
+    ),
+    "ipo": Loss(
+        fn=fn.ipo,
+        options=_PER_TOKEN | _options("ipo_length"),
+        paper="2310.12036 eq. 17",
+        equation="(d' - 1/(2b))^2",
+        closed_form=lambda section: (0.5 / given(section.beta, BETA)) ** 2,
+    ),
+    "sigmoid_norm": Loss(
+        fn=fn.sigmoid_norm,
+        options=_PER_TOKEN,
+        paper="2411.15124",
+        equation="-log s(b (r_w/|y_w| - r_l/|y_l|))",
+        closed_form=_ln2,
+    ),
+    "exo_pair": Loss(
+        fn=fn.exo_pair,
+        options=_MARGIN | _options("label_smoothing"),
+        paper="2402.00856 eq. 16",
+        equation="s(bd)[log s(bd) - log(1-e)] + s(-bd)[log s(-bd) - log e]",
+        closed_form=_exo_start,
+        needs_smoothing=True,
+    ),
+    "nca_pair": Loss(
+        fn=fn.nca_pair,
+        options=_RATIOS,
+        paper="2402.05369",
+        equation="-log s(b r_w) - 1/2 log s(-b r_w) - 1/2 log s(-b r_l)",
+        closed_form=lambda section: 2.0 * LN2,
+    ),
+    "bco_pair": Loss(
+        fn=fn.bco_pair,
+        options=_RATIOS,
+        paper="2404.04656",
+        equation="-log s(b r_w) - log s(-b r_l)",
+        closed_form=lambda section: 2.0 * LN2,
+    ),
+    "sppo_hard": Loss(
+        fn=fn.sppo_hard,
+        options=_RATIOS,
+        paper="2405.00675 eq. 4.7",
+        equation="(r_w - 1/(2b))^2 + (r_l + 1/(2b))^2",
+        closed_form=lambda section: 2.0 * (0.5 / given(section.beta, BETA)) ** 2,
+    ),
+    "aot": Loss(
+        fn=fn.aot,
+        options=_options("beta", "label_smoothing", "ld_alpha"),
+        paper="2406.05882",
+        equation="cdpo on sort(logp_w - logp_l) - sort(ref_w - ref_l)",
+        coupled=True,
+        closed_form=_ln2,
+    ),
+    "aot_unpaired": Loss(
+        fn=fn.aot_unpaired,
+        options=_options("beta", "label_smoothing", "ld_alpha"),
+        paper="2406.05882",
+        equation="cdpo on sort(r_w) - sort(r_l)",
+        coupled=True,
+        closed_form=_ln2,
+    ),
+    "apo_zero": Loss(
+        fn=fn.apo_zero,
+        options=_RATIOS,
+        paper="2408.06266 eq. 7",
+        equation="1 - s(b r_w) + s(b r_l)",
+        closed_form=lambda section: 1.0,
+    ),
+    "apo_down": Loss(
+        fn=fn.apo_down,
+        options=_RATIOS,
+        paper="2408.06266 eq. 8",
+        equation="s(b r_w) + 1 - s(b (r_w - r_l))",
+        closed_form=lambda section: 1.0,
+    ),
+    "discopop": Loss(
+        fn=fn.discopop,
+        options=_MARGIN | _options("discopop_tau"),
+        paper="2406.08414 eq. 5",
+        equation="(1-m)(-log s(b d)) + m exp(-b d), m = s(b d / tau)",
+        closed_form=lambda section: 0.5 * LN2 + 0.5,
+    ),
+    "dpop": Loss(
+        fn=fn.dpop,
+        options=_options("beta", "dpop_lambda", "length_penalty", "ld_alpha", "wpo"),
+        paper="2402.13228",
+        equation="-log s(b (d - lambda max(0, -r_w)))",
+        closed_form=_ln2,
+    ),
+    "simpo": Loss(
+        fn=fn.simpo,
+        options=_options("beta", "simpo_gamma", "label_smoothing", "wpo"),
+        paper="2405.14734 eq. 6",
+        equation="-log s(b (mean logp_w - mean logp_l) - gamma)",
+        needs_reference=False,
+        reward_kind="mean",
+        reward_scale=lambda section: given(section.beta, fn.SIMPO_BETA),
+    ),
+    "orpo": Loss(
+        fn=fn.orpo,
+        options=_options("orpo_lambda", "wpo"),
+        paper="2403.07691 eq. 6, 7",
+        equation="NLL(y_w) - lambda log s(log odds_w - log odds_l)",
+        needs_reference=False,
+        nll_weight=lambda section: 1.0,
+        reward_kind="mean",
+        reward_scale=lambda section: given(section.orpo_lambda, fn.ORPO_LAMBDA),
+    ),
+    "cpo": Loss(
+        fn=fn.cpo,
+        options=_options("beta", "cpo_alpha", "label_smoothing", "wpo"),
+        paper="2401.08417",
+        equation="-log s(b (logp_w - logp_l)) + alpha NLL(y_w)",
+        needs_reference=False,
+        nll_weight=lambda section: given(section.cpo_alpha, 1.0),
+        reward_kind="sum",
+    ),
+    "sft": Loss(
+        fn=fn.sft,
+        options=_options(),
+        paper="-",
+        equation="NLL(y_w) / chosen tokens",
+        needs_reference=False,
+        divisor="chosen_tokens",
+    ),
+}
+
+
+def check(section: LossSection, reference: str) -> list[str]:
+    """What is wrong with the loss options, as messages; empty when nothing is.
+
+    Args:
+        section: the loss options.
+        reference: the config's `reference`; "none" means that no reference model exists.
+
+    >>> check(LossSection(name="sigmoid", cpo_alpha=0.5), "frozen")
+    ['loss.cpo_alpha=0.5: loss.name=sigmoid does not read it. Leave it out, or use cpo']
+    """
+    if unknown := [name for name in section.names if name not in LOSSES]:
+        return [_unknown(name) for name in unknown]
+    rows = [LOSSES[name] for name in section.names]
+    shown = ",".join(section.names)
+    problems = [
+        message
+        for option, value in _chosen_options(section)
+        if (message := _misplaced(option, value, section))
+    ]
+    if section.label_smoothing == 0 and any(row.needs_smoothing for row in rows):
+        problems.append(
+            f"loss.label_smoothing=0: loss.name={shown} takes its logarithm. Use a value above 0, e.g. 0.001"
+        )
+    if reference == "none" and any(row.needs_reference for row in rows):
+        free = ", ".join(name for name, row in LOSSES.items() if not row.needs_reference)
+        problems.append(
+            f"reference=none: loss.name={shown} compares with a reference. Use reference=frozen, or a loss without one: {free}"
+        )
+    if section.tr_every and not any(row.needs_reference for row in rows):
+        problems.append(
+            f"loss.tr_every={section.tr_every}: moves a reference that loss.name={shown} does not read. Leave it out"
+        )
+    return problems
+
+
+def pair_losses(pair: PairLogps, section: LossSection) -> dict[str, jax.Array]:
+    """Each chosen loss by name, unweighted: float32 [P]. For reports and for the check against `closed_forms`."""
+    return {name: LOSSES[name].fn(pair, section) for name in section.names}
+
+
+def numerators(pair: PairLogps, section: LossSection) -> Numerators:
+    """The chosen losses times loss.weights, added up by divisor.
+
+    Args:
+        pair: log-probs of P pairs; for coupled losses those of the whole global batch.
+        section: the loss options, free of `check` problems.
+
+    >>> terms = numerators(PairLogps.example(), LossSection(name=["sigmoid", "sft"], weights=[1.0, 0.5]))
+    >>> [round(term.item(), 4) for term in terms]
+    [0.6163, 1.5]
+    """
+    pairs_P = tokens_P = jnp.zeros_like(pair.chosen_logps_P)
+    for name, weight in zip(
+        section.names, section.weights or [1.0] * len(section.names), strict=True
+    ):
+        row = LOSSES[name]
+        term_P = weight * row.fn(pair, section)
+        pairs_P, tokens_P = (
+            (pairs_P + term_P, tokens_P) if row.divisor == "pairs" else (pairs_P, tokens_P + term_P)
+        )
+        if row.nll_weight is not None:
+            tokens_P = tokens_P + weight * row.nll_weight(section) * chosen_nll(pair)
+    return Numerators(pairs_P, tokens_P)
+
+
+def closed_forms(section: LossSection) -> dict[str, float]:
+    """Value of each chosen loss where policy and reference agree, for those where it does not depend on the data.
+
+    >>> closed_forms(LossSection(name=["ipo", "sft"]))
+    {'ipo': 25.0}
+    """
+    if section.length_penalty:
+        return {}
+    known = [(name, LOSSES[name].closed_form) for name in section.names]
+    return {name: form(section) for name, form in known if form is not None}
+
+
+def rewards(pair: PairLogps, section: LossSection) -> tuple[jax.Array, jax.Array]:
+    """Implicit rewards for reports: (chosen_P, rejected_P), float32 [P].
+
+    beta times the log-ratio to the reference; for losses without one beta times the log-prob (cpo) or its mean per token
+    (simpo; orpo with its lambda in beta's place), as TRL reports them. Of mixed losses, the first on pairs decides.
+
+    >>> [round(reward.item(), 4) for reward in rewards(PairLogps.example(), LossSection())]
+    [-0.02, -0.18]
+    """
+    rows = [LOSSES[name] for name in section.names]
+    row = next((row for row in rows if row.divisor == "pairs"), rows[0])
+    sides = {
+        "ratio": log_ratios,
+        "sum": lambda pair: (pair.chosen_logps_P, pair.rejected_logps_P),
+        "mean": mean_logps,
+    }[row.reward_kind]
+    chosen_P, rejected_P = sides(pair)
+    scale = row.reward_scale(section)
+    return scale * chosen_P, scale * rejected_P
+
+
+def takes_margins(section: LossSection) -> bool:
+    """Whether every chosen loss that has a term for each pair works on the logit that a pair's margin is taken from."""
+    rows = [LOSSES[name] for name in section.names]
+    return all("length_penalty" in row.options for row in rows if row.divisor == "pairs")
+
+
+def coupled(section: LossSection) -> bool:
+    """Whether some chosen loss mixes the pairs of the whole global batch (and so cannot weigh single pairs)."""
+    return any(LOSSES[name].coupled for name in section.names)
+
+
+def _chosen_options(section: LossSection) -> list[tuple[str, object]]:
+    """Options of single losses that were set, with their values."""
+    untouched = LossSection()
+    names = sorted(frozenset().union(*(row.options for row in LOSSES.values())))
+    return [
+        (name, getattr(section, name))
+        for name in names
+        if getattr(section, name) != getattr(untouched, name)
+    ]
+
+
+def _misplaced(option: str, value: object, section: LossSection) -> str | None:
+    """Why the option cannot stand beside the chosen losses, or None."""
+    shown = ",".join(section.names)
+    readers = [name for name in section.names if option in LOSSES[name].options]
+    others = [
+        name for name in section.names if name not in readers and LOSSES[name].divisor == "pairs"
+    ]
+    if not readers:
+        able = " or ".join(sorted(name for name, row in LOSSES.items() if option in row.options))
+        return f"loss.{option}={value}: loss.name={shown} does not read it. Leave it out, or use {able}"
+    if option in MODIFIERS and others:
+        return f"loss.{option}={value}: {', '.join(others)} of loss.name={shown} cannot take it. Leave out the one or the other"
+    return None
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return f"loss.name={name}: no such loss. {hint}Choose from {', '.join(LOSSES)}"

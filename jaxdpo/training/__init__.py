@@ -1,0 +1,1 @@
+"""A training run: state, step, optimizer, resolved config, loop, evaluation, logging."""

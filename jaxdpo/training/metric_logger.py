@@ -1,0 +1,298 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the console, and a warning when a number leaves its healthy range.
+
+metrics.jsonl is the record: one JSON object a line, floats written so that they read back as the same bits. A resumed
+run cuts the rows beyond the step it resumes from, so that the file never tells a step twice.
+"""
+
+import functools
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tensorboardX import SummaryWriter
+
+from jaxdpo.config.schema import LogSection
+from jaxdpo.distributed import processes
+from jaxdpo.utils.console import Console, progress_bar, say, stdout
+
+TIME_KEYS = frozenset(
+    {
+        "step_seconds",
+        "pairs_per_second",
+        "tokens_per_second",
+        "wait_fraction",
+        "mfu",
+        "eval/seconds",
+    }
+)
+"""Keys of metrics.jsonl that depend on the clock: the only ones that may differ between two runs of the same command."""
+
+CONSOLE_KEYS = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "kl/sequence": "kl",
+    "grad_norm": "grad",
+    "pairs_per_second": "pairs/s",
+}
+"""What of a row the console shows, and under which name."""
+
+LINES_PER_RUN = 20
+"""How many steps of a run are told where no progress bar can be drawn."""
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with a "step"; every line reaches the system as it is written.
+
+    Of several processes the first one writes, and for the others every method does nothing.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        """Open for appending, keeping of an earlier run the rows up to `resume_step` (None: no rows)."""
+        self._path, self._on = path, processes.is_first()
+        if self._on:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut(path, resume_step)
+
+    @functools.cached_property
+    def _file(self) -> BinaryIO:
+        """Made by the first row, so that a run without any leaves no file. Unbuffered: what a full disk refused is not tried again."""
+        return self._path.open("ab", buffering=0)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row. Numbers that are not finite become null, as JSON has none.
+
+        Raises:
+            OSError: with the file's name; the disk is full.
+        """
+        if not self._on:
+            return
+        line = (
+            json.dumps({key: _finite_or_none(value) for key, value in row.items()}, allow_nan=False)
+            + "\n"
+        )
+        try:
+            left = memoryview(line.encode())
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            told = f"a row could not be written ({error.strerror}). Checkpoints are intact, and the same command resumes from the newest"
+            raise OSError(error.errno, told, str(self._path)) from error
+
+    def sync(self) -> None:
+        """Return when every row is on the disk, safe from a power cut."""
+        if self._on:
+            os.fsync(self._file.fileno())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row, as it was written."""
+        lines = (
+            self._path.read_text(encoding="utf-8").splitlines()
+            if self._on and self._path.exists()
+            else []
+        )
+        return [json.loads(line) for line in lines]
+
+    def close(self) -> None:
+        """Close the file, if a row has made one."""
+        if "_file" in self.__dict__:
+            self._file.close()
+
+
+def _cut(path: Path, resume_step: int | None) -> None:
+    if not path.exists():
+        return
+    lines = (
+        path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if resume_step is not None
+        else []
+    )
+    kept = [line for line in lines if resume_step is not None and _step_of(line) <= resume_step]
+    whole = path.with_name(path.name + ".cut")
+    whole.write_text("".join(kept), encoding="utf-8")
+    whole.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a row; infinity for a line that a kill left half written."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except ValueError:
+        return math.inf
+
+
+def _plain(value: Any) -> Any:
+    """Arrays of one number (numpy, JAX) as the Python number of the same value."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Health:
+    """Watches the rows of a run and explains, once each, what is out of its healthy range."""
+
+    PATIENCE = 20
+    """Steps in a row with the chosen answers below the reference before it is said."""
+    WINDOW = 10
+    """Steps over which the accuracy is averaged."""
+
+    def __init__(self, total_steps: int, has_reference: bool):
+        self._early = total_steps // 10
+        self._has_reference = has_reference
+        self._below = 0
+        self._accuracies: deque[float] = deque(maxlen=self.WINDOW)
+        self._said: set[str] = set()
+
+    def check(self, step: int, row: Mapping[str, Any]) -> list[str]:
+        """Warnings that this row gives rise to; each kind is given once in a run."""
+        found = {
+            "non-finite": self._non_finite(step, row),
+            "chosen-below": self._chosen_below_reference(row),
+            "too-easy": self._too_easy(step, row),
+        }
+        fresh = {kind: text for kind, text in found.items() if text and kind not in self._said}
+        self._said |= fresh.keys()
+        return list(fresh.values())
+
+    def _non_finite(self, step: int, row: Mapping[str, Any]) -> str | None:
+        bad = [key for key in ("loss", "grad_norm") if not math.isfinite(row.get(key, 0.0))]
+        if not bad:
+            return None
+        return (
+            f"step {step}: {' and '.join(f'{key} is {row[key]}' for key in bad)}; an update from it would destroy the weights. "
+            "Usual causes: a learning rate that is too high, damaged weights, an overflow in bfloat16. "
+            "Lower optim.learning_rate, add optim.warmup_steps, or set model.compute_dtype=float32"
+        )
+
+    def _chosen_below_reference(self, row: Mapping[str, Any]) -> str | None:
+        reward = row.get("rewards/chosen", 0.0)
+        self._below = self._below + 1 if self._has_reference and reward < 0 else 0
+        if self._below < self.PATIENCE:
+            return None
+        return (
+            f"for {self._below} steps the chosen answers have been less likely than under the reference (rewards/chosen {reward:.3g}). "
+            "The loss only asks for a gap between both answers, and lowering both is one way to widen it. "
+            "If answers get worse: mix in the sft loss (loss.name=[sigmoid,sft]), try dpop or apo_zero, or lower optim.learning_rate"
+        )
+
+    def _too_easy(self, step: int, row: Mapping[str, Any]) -> str | None:
+        self._accuracies.append(row.get("rewards/accuracies", 0.0))
+        mean = sum(self._accuracies) / len(self._accuracies)
+        if step > self._early or len(self._accuracies) < self.WINDOW or mean <= 0.95:
+            return None
+        return (
+            f"accuracy is {mean:.2f} within the first tenth of the run: something easy tells chosen from rejected, such as length, "
+            "a marker or the source. Compare lengths/chosen with lengths/rejected and read a few pairs (--dry-run); "
+            "stop earlier or lower optim.learning_rate if that is what the policy should not learn"
+        )
+
+
+class Logger:
+    """Sends rows of numbers to metrics.jsonl, TensorBoard and the console; a context manager."""
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        log: LogSection,
+        total_steps: int,
+        resume_step: int | None = None,
+        *,
+        has_reference: bool = True,
+        console: Console | None = None,
+    ):
+        """Open the run's files.
+
+        Args:
+            run_dir: the run's folder; created if needed.
+            log: cadence and sinks.
+            total_steps: number of the last step.
+            resume_step: step of the restored checkpoint; later rows are cut. None: a new run, all rows are cut.
+            has_reference: whether rewards compare with a reference, so that a negative one tells something.
+            console: where text goes. Default: standard output.
+        """
+        folder = Path(run_dir).expanduser()
+        self._log, self._total = log, total_steps
+        self._rows = JsonLines(folder / "metrics.jsonl", resume_step)
+        first = 0 if resume_step is None else resume_step + 1
+        self._board = (
+            SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+            if log.tensorboard and processes.is_first()
+            else None
+        )
+        self._health = Health(total_steps, has_reference)
+        self._console = console or (stdout() if processes.is_first() else Console(quiet=True))
+        self._progress = (
+            progress_bar(self._console, total_steps, resume_step or 0)
+            if self._console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Take the numbers of update `step`, in order and of every update; writes those that `log.every` asks for."""
+        row = {key: _plain(value) for key, value in row.items()}
+        if step % self._log.every == 0 or step in (1, self._total):
+            self._write(step, row)
+        self._show(step, row)
+        for text in self._health.check(step, row):
+            self.warn(text)
+
+    def evaluation(self, step: int, row: Mapping[str, Any]) -> None:
+        """Write the numbers of an evaluation after update `step`; keys come bare and are written as eval/<key>."""
+        row = {key: _plain(value) for key, value in row.items()}
+        self._write(step, {f"eval/{key}": value for key, value in row.items()})
+        self.info(f"eval {step}/{self._total}  {_summary(row)}")
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the rows hold an evaluation after update `step`."""
+        return any(row["step"] == step and "eval/loss" in row for row in self._rows.rows())
+
+    def warn(self, text: str) -> None:
+        """Tell something that the user should act on."""
+        say(self._console, f"warning: {text}", "yellow")
+
+    def info(self, text: str) -> None:
+        """Tell something."""
+        say(self._console, text)
+
+    def flush(self) -> None:
+        """Return when all rows are on the disk. Called before a checkpoint, which must not be ahead of its metrics."""
+        self._rows.sync()
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Close the files and take the progress bar down."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._board is not None:
+            self._board.close()
+        self._rows.close()
+
+    def _write(self, step: int, row: Mapping[str, Any]) -> None:
+        self._rows.write({"step": step, **row})
+        if self._board is not None:
+            for key, value in row.items():
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    self._board.add_scalar(key, value, step)
+
+    def _show(self, step: int, row: Mapping[str, Any]) -> None:
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step, summary=_summary(row))
+        elif step % max(1, self._total // LINES_PER_RUN) == 0 or step in (1, self._total):
+            self.info(f"step {step}/{self._total}  {_summary(row)}")
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {row[key]:.4g}" for key, name in CONSOLE_KEYS.items() if key in row)

@@ -1,0 +1,266 @@
+"""The weights of a run: what is trained, what stays as it is under it, and what the reference has of its own.
+
+Full fine-tuning trains all weights. With LoRA an adapter is trained over a base, which is held once, perhaps in few bits, and which the
+reference shares (reference=adapter_off).
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxdpo.config.schema import Config
+from jaxdpo.distributed import offload, sharding
+from jaxdpo.models import quantize as quant
+from jaxdpo.models.config import ModelConfig
+from jaxdpo.models.decoder import Params, abstract_params, init_params, logical_axes
+from jaxdpo.models.hf.load_save import load_params
+from jaxdpo.models.lora import Lora, adapter_axes, adapter_shapes, init_adapter
+from jaxdpo.training.step import Fixed, TrainState, needs_reference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunWeights:
+    """Shapes and places of a run's weights, and their values at its start; every method that loads does so anew."""
+
+    config: Config
+    """Settled: no `auto` in it."""
+    model: ModelConfig
+    folder: Path
+    """The model's Hugging Face folder."""
+    mesh: Mesh
+    lora: Lora | None
+    """None: all weights are trained."""
+    start: Params | None
+    """The adapter at lora.path, on the host."""
+
+    @functools.cached_property
+    def trained(self) -> Params:
+        """Shapes of what is trained: nested dict of jax.ShapeDtypeStruct."""
+        return (
+            abstract_params(self.model, self.config.model.param_dtype)
+            if self.lora is None
+            else adapter_shapes(self.model, self.lora)
+        )
+
+    @functools.cached_property
+    def shardings(self) -> Params:
+        """Where what is trained lives."""
+        return trained_shardings(self.model, self.mesh, self.lora)
+
+    @functools.cached_property
+    def fixed_shapes(self) -> Fixed:
+        """Shapes of base and reference."""
+        compute = self._full_shapes(self.config.model.compute_dtype)
+        base = None if self.lora is None else self._quantised_shapes(compute)
+        kind, own = self.reference_kind, {} if self.start is None else {"lora": self.trained}
+        references = {
+            "adapter_off": own,
+            "frozen": self._full_shapes(self.reference_dtype) if base is None else base | own,
+        }
+        return Fixed(base, references.get(kind))
+
+    @functools.cached_property
+    def fixed_shardings(self) -> Fixed:
+        """Where base and reference live; log-probs that were computed before, as the rows of a batch."""
+        axes = logical_axes(self.model)
+        if self.config.model.quantize != "none":
+            axes = quant.quantised_axes(axes)
+        all_axes = (
+            axes if self.lora is None else axes | {"lora": adapter_axes(self.model, self.lora)}
+        )
+        shapes = self.fixed_shapes
+
+        def place(tree: Params | None) -> Params | None:
+            return (
+                None
+                if tree is None
+                else sharding.param_shardings(self.mesh, {key: all_axes[key] for key in tree}, tree)
+            )
+
+        cached: Any = sharding.rows(self.mesh, 1) if self.reference_kind == "cached" else None
+        reference = place(shapes.reference)
+        return Fixed(
+            place(shapes.base),
+            offload.waiting(reference) if "reference" in self.config.train.offload else reference,
+            cached,
+        )
+
+    @property
+    def reference_kind(self) -> str:
+        """config.reference, or none where the loss reads no reference."""
+        return self.config.reference if needs_reference(self.config.loss) else "none"
+
+    @property
+    def reference_dtype(self) -> str:
+        """Type of a frozen reference: what products take anyway, but for a reference that moves by small amounts (TR-DPO)."""
+        return (
+            self.config.model.param_dtype
+            if self.config.loss.tr_every
+            else self.config.model.compute_dtype
+        )
+
+    def num_trained(self) -> int:
+        """Number of weights that are trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.trained))
+
+    def num_all(self) -> int:
+        """Number of weights of the model, adapters aside."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self._full_shapes("float32")))
+
+    def initial(self) -> Params:
+        """What is trained, as it is before the first step.
+
+        Raises:
+            ValueError: the weights cannot be used.
+        """
+        if self.lora is None:
+            return self._load_full(self.config.model.param_dtype)
+        if self.start is not None:
+            return self._put_start(self.start)
+        key = jax.random.fold_in(
+            jax.random.key(self.config.seed), 1
+        )  # apart from that of random weights
+        return jax.jit(lambda key: init_adapter(self.trained, key), out_shardings=self.shardings)(
+            key
+        )
+
+    def base(self) -> Params | None:
+        """The weights under the adapter; None without one.
+
+        Raises:
+            ValueError: as `initial`.
+        """
+        return (
+            None
+            if self.lora is None
+            else self._load_full(self.config.model.compute_dtype, self.config.model.quantize)
+        )
+
+    def start_view(self, params: Params, base: Params | None) -> Params:
+        """The model that the policy starts as, in the decoder's form, made of the weights given.
+
+        Args:
+            params: of `initial`; with LoRA not looked at, as the start is the base or the base with the adapter at lora.path.
+            base: of `base`.
+        """
+        return params if base is None else base | self._own()
+
+    def reference(self, params: Params, base: Params | None, *, shared: bool) -> Params | None:
+        """Fixed.reference, from what start_view takes; None where no reference runs.
+
+        Args:
+            shared: whether the policy goes on with `params`, so that a frozen reference must be a copy.
+        """
+        if self.reference_kind == "adapter_off":
+            return self._own()
+        if self.reference_kind != "frozen":
+            return None
+        if base is not None:
+            return self._copy(base | self._own())
+        stays = not shared and "reference" not in self.config.train.offload
+        return (
+            params
+            if stays and self.config.model.param_dtype == self.reference_dtype
+            else self._copy(params, self.reference_dtype)
+        )
+
+    def _own(self) -> Params:
+        """What the reference has over LoRA's base."""
+        return {} if self.start is None else {"lora": self._put_start(self.start)}
+
+    def _copy(self, tree: Params, dtype: str | None = None) -> Params:
+        """A copy where a frozen reference lives."""
+        places = self.fixed_shardings.reference
+        if (
+            "reference" in self.config.train.offload
+        ):  # one weight at a time, as the devices may not have room for all
+            return jax.tree.map(
+                lambda w, where: jax.block_until_ready(
+                    jax.device_put(jnp.array(w, dtype or w.dtype, copy=True), where)
+                ),
+                tree,
+                places,
+            )
+        return jax.jit(
+            lambda tree: jax.tree.map(lambda w: jnp.array(w, dtype or w.dtype, copy=True), tree),
+            out_shardings=places,
+        )(tree)
+
+    def _put_start(self, start: Params) -> Params:
+        return sharding.put(start, self.shardings)
+
+    def _full_shapes(self, dtype: str) -> Params:
+        return abstract_params(self.model, dtype)
+
+    def _quantised_shapes(self, shapes: Params) -> Params:
+        kind = self.config.model.quantize
+        return (
+            shapes
+            if kind == "none"
+            else jax.eval_shape(lambda params: quant.quantised_tree(params, kind), shapes)
+        )
+
+    def _load_full(self, dtype: str, quantize: str = "none") -> Params:
+        """All weights, from the files or from the seed; quantised one at a time as they come."""
+        full = trained_shardings(self.model, self.mesh)
+        places = full if quantize == "none" else self.fixed_shardings.base
+        if self.config.model.init == "random":
+
+            def draw(key: jax.Array) -> Params:
+                params = init_params(self.model, key, dtype)
+                return params if quantize == "none" else quant.quantised_tree(params, quantize)
+
+            return jax.jit(draw, out_shardings=places)(jax.random.key(self.config.seed))
+        return load_params(
+            self.folder, self.model, full, jnp.dtype(dtype), functools.partial(self._held, quantize)
+        )
+
+    def _held(self, kind: str, path: str, weight: jax.Array) -> Any:
+        """A weight that was just read, as the run holds it."""
+        if kind == "none" or not quant.is_quantised(path):
+            return weight
+        places: Any = self.fixed_shardings.base
+        place = functools.reduce(lambda tree, key: tree[key], path.split("/"), places)
+        return jax.jit(quant.quantise, static_argnums=1, out_shardings=place)(weight, kind)
+
+
+def axis_sizes(model: ModelConfig) -> dict[str, int]:
+    """What a mesh must divide, as `sharding.make_mesh` takes it."""
+    return sharding.axis_sizes(logical_axes(model), abstract_params(model, "float32"))
+
+
+def trained_shardings(model: ModelConfig, mesh: Mesh, lora: Lora | None = None) -> Params:
+    """Where all weights live, or an adapter.
+
+    Raises:
+        ValueError: the mesh does not divide the weights.
+    """
+    if lora is None:
+        return sharding.param_shardings(
+            mesh, logical_axes(model), abstract_params(model, "float32")
+        )
+    return sharding.param_shardings(mesh, adapter_axes(model, lora), adapter_shapes(model, lora))
+
+
+def state_shardings(
+    model: ModelConfig, mesh: Mesh, lora: Lora | None = None, *, moments_wait: bool = False
+) -> Any:
+    """Where each part of the state lives; moments with their weights, or on the hosts of these devices.
+
+    Raises:
+        ValueError: the mesh does not divide the weights.
+    """
+    params, everywhere = trained_shardings(model, mesh, lora), sharding.replicated(mesh)
+    moments = offload.waiting(params) if moments_wait else params
+    leaves: Any = (
+        params,
+        {"count": everywhere, "mu": moments, "nu": moments},
+        everywhere,
+        everywhere,
+    )
+    return TrainState(*leaves)

@@ -1,0 +1,93 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxdpo.data.pair_table import EncodedPair, PairTable
+
+
+def pair(
+    prompt: list[int], chosen: list[int], rejected: list[int], **options: object
+) -> EncodedPair:
+    return EncodedPair(*(np.array(ids, np.int32) for ids in (prompt, chosen, rejected)), **options)  # type: ignore[arg-type]
+
+
+PAIRS = [
+    pair(
+        [1, 2],
+        [3],
+        [4, 5],
+        id="a",
+        weight=0.5,
+        truncated_prompt=True,
+        ended_rejected=True,
+        prompt_key=2**64 - 1,
+    ),
+    pair([6], [7, 8, 9], [10], id="b", truncated_rejected=True, prompt_key=7),
+    pair([11, 12, 13], [14], [15], id="c", ended_chosen=True, ended_rejected=True, prompt_key=7),
+]
+
+
+def test_pairs_come_back_as_they_went_in() -> None:
+    table = PairTable.from_pairs(iter(PAIRS))
+    assert len(table) == 3
+    for index, pair in enumerate(PAIRS):
+        found, expected = (
+            table[index],
+            dataclasses.replace(
+                pair, chosen_scored=pair.answers[0][1], rejected_scored=pair.answers[1][1]
+            ),
+        )
+        assert {name: str(value) for name, value in vars(found).items()} == {
+            name: str(value) for name, value in vars(expected).items()
+        }
+        assert found.prompt_ids.dtype == np.int32 and np.shares_memory(
+            found.prompt_ids, table.columns["tokens"]
+        )
+    assert table.lengths.tolist() == [[2, 1, 2], [1, 3, 1], [3, 1, 1]]
+    assert [len(table[i]) for i in range(3)] == [5, 5, 5]
+    with pytest.raises(IndexError):
+        table[3]
+
+
+def test_taking_pairs_shares_the_tokens() -> None:
+    table = PairTable.from_pairs(PAIRS)
+    for index in (np.array([2, 0]), np.array([True, False, True])):
+        taken = table.take(index)
+        assert sorted(taken.ids) == ["a", "c"] and taken.columns is table.columns
+    assert table.take(np.array([2, 0]))[0].chosen_ids.tolist() == [14]
+
+
+def test_the_fingerprint_sees_tokens_order_boundaries_and_weights() -> None:
+    table = PairTable.from_pairs(PAIRS)
+    others = [
+        PAIRS[::-1],
+        [pair([1], [2, 3], [4, 5], weight=0.5), *PAIRS[1:]],
+        [pair([1, 2], [3], [4, 5], weight=1.0), *PAIRS[1:]],
+        [pair([1, 2], [3], [4, 6], weight=0.5), *PAIRS[1:]],
+        PAIRS[:2],
+    ]
+    prints = {PairTable.from_pairs(pairs).fingerprint() for pairs in others}
+    assert len(prints | {table.fingerprint()}) == 6
+    assert (
+        table.take(np.array([0, 1])).fingerprint() == PairTable.from_pairs(PAIRS[:2]).fingerprint()
+    )
+
+
+def test_statistics() -> None:
+    found = PairTable.from_pairs(PAIRS).statistics()
+    assert (found["pairs"], found["prompts"], found["tokens"]) == (3, 2, 15)
+    assert found["truncated"] == {"prompt": 1, "chosen": 0, "rejected": 1}
+    assert found["length"]["prompt"] == {"p50": 2, "p95": 3, "max": 3}
+    assert (found["chosen_longer"], found["equal_length"], found["ended"]) == (0.3333, 0.3333, 0.5)
+
+
+def test_an_empty_table() -> None:
+    table = PairTable.from_pairs([])
+    assert len(table) == 0 and table.lengths.shape == (0, 3)
+    found = table.take(np.zeros(0, bool)).statistics()
+    assert (
+        found["pairs"] == 0
+        and found["chosen_longer"] is None
+        and found["length"]["chosen"]["max"] == 0
+    )

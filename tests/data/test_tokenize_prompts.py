@@ -1,0 +1,131 @@
+"""Prompts that are to be answered: the tokens that training puts before an answer, and those that end one."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from jaxdpo.data.formats.records import Dropped, Message, Preference, Text
+from jaxdpo.data.pair_table import EncodedPair
+from jaxdpo.data.tokenize import EncodedPrompt, Encoder, load_tokenizer, read_template
+
+KINDS = ("byte_tokenizer", "metaspace_tokenizer", "chat_tokenizer")
+TURNS = (
+    Message("user", "Which colour?"),
+    Message("assistant", "It is red."),
+    Message("user", "Thank you! And?"),
+)
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Qwen3's: something stands before the last answer that the generation prompt lacks."""
+
+
+def encoder(tokenizer: Any, **changes: Any) -> Encoder:
+    return dataclasses.replace(
+        Encoder(tokenizer, read_template(tokenizer, None), 10**6, 10**5), **changes
+    )
+
+
+def prompt_ids(made: Encoder, text: Text) -> list[int]:
+    found = made.encode_prompt(text)
+    assert isinstance(found, EncodedPrompt), found
+    return found.ids.tolist()
+
+
+def trained_ids(made: Encoder, text: Text) -> list[int]:
+    """What training puts before the answers of a pair with this prompt."""
+    answers = (
+        ["7", "8"]
+        if isinstance(text, str)
+        else [(Message("assistant", word),) for word in ("7", "8")]
+    )
+    (pair,) = made.encode([Preference(text, *answers)])  # type: ignore[arg-type]
+    assert isinstance(pair, EncodedPair), pair
+    return pair.prompt_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "text", ["2 + 2 =", TURNS[:1], TURNS, (Message("system", "Be kind."), *TURNS)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_is_what_training_puts_before_an_answer(
+    kind: str, text: Text, request: pytest.FixtureRequest
+) -> None:
+    made = encoder(request.getfixturevalue(kind))
+    assert prompt_ids(made, text) == trained_ids(made, text)
+
+
+def test_what_the_template_writes_before_an_answer_is_part_of_the_prompt(
+    chat_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    made = encoder(chat_tokenizer, template=THINKING)
+    assert prompt_ids(made, TURNS) == trained_ids(made, TURNS)
+    assert str(chat_tokenizer.decode(prompt_ids(made, TURNS))).endswith(
+        "<|im_start|>assistant\n<think></think>"
+    )
+
+
+def test_a_long_prompt_keeps_its_end_and_says_so(
+    metaspace_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    whole = prompt_ids(encoder(metaspace_tokenizer), TURNS)
+    cut = encoder(metaspace_tokenizer, max_prompt_length=9).encode_prompt(TURNS)
+    assert (
+        isinstance(cut, EncodedPrompt)
+        and cut.truncated
+        and cut.ids.tolist() == [whole[0], *whole[-8:]]
+    )
+    exact = encoder(metaspace_tokenizer, max_prompt_length=len(whole)).encode_prompt(TURNS)
+    assert isinstance(exact, EncodedPrompt) and not exact.truncated
+
+
+def test_prompts_that_have_no_form_say_why(
+    byte_tokenizer: PreTrainedTokenizerFast, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain, templated = encoder(byte_tokenizer), encoder(chat_tokenizer)
+    assert plain.encode_prompt("") == Dropped("has no token")
+    assert plain.encode_prompt((Message("tool", "3"),)) == Dropped(
+        "plain text has no form for a role other than system, user, assistant"
+    )
+    assert templated.encode_prompt((Message("user", "a<|im_end|>"),)) == Dropped(
+        "text spells a special token of the chat template"
+    )
+    refusing = encoder(
+        chat_tokenizer, template="{{ raise_exception('no such turn') }}"
+    ).encode_prompt(TURNS)
+    assert (
+        isinstance(refusing, Dropped)
+        and "the chat template refuses it: no such turn" in refusing.reason
+    )
+
+
+def test_ends_are_the_end_of_text_and_what_the_template_writes_behind_an_answer(
+    byte_tokenizer: PreTrainedTokenizerFast, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    begin, start, end = (
+        chat_tokenizer.convert_tokens_to_ids(name)
+        for name in ("<|begin|>", "<|im_start|>", "<|im_end|>")
+    )
+    assert encoder(byte_tokenizer).stop_ids == (byte_tokenizer.eos_token_id,)
+    assert encoder(chat_tokenizer).stop_ids == (end,)
+    other = encoder(
+        chat_tokenizer,
+        template="{% for m in messages %}{{ m.content }}\n<|im_start|><|begin|>{% endfor %}",
+    )
+    assert other.stop_ids == (end, start) and begin not in other.stop_ids
+    assert encoder(chat_tokenizer, template="{{ raise_exception('no such turn') }}").stop_ids == (
+        end,
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507"])
+def test_published_templates_end_a_turn(real_data: Path, name: str) -> None:
+    tokenizer = load_tokenizer(str(real_data / "tokenizers" / "qwen3"))
+    template = read_template(tokenizer, str(real_data / "chat_templates" / f"{name}.jinja"))
+    made = encoder(tokenizer, template=template)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in made.stop_ids
+    assert prompt_ids(made, TURNS) == trained_ids(made, TURNS)

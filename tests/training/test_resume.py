@@ -1,0 +1,452 @@
+"""A run that was interrupted ends with the same bits as one that was not, or is refused."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdpo.training.reference_cache
+from jaxdpo.checkpoints.checkpoint import Checkpoints, restore_params
+from jaxdpo.config.schema import Config
+from jaxdpo.data.loader import Loader
+from jaxdpo.distributed import sharding
+from jaxdpo.models.hf.peft import write_peft
+from jaxdpo.models.lora import Lora
+from jaxdpo.training.loop import train
+from jaxdpo.training.session import Session
+from jaxdpo.training.weights import RunWeights
+from tests.models.test_lora import random_adapter
+from tests.runs import (
+    MAKE_MESH,
+    RUNS,
+    STOPPED,
+    folder_with_inputs,
+    interrupt,
+    replaced,
+    same_bits,
+    settings,
+    stopped_copy,
+    untimed,
+    use_one_device,
+    whole,
+)
+from tests.tiny import model, rows, write_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of these tests' runs."""
+    return folder_with_inputs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See use_one_device."""
+    use_one_device(monkeypatch)
+
+
+def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(shared: Path, tmp_path: Path) -> None:
+    some = stopped_copy(shared, tmp_path)
+    assert [row["step"] for row in untimed(tmp_path) if "loss" in row] == list(
+        range(1, STOPPED + 1)
+    )
+    assert train(some) is True
+    assert same_bits(tmp_path, whole(shared))
+
+
+def test_a_stop_where_an_evaluation_was_due_loses_nothing(shared: Path, tmp_path: Path) -> None:
+    some = settings(shared, tmp_path)
+    interrupt(some, 4)
+    assert untimed(tmp_path)[-1]["step"] == 4 and "eval/loss" not in untimed(tmp_path)[-1]
+    assert train(some) is True
+    assert same_bits(tmp_path, whole(shared))
+
+
+def test_rows_beyond_the_checkpoint_are_told_once(shared: Path, tmp_path: Path) -> None:
+    """As after a SIGKILL: metrics of steps after the last save are on disk."""
+    some = settings(shared, tmp_path, checkpoint__save_every=3)
+    interrupt(some, 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 123}\n{"step": 5, "lo')
+    (tmp_path / "nonfinite.jsonl").write_text(
+        '{"step": 2, "ids": ["a"]}\n{"step": 4, "ids": ["b"]}\n'
+    )
+    assert train(some) is True
+    assert same_bits(tmp_path, whole(shared))
+    assert (tmp_path / "nonfinite.jsonl").read_text() == '{"step": 2, "ids": ["a"]}\n'
+
+
+def test_a_finished_run_stays_as_it_is(shared: Path) -> None:
+    run_dir = whole(shared)
+    before = untimed(run_dir)
+    assert train(settings(shared, run_dir)) is True
+    assert untimed(run_dir) == before
+
+
+def restoring(change: Callable[[dict[str, Any]], None]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Have the restored state changed."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        restore = Checkpoints.restore
+
+        def changed(self: Checkpoints, abstract: Any) -> Any:
+            found = restore(self, abstract)
+            assert found is not None
+            change(found[1])
+            return found
+
+        monkeypatch.setattr(Checkpoints, "restore", changed)
+
+    return patch
+
+
+def zeroed(tree: dict[str, Any], *path: str) -> None:
+    for name in path[:-1]:
+        tree = tree[name]
+    tree[path[-1]] = jax.tree.map(jnp.zeros_like, tree[path[-1]])
+
+
+def from_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Loader.stream
+    monkeypatch.setattr(
+        Loader, "stream", lambda self, first, last: stream(self, 1, last - first + 1)
+    )
+
+
+LOSSES_ON_RESUME = {
+    "first moments": restoring(lambda tree: zeroed(tree, "opt", "mu")),
+    "second moments": restoring(lambda tree: zeroed(tree, "opt", "nu")),
+    "optimizer's count": restoring(lambda tree: zeroed(tree, "opt", "count")),
+    "step": restoring(lambda tree: zeroed(tree, "step")),
+    "position in the data": from_the_first_batch,
+}
+
+
+@pytest.mark.parametrize("lost", LOSSES_ON_RESUME)
+def test_the_comparison_sees_what_a_resume_loses(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    some = stopped_copy(shared, tmp_path)
+    LOSSES_ON_RESUME[lost](monkeypatch)
+    assert train(some) is True
+    assert not same_bits(tmp_path, whole(shared))
+
+
+def stopped_as(shared: Path, run_dir: Path, kind: str) -> Config:
+    """A run of this kind, stopped in its second epoch."""
+    some = settings(shared, run_dir, **RUNS[kind])
+    interrupt(some, STOPPED)
+    return some
+
+
+def test_a_moved_reference_is_saved_and_restored(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = whole(shared, "tr")
+    some = stopped_as(shared, tmp_path / "kept", "tr")
+    shutil.copytree(tmp_path / "kept", tmp_path / "lost")
+    assert train(some) is True and same_bits(tmp_path / "kept", theirs)
+    other = settings(shared, tmp_path / "lost", **RUNS["tr"])
+    forget = restoring(
+        lambda tree: tree.update(reference=Session.open(other).reference_again(None))
+    )  # what is there without it
+    forget(monkeypatch)
+    assert train(other) is True and not same_bits(tmp_path / "lost", theirs)
+
+
+@pytest.mark.parametrize("kind", ["lora", "cached", "lora-cached", "lora-nf4"])
+def test_adapters_and_cached_references_resume_exactly(
+    shared: Path, tmp_path: Path, kind: str
+) -> None:
+    some = stopped_as(shared, tmp_path, kind)
+    assert train(some) is True
+    assert same_bits(tmp_path, whole(shared, kind))
+
+
+@pytest.mark.parametrize("lost", ["first moments", "second moments", "position in the data"])
+def test_the_comparison_sees_what_an_adapter_loses(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    some = stopped_as(shared, tmp_path, "lora")
+    LOSSES_ON_RESUME[lost](monkeypatch)
+    assert train(some) is True
+    assert not same_bits(tmp_path, whole(shared, "lora"))
+
+
+def test_a_checkpoint_of_an_adapter_holds_no_base(shared: Path) -> None:
+    run_dir = whole(shared, "lora")
+    _, adapter, meta = restore_params(run_dir)
+    assert (
+        set(adapter) == {"layers"}
+        and set(adapter["layers"]) == {"attn", "mlp"}
+        and set(adapter["layers"]["attn"]["q"]) == {"a", "b"}
+    )
+    saved = json.loads((run_dir / "checkpoints" / "8" / "state" / "_METADATA").read_text())[
+        "tree_metadata"
+    ]
+    matrices = [
+        tuple(key["key"] for key in item["key_metadata"])
+        for item in saved.values()
+        if len(item["key_metadata"]) > 2
+    ]
+    assert (
+        len(matrices) == 3 * 7 * 2
+        and {path[0] for path in matrices} == {"params", "opt"}
+        and {path[-1] for path in matrices} == {"a", "b"}
+    )
+    assert meta["identity"]["weights"].startswith("sha256:") and meta["config"]["lora"]["rank"] == 4
+
+
+def changed_cache(run_dir: Path) -> None:
+    """Log-probs that are off, in a part that says it is whole."""
+    for path in run_dir.glob("reference_cache/train-*/*.npy"):
+        buffer = io.BytesIO()
+        np.save(buffer, np.load(path) + np.float32(0.5) * np.eye(1, 2, dtype=np.float32))
+        path.unlink()
+        path.with_name(
+            f"00000-{hashlib.sha256(buffer.getvalue()).hexdigest()[:32]}.npy"
+        ).write_bytes(buffer.getvalue())
+
+
+def test_a_cached_reference_is_read_and_made_again_of_the_starting_policy(
+    shared: Path, tmp_path: Path
+) -> None:
+    theirs = whole(shared, "cached")
+    stopped_as(shared, tmp_path / "a", "cached")
+    for name in ("b", "c"):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            RunWeights, "initial", lambda self: pytest.fail("loaded although the cache is whole")
+        )
+        assert train(settings(shared, tmp_path / "a", **RUNS["cached"])) is True
+    shutil.rmtree(tmp_path / "b" / "reference_cache")  # as if it had been on a scratch disk
+    assert train(settings(shared, tmp_path / "b", **RUNS["cached"])) is True
+    assert same_bits(tmp_path / "a", theirs) and same_bits(tmp_path / "b", theirs)
+    changed_cache(tmp_path / "c")
+    assert train(settings(shared, tmp_path / "c", **RUNS["cached"])) is True
+    assert not same_bits(tmp_path / "c", theirs)  # what is read is what is used
+
+
+def test_a_signal_while_the_reference_is_computed_keeps_what_there_is(
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    some = settings(shared, tmp_path, **RUNS["cached"])
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxdpo.training.reference_cache.BATCHES_PER_PART", 2)
+        patch.setattr(
+            "jaxdpo.training.reference_cache._write",
+            signalled(jaxdpo.training.reference_cache._write),
+        )
+        assert train(some) is False
+        assert len(list(tmp_path.glob("reference_cache/train-*/*.npy"))) == 1 and not list(
+            (tmp_path / "checkpoints").iterdir()
+        )
+        assert "what was computed of the reference is kept" in capsys.readouterr().out
+        patch.undo()
+        patch.setattr("jaxdpo.training.reference_cache.BATCHES_PER_PART", 2)
+        assert train(some) is True
+    assert "1 parts read and verified" in capsys.readouterr().out
+    assert same_bits(tmp_path, whole(shared, "cached"))
+
+
+def signalled(write: Callable[..., None]) -> Callable[..., None]:
+    """`write`, with a SIGTERM after it."""
+
+    def write_and_signal(*args: Any) -> None:
+        write(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    return write_and_signal
+
+
+def test_a_reference_is_the_same_after_a_resume_whatever_the_types(
+    shared: Path, tmp_path: Path
+) -> None:
+    """Weights held in bfloat16 are rounded before the reference is taken from them, also on resume."""
+    for param_dtype, compute_dtype in (
+        ("bfloat16", "float32"),
+        ("float32", "bfloat16"),
+        ("float32", "float32"),
+    ):
+        some = settings(
+            shared, tmp_path, model__param_dtype=param_dtype, model__compute_dtype=compute_dtype
+        )
+        session = Session.open(some)
+        _, fixed = session.start(session.weights.initial(), None)
+        for a, b in zip(
+            jax.tree.leaves(fixed.reference),
+            jax.tree.leaves(session.reference_again(None)),
+            strict=True,
+        ):
+            assert a.dtype == b.dtype == compute_dtype and (a == b).all()
+
+
+# --- what a resume refuses ---
+
+
+@pytest.fixture(scope="module")
+def halfway(shared: Path) -> Config:
+    """A run that was stopped after its second step."""
+    some = settings(shared, shared / "halfway")
+    interrupt(some, 2)
+    return some
+
+
+def test_another_config_is_refused_with_every_field(halfway: Config) -> None:
+    other = replaced(
+        halfway,
+        optim={"learning_rate": 0.5},
+        loss={"beta": 0.3},
+        log={"every": 2},
+        train={"steps": 9},
+    )
+    with pytest.raises(ValueError) as caught:
+        train(other)
+    lines = str(caught.value).split("\n")
+    assert lines[0] == f"run_dir={halfway.run_dir}: holds checkpoints of a different run:"
+    assert lines[1:-1] == [
+        "  loss.beta: None in the checkpoint, 0.3 now",
+        "  optim.learning_rate: 0.001 in the checkpoint, 0.5 now",
+        "  train.steps: 8 in the checkpoint, 9 now",
+    ]
+
+
+def test_another_type_of_products_is_refused_although_both_say_auto(
+    halfway: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_on_a_gpu(some: Config, mesh: object) -> Config:
+        return replaced(some, model={"compute_dtype": "bfloat16"})
+
+    monkeypatch.setattr("jaxdpo.training.resolve.settle_dtype", as_on_a_gpu)
+    with pytest.raises(
+        ValueError, match=r"model.compute_dtype: float32 in the checkpoint, bfloat16 now"
+    ):
+        train(halfway)
+
+
+@pytest.mark.parametrize(
+    ("what", "key"),
+    [
+        ("rows", "pairs"),
+        ("weights", "weights"),
+        ("tokenizer", "tokenizer"),
+        ("template", "chat_template"),
+    ],
+)
+def test_other_data_or_models_are_refused(
+    halfway: Config, shared: Path, what: str, key: str
+) -> None:
+    folder = Path(str(halfway.model.path))
+    path = {
+        "rows": shared / "rows.jsonl",
+        "weights": folder / "model.safetensors",
+        "tokenizer": folder / "tokenizer.json",
+        "template": folder / "tokenizer_config.json",
+    }[what]
+    before = path.read_bytes()
+    changes = {
+        "rows": lambda: write_rows(
+            path, [*rows(12), {"prompt": "w1", "chosen": " w2", "rejected": " w3"}]
+        ),
+        "weights": lambda: write_model(folder, seed=5),
+        "tokenizer": lambda: path.write_bytes(
+            before.replace(b'"w63": 63', b'"w63": 63, "w64": 63')
+        ),
+        "template": lambda: path.write_text(
+            json.dumps(json.loads(before) | {"chat_template": "{{ messages }}"})
+        ),
+    }
+    try:
+        changes[what]()
+        with pytest.raises(
+            ValueError, match=f"\n  {key}: not what the checkpoint was trained with"
+        ):
+            train(halfway)
+    finally:
+        path.write_bytes(before)
+    Session.open(halfway)
+
+
+def test_another_adapter_to_start_from_is_refused(shared: Path, tmp_path: Path) -> None:
+    lora = Lora(rank=2, alpha=2.0, rslora=False, targets=("attn/q",))
+    (tmp_path / "adapter").mkdir()
+    write_peft(tmp_path / "adapter", model(), random_adapter(model(), lora), lora, base="model")
+    some = settings(shared, tmp_path / "run", lora__path=str(tmp_path / "adapter"), eval__every=0)
+    interrupt(some, 2)
+    write_peft(
+        tmp_path / "adapter", model(), random_adapter(model(), lora, 0.2), lora, base="model"
+    )
+    with pytest.raises(ValueError, match="\n  adapter: not what the checkpoint was trained with"):
+        train(some)
+
+
+def test_what_only_changes_where_things_are_computed_may_change(
+    shared: Path, tmp_path: Path
+) -> None:
+    some = settings(shared, tmp_path, eval__every=0)
+    interrupt(some, STOPPED)
+    other = replaced(
+        some,
+        model={"attention": "dense"},
+        data={"layout": "separate", "max_row_tokens": 96},
+        log={"every": 1},
+    )
+    assert train(other) is True
+    wanted = [row["loss"] for row in untimed(whole(shared)) if "loss" in row]
+    assert [row["loss"] for row in untimed(tmp_path)] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_run_on_eight_devices_can_be_resumed_on_one(shared: Path, tmp_path: Path) -> None:
+    some = settings(
+        shared, tmp_path, mesh__fsdp=2, mesh__tensor=2, eval__samples=1, eval__sample_tokens=2
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", MAKE_MESH)
+        interrupt(some, STOPPED)
+    assert train(settings(shared, tmp_path)) is True
+    ours, theirs = (
+        [row for row in untimed(run) if "loss" in row] for run in (tmp_path, whole(shared))
+    )
+    for key in ("loss", "grad_norm", "logps/chosen"):
+        assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=1e-5)
+
+
+def test_pair_weights_are_refused_by_losses_that_mix_pairs(shared: Path, tmp_path: Path) -> None:
+    weighted = write_rows(
+        tmp_path / "rows.jsonl", [row | {"weight": 1 + i % 2} for i, row in enumerate(rows(13))]
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"loss.name=aot: .* the rows of data.train differ in their column 'weight'",
+    ):
+        Session.open(settings(shared, tmp_path, data__train=[weighted], loss__name="aot"))
+    Session.open(settings(shared, tmp_path, data__train=[weighted]))
+    Session.open(settings(shared, tmp_path, loss__name="aot"))
+
+
+def test_margins_are_trained_on_or_refused(shared: Path, tmp_path: Path) -> None:
+    wide = write_rows(tmp_path / "rows.jsonl", [row | {"margin": 0.5} for row in rows(13)])
+    with pytest.raises(
+        ValueError,
+        match=r"loss.name=ipo: has no logit to take a margin from, and rows of data.train have one",
+    ):
+        Session.open(settings(shared, tmp_path, data__train=[wide], loss__name="ipo"))
+    assert train(settings(shared, tmp_path, data__train=[wide])) is True
+    first = next(row for row in untimed(tmp_path) if row.get("step") == 1 and "loss" in row)
+    assert first["loss"] == pytest.approx(np.log1p(np.exp(0.5)), rel=1e-5), (
+        "the loss of policy == reference at this margin"
+    )

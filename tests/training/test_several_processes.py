@@ -1,0 +1,354 @@
+"""Several real processes on loopback are one run: the same numbers, saves that any number of them resumes, ends that nobody hangs after."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdpo.checkpoints.checkpoint import restore_params
+from jaxdpo.distributed import processes as hosts
+from jaxdpo.distributed.processes import Settings, settings
+from tests.runs import folder_with_inputs, metrics, untimed
+
+ROOT = Path(__file__).parents[2]
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "a[1-2]",
+    "SLURM_STEP_NUM_TASKS": "2",
+}
+TPU = {"TPU_ML_PLATFORM": "JAX"}
+EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": "1"}
+
+ENVIRONMENTS: list[tuple[dict[str, str], Settings | None]] = [
+    ({}, None),
+    (EXPLICIT, Settings("a:1", 2, 1, ())),
+    (EXPLICIT | {"JAX_PROCESS_COUNT": "1", "JAX_PROCESS_ID": "0"}, None),
+    (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, Settings("a:1", 2, 1, None)),
+    (
+        {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "b", "MASTER_PORT": "29500"},
+        Settings("b:29500", 2, 0, ()),
+    ),
+    (
+        {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "b:1234", "MASTER_PORT": "29500"},
+        Settings("b:1234", 2, 0, ()),
+    ),
+    ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "b"}, Settings("b:8476", 2, 1, ())),
+    ({"NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "b"}, None),
+    ({"MASTER_ADDR": "b", "MASTER_PORT": "1"}, None),  # images have it for torch
+    (SLURM | EXPLICIT, Settings("a:1", 2, 1, ())),
+    (
+        SLURM,
+        Settings(None, 2, 1, None),
+    ),  # two tasks on a node: each has the GPU that JAX takes for it
+    (
+        SLURM | {"SLURM_STEP_NUM_NODES": "2"},
+        Settings(None, 2, 1, ()),
+    ),  # alone on its node: all of its GPUs
+    (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, Settings(None, 2, 1, ())),  # bound to its GPU already
+    (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}, Settings(None, 2, 1, None)),
+    (SLURM | {"JAX_COORDINATOR_ADDRESS": "a:1"}, Settings("a:1", 2, 1, None)),
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # in the batch script, outside srun
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, Settings()),
+    ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+    (TPU, Settings()),
+    (TPU | {"TPU_SKIP_MDS_QUERY": "1"}, None),
+    (TPU | {"JAX_PLATFORMS": "cpu"}, None),
+    (TPU | {"TPU_WORKER_HOSTNAMES": "a,b"}, Settings()),
+    (TPU | {"TPU_WORKER_HOSTNAMES": "a"}, None),
+    (TPU | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, Settings()),
+    ({"TPU_PROCESS_ADDRESSES": "local"}, None),  # notebooks
+    ({"KUBERNETES_SERVICE_HOST": "x"}, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("env", "wanted"),
+    ENVIRONMENTS,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_the_environment_says_how_a_process_takes_part(
+    env: dict[str, str], wanted: Settings | None
+) -> None:
+    assert settings(env) == wanted
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (
+            {"NNODES": "2", "NODE_RANK": "0"},
+            r"but JAX_COORDINATOR_ADDRESS or MASTER_ADDR is not set",
+        ),
+        (
+            {"JAX_PROCESS_ID": "1"},
+            r"JAX_PROCESS_COUNT or NNODES and JAX_COORDINATOR_ADDRESS or MASTER_ADDR is not set",
+        ),
+        (EXPLICIT | {"JAX_PROCESS_ID": "2"}, r"process 2 of 2: must be 0 to 1"),
+        (EXPLICIT | {"JAX_PROCESS_COUNT": "two"}, r"JAX_PROCESS_COUNT=two: must be a whole number"),
+    ],
+)
+def test_an_incomplete_environment_is_refused(env: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(env)
+
+
+def test_alone_everything_is_agreed_at_once() -> None:
+    assert hosts.any_of(True) is True and hosts.any_of(False) is False and hosts.is_first()
+    assert hosts.from_first({"a": [1, None]}) == {"a": [1, None]} and hosts.on_first(lambda: 3) == 3
+    assert (
+        hosts.differing({"a": "x", "b": "y"}) == []
+        and hosts.differing({}) == []
+        and hosts.end(4) == 4
+    )
+    votes = hosts.Votes()
+    assert [votes.cast(vote) for vote in (0, 2, 1)] == [0, 2, 1]
+    with pytest.raises(ValueError, match="no"):
+        hosts.on_first(lambda: (_ for _ in ()).throw(ValueError("no")))
+
+
+# --- real processes ---
+
+TOTAL = 12
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model, rows and compiled programs of these tests."""
+    return folder_with_inputs(tmp_path_factory.mktemp("processes"))
+
+
+def start(
+    shared: Path, run_dir: Path, processes: int, *more: str, devices: int = 1, steps: int = TOTAL
+) -> list[subprocess.Popen[str]]:
+    """The processes of a run, which print into files in its folder."""
+    run_dir.mkdir(exist_ok=True)
+    words = [
+        f"run_dir={run_dir}",
+        f"model.path={shared / 'model'}",
+        f"data.train=[{shared / 'rows.jsonl'}]",
+        f"train.steps={steps}",
+    ]
+    words += [
+        "data.max_length=32",
+        "data.max_row_tokens=64",
+        "data.row_sizes=1",
+        "data.eval_fraction=0.3",
+        "data.cache=null",
+    ]
+    words += [
+        "train.pairs_per_step=4",
+        "optim.learning_rate=1e-3",
+        "log.tensorboard=false",
+        f"train.compilation_cache={shared / 'cache'}",
+    ]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAXDPO_HEARTBEAT_SECONDS": "10",
+    }
+    if processes > 1:
+        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_COUNT": str(processes)}
+    started = []
+    for number in range(processes):
+        own = {"JAX_PROCESS_ID": str(number)} if processes > 1 else {}
+        command = [sys.executable, "-m", "jaxdpo.train", *words, *more]
+        with (run_dir / f"out-{number}.txt").open("w") as out:
+            started.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment | own, stdout=out, stderr=out, text=True
+                )
+            )
+    return started
+
+
+def ended(run: Sequence[subprocess.Popen[str]], seconds: float = 240) -> list[int]:
+    """Exit statuses; all are killed when they take too long."""
+    until = time.monotonic() + seconds
+    try:
+        return [process.wait(max(1.0, until - time.monotonic())) for process in run]
+    finally:
+        for process in run:
+            process.kill()
+            process.wait()
+
+
+def told(run_dir: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(run_dir.glob("out-*.txt")))
+
+
+def wait_for_rows(run: Sequence[subprocess.Popen[str]], run_dir: Path, count: int) -> None:
+    """Return when so many steps are logged."""
+    path, until = run_dir / "metrics.jsonl", time.monotonic() + 240
+    while not path.exists() or path.read_text().count('"loss"') < count:
+        assert time.monotonic() < until and all(process.poll() is None for process in run), told(
+            run_dir
+        )
+        time.sleep(0.05)
+
+
+KEYS = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "logps/chosen",
+    "logps/rejected",
+    "eval/loss",
+    "epoch",
+    "tokens",
+)
+
+
+def same(ours: Path, theirs: Path, step: int, tolerance: float = 1e-6) -> None:
+    """Two runs agree in metrics and parameters."""
+    one, other = metrics(ours), metrics(theirs)
+    assert [row["step"] for row in one] == [row["step"] for row in other]
+    for a, b in zip(one, other, strict=True):
+        for key in a.keys() & set(KEYS):
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (key, a["step"])
+    trees: list[dict[str, Any]] = [restore_params(run, step)[1] for run in (ours, theirs)]
+    for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def alone(shared: Path) -> Path:
+    """The run of one process on one device."""
+    assert ended(start(shared, shared / "alone", 1, "eval.every=5", "checkpoint.save_every=4")) == [
+        0
+    ], told(shared / "alone")
+    return shared / "alone"
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_what_they_save_one_resumes(
+    shared: Path, alone: Path, tmp_path: Path
+) -> None:
+    """One of them gets the signal, and both stop after the same step."""
+    both = start(
+        shared, tmp_path, 2, "eval.every=5", "checkpoint.save_every=4", "mesh.fsdp=2", "log.every=1"
+    )
+    wait_for_rows(both, tmp_path, 5)
+    both[1].send_signal(signal.SIGTERM)
+    codes = ended(both)
+    assert codes in ([75, 75], [0, 0]), told(tmp_path)
+    stopped_at = restore_params(tmp_path)[0]
+    assert stopped_at == max(row["step"] for row in metrics(tmp_path)) and (codes == [0, 0]) == (
+        stopped_at == TOTAL
+    )
+    assert (tmp_path / "out-1.txt").read_text().count("step") <= 1, (
+        "the first process alone tells what happens"
+    )
+    assert ended(start(shared, tmp_path, 1, "eval.every=5", "checkpoint.save_every=4")) == [0], (
+        told(tmp_path)
+    )
+    same(tmp_path, alone, TOTAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("waiting", ["[]", "[reference,moments]"])
+def test_one_process_saves_and_four_go_on(
+    shared: Path, alone: Path, tmp_path: Path, waiting: str
+) -> None:
+    """On a mesh of another form, over other processes, perhaps with state in other memories."""
+    first = start(shared, tmp_path, 1, "eval.every=5", "checkpoint.save_every=4")
+    wait_for_rows(first, tmp_path, 4)
+    first[0].send_signal(signal.SIGTERM)
+    assert ended(first)[0] in (75, 0), told(tmp_path)
+    four = [
+        "eval.every=5",
+        "checkpoint.save_every=4",
+        "mesh.data=2",
+        "mesh.fsdp=2",
+        f"train.offload={waiting}",
+    ]
+    assert ended(start(shared, tmp_path, 4, *four)) == [0] * 4, told(tmp_path)
+    same(tmp_path, alone, TOTAL, tolerance=1e-6 if waiting == "[]" else 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_which_can_be_started_again(
+    shared: Path, tmp_path: Path, victim: int
+) -> None:
+    """And then ends in the same bits as processes that nobody disturbed."""
+    options, steps = ("eval.every=0", "checkpoint.save_every=5", "log.every=1"), 80
+    both = start(shared, tmp_path, 2, *options, steps=steps)
+    wait_for_rows(both, tmp_path, 12)
+    both[victim].send_signal(signal.SIGKILL)
+    killed_at = time.monotonic()
+    code = ended([both[1 - victim]], 60)[0]
+    assert code == 75 or code < 0, (code, told(tmp_path))  # by itself, or by JAX (SIGABRT)
+    assert time.monotonic() - killed_at < 10 + 10, "the heartbeat's ten seconds, and ten more"
+    ended([both[victim]])
+    assert 5 <= restore_params(tmp_path)[0] < steps
+    unbroken = shared / "unbroken"
+    if not unbroken.exists():
+        assert ended(start(shared, unbroken, 2, *options, steps=steps)) == [0, 0], told(unbroken)
+    assert ended(start(shared, tmp_path, 2, *options, steps=steps)) == [0, 0], told(tmp_path)
+    states = [restore_params(run, steps)[1] for run in (tmp_path, unbroken)]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *states))) and untimed(
+        tmp_path
+    ) == untimed(unbroken)
+
+
+@pytest.mark.slow
+def test_four_processes_save_and_fewer_go_on(shared: Path, alone: Path, tmp_path: Path) -> None:
+    options = ("eval.every=5", "checkpoint.save_every=4")
+    four = start(shared, tmp_path / "four", 4, *options, "mesh.data=2", "mesh.fsdp=2")
+    wait_for_rows(four, tmp_path / "four", 1)
+    four[2].send_signal(signal.SIGTERM)
+    assert ended(four) == [75] * 4, told(tmp_path / "four")
+    assert 1 <= restore_params(tmp_path / "four")[0] < TOTAL
+    for fewer in (1, 2):
+        run_dir = tmp_path / str(fewer)
+        shutil.copytree(tmp_path / "four", run_dir)
+        assert ended(start(shared, run_dir, fewer, *options)) == [0] * fewer, told(run_dir)
+        same(run_dir, alone, TOTAL)
+
+
+@pytest.mark.slow
+def test_processes_that_were_started_differently_say_so(shared: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    program = f"""
+import json, sys
+from jaxdpo import hosts
+hosts.connect({{"JAX_COORDINATOR_ADDRESS": "{address}", "JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": sys.argv[1]}})
+number = int(sys.argv[1])
+votes = hosts.Votes()
+cast = [votes.cast(vote) for vote in ((0, 2, 0), (1, 0, 0))[number]]
+try:
+    refused = hosts.on_first(lambda: (_ for _ in ()).throw(ValueError("full")))
+except ValueError as error:
+    refused = str(error)
+differ = hosts.differing({{"x": "1", "y": sys.argv[1]}})
+print(json.dumps([hosts.any_of(number == 1), hosts.from_first({{"a": number}}), differ, cast, refused]))
+"""
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(number)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=240)[0].splitlines()[-1] for process in both]
+    assert [json.loads(line) for line in said] == [[True, {"a": 0}, ["y"], [0, 1, 2], "full"]] * 2
