@@ -30,7 +30,8 @@ import numpy as np
 from jax.experimental import topologies
 from versus.machine import commit, hardware, tell
 
-from jaxdpo.config.schema import LossSection, MeshSection, OptimSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import MeshSection, OptimSection
 from jaxdpo.data.packing import Batch, Packer
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.distributed import sharding
@@ -39,7 +40,7 @@ from jaxdpo.models.decoder import ForwardOptions, abstract_params
 from jaxdpo.models.hf.config_json import from_hf
 from jaxdpo.planning.hlo_collectives import Collective, collectives
 from jaxdpo.training.completion_logps import StepOptions
-from jaxdpo.training.step import Fixed, compile_steps, init_state
+from jaxdpo.training.step import FrozenState, compile_steps, init_state
 from jaxdpo.training.weights import axis_sizes, state_shardings
 
 TOKENS, PAIRS = 16_384, 16
@@ -163,8 +164,8 @@ def compiled_step(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
         lambda params: init_state(params, options.optim), abstract_params(model, "float32")
     )
     fixed, fixed_where = (
-        Fixed(reference=abstract_params(model, dtype)),
-        Fixed(reference=where.params),
+        FrozenState(reference=abstract_params(model, dtype)),
+        FrozenState(reference=where.params),
     )
     train_step, _ = compile_steps(options, mesh, where, fixed_where)
     placed = jax.tree.map(
@@ -180,9 +181,9 @@ def compiled_step(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
 def batch(mesh: jax.sharding.Mesh) -> Batch:
     """Shapes of a batch of TOKENS slots."""
     rows, ids = sharding.num_row_shards(mesh), np.ones(2, np.int32)
-    packed = Packer(layout="shared", num_rows=rows, row_sizes=(TOKENS // rows,), num_places=PAIRS)(
-        [EncodedPair(ids, ids, ids)]
-    )
+    packed = Packer(
+        share_prefix=True, num_rows=rows, packed_lengths=(TOKENS // rows,), num_places=PAIRS
+    )([EncodedPair(ids, ids, ids)])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.rows(mesh, 1)),
         packed,

@@ -90,10 +90,10 @@ class Runs:
         ]
         sizes = [
             "data.max_length=32",
-            "data.max_row_tokens=64",
-            "data.row_sizes=1",
+            "data.packed_length=64",
+            "data.num_packed_lengths=1",
             "data.eval_fraction=0.3",
-            "train.pairs_per_step=2",
+            "train.batch_size=2",
         ]
         often = [f"train.steps={self.total}", f"checkpoint.save_every={SAVE_EVERY}"]
         often += [

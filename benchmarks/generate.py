@@ -214,7 +214,7 @@ def markdown(results: dict[str, Any]) -> str:
         "| batch | type | ours, tokens/s, median (range) | transformers, tokens/s | ours is faster by | wanted | met |\n"
         "| ---: | --- | ---: | ---: | ---: | --- | --- |\n" + "\n".join(rows) + "\n\n"
         "A call from prompts on the host to answers on the host, the prompts' own pass included; new tokens divided by its seconds. "
-        f"{clean} of {len(results['rounds'])} rounds were undisturbed and count. Both sides hold the weights in the type named. Answers "
+        f"{clean} of {len(results['rounds'])} rounds were undisturbed and count. Both sides hold the weights in the type named. CompletionLogps "
         "agree in all float32 tokens; in bfloat16, where rounding decides between near equals, they part after "
         f"{results['agreement']['bfloat16']:.0%} of their tokens.\n"
     )

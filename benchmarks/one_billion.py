@@ -66,7 +66,7 @@ TRAINING = {
     "lora.rank": 16,
     "model.compute_dtype": "bfloat16",
     "train.steps": 1,
-    "train.pairs_per_step": 8,
+    "train.batch_size": 8,
     "data.max_length": 512,
     "data.eval_fraction": 0,
     "eval.every": 0,

@@ -166,12 +166,12 @@ def measure_wait(args: argparse.Namespace, folder: Path) -> float:
     ]
     options += [
         f"train.steps={args.steps}",
-        "train.pairs_per_step=8",
+        "train.batch_size=8",
         "data.max_length=512",
         "eval.every=0",
         "log.tensorboard=false",
     ]
-    options += ["train.compilation_cache=null", "data.row_sizes=1"]
+    options += ["train.compilation_cache=null", "data.num_packed_lengths=1"]
     subprocess.run(
         [sys.executable, "-m", "jaxdpo.train", *options],
         env=environment(2),

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
             scratch=Path(scratch),
             trl_python=args.trl_python,
             cores=len(cores),
-            pairs_per_step=args.pairs_per_step,
+            batch_size=args.batch_size,
             max_length=args.max_length,
         )
         results = {
@@ -122,7 +122,7 @@ def prepare(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
         f"--out={setup.folder}",
     ]
     command += [f"--rounds={SPARE * args.rounds}", f"--steps-per-round={args.steps_per_round}"]
-    command += [f"--pairs-per-step={args.pairs_per_step}", f"--max-length={args.max_length}"]
+    command += [f"--pairs-per-step={args.batch_size}", f"--max-length={args.max_length}"]
     subprocess.run(command, cwd=BENCHMARKS, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     return json.loads((setup.folder / "plan.json").read_text(encoding="utf-8"))
 
@@ -208,7 +208,7 @@ def rounds(
                 "tokens": count(plan, steps[first : first + size]),
             }
             speeds = ", ".join(
-                f"{name} {args.pairs_per_step * size / answers[name]['seconds']:.2f}"
+                f"{name} {args.batch_size * size / answers[name]['seconds']:.2f}"
                 for name in workers
             )
             tell(f"round {len(done) + 1}, {phase}, pairs/s: {speeds}")
@@ -266,7 +266,7 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
         "commit": commit(),
         "rounds": args.rounds,
         "steps_per_round": args.steps_per_round,
-        "pairs_per_step": args.pairs_per_step,
+        "batch_size": args.batch_size,
         "max_length": args.max_length,
         "data": Path(args.data).name,
     }

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from jaxdpo.checkpoints.checkpoint import restore_params
+from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import (
     CheckpointSection,
     Config,
-    DataSection,
     EvalSection,
-    LossSection,
     ModelSection,
     OptimSection,
     TrainSection,
@@ -151,12 +151,12 @@ def _sft_config(folder: Path) -> Config:
             train=[str(folder / "sft.jsonl")],
             max_length=64,
             max_prompt_length=32,
-            max_row_tokens=1024,
-            row_sizes=1,
+            packed_length=1024,
+            num_packed_lengths=1,
         ),
         loss=LossSection(name="sft"),
         optim=OptimSection(learning_rate=3e-3, warmup_steps=10),
-        train=TrainSection(pairs_per_step=16, epochs=8),
+        train=TrainSection(batch_size=16, epochs=8),
         eval=EvalSection(every=100),
         checkpoint=CheckpointSection(save_every=0),
     )
@@ -173,14 +173,14 @@ def _dpo_config(folder: Path) -> Config:
             eval_fraction=0.15,
             max_length=64,
             max_prompt_length=32,
-            max_row_tokens=1024,
-            row_sizes=1,
+            packed_length=1024,
+            num_packed_lengths=1,
         ),
         loss=LossSection(
             name=["sigmoid", "sft"], beta=0.1
         ),  # the sft loss keeps so small a model fluent
         optim=OptimSection(learning_rate=3e-4),
-        train=TrainSection(pairs_per_step=16, epochs=4),
+        train=TrainSection(batch_size=16, epochs=4),
         eval=EvalSection(every=40),
     )
 

@@ -122,9 +122,9 @@ def choose(config: PlanConfig, target: Target) -> Choice:
         return Choice.of(target, config, pair_of(config, target))
     program, folder = target.program(config), model_folder(config)
     data = prepare(program.config.data, load_tokenizer(str(folder)), target.model.vocab_size)
-    pairs, num_rows = config.train.pairs_per_step, num_row_shards(program.mesh)
+    pairs, num_rows = config.train.batch_size, num_row_shards(program.mesh)
     loader = Loader.create(
-        data.train, program.config.data, pairs_per_step=pairs, num_rows=num_rows, seed=config.seed
+        data.train, program.config.data, batch_size=pairs, num_rows=num_rows, seed=config.seed
     )
     return Choice.with_rows(target, config, program, Rows.of(loader))
 

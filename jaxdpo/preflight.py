@@ -89,7 +89,7 @@ def preflight(config: Config) -> Iterator[Finding]:
         program = open_program(config)
         size = sum(
             leaf.size * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(program.abstract_state(bool(config.loss.tr_every)))
+            for leaf in jax.tree.leaves(program.abstract_state(bool(config.loss.ref_sync_every)))
         )
         mesh = (
             " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)

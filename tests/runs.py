@@ -19,7 +19,7 @@ from jaxdpo.distributed import sharding
 from jaxdpo.training.loop import Run, train
 from jaxdpo.training.metric_logger import TIME_KEYS
 from jaxdpo.training.session import Session
-from jaxdpo.training.step import Fixed, StepOptions, compile_steps
+from jaxdpo.training.step import FrozenState, StepOptions, compile_steps
 from tests.tiny import config, rows, write_model, write_rows
 
 TOTAL, STOPPED = 8, 7  # 2 pairs a step: the run is stopped in its second epoch
@@ -47,7 +47,7 @@ PROGRAMS: dict[str, tuple[Callable, Callable]] = {}
 
 
 def compiled_once(
-    options: StepOptions, mesh: jax.sharding.Mesh, shardings: Any, fixed: Fixed
+    options: StepOptions, mesh: jax.sharding.Mesh, shardings: Any, fixed: FrozenState
 ) -> tuple[Callable, Callable]:
     """compile_steps that remembers."""
     places = jax.tree.leaves((shardings, fixed))
@@ -136,7 +136,7 @@ def interrupt(some: Config, step: int) -> None:
 
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "tr": {"loss__tr_every": 2, "loss__tr_alpha": 0.5, "eval__every": 0},
+    "tr": {"loss__ref_sync_every": 2, "loss__ref_mixup_alpha": 0.5, "eval__every": 0},
     "lora": {"lora__rank": 4, "optim__learning_rate": 1e-2},
     "cached": {"reference": "cached"},
     "lora-cached": {"lora__rank": 4, "optim__learning_rate": 1e-2, "reference": "cached"},

@@ -14,7 +14,9 @@ import yaml
 from jaxdpo import export
 from jaxdpo.checkpoints.checkpoint import Checkpoints
 from jaxdpo.config import cli
-from jaxdpo.config.schema import Config, DataSection, LossSection, ModelSection
+from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import Config, ModelSection
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.config_json import load_model_config, to_hf
 from jaxdpo.models.hf.load_save import load_params, weight_table

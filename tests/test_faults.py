@@ -167,7 +167,7 @@ def test_a_disk_that_cannot_be_written_is_told(
         f"data.train=[{runs.folder / 'rows.jsonl'}]",
     ]
     process = server.start(
-        [*words, "data.max_length=32", "data.max_row_tokens=64"], "", tmp_path / "out.txt"
+        [*words, "data.max_length=32", "data.packed_length=64"], "", tmp_path / "out.txt"
     )
     assert process.wait(faults.PATIENCE) == 1
     assert f"run_dir={small_disk / 'run'}: cannot write to" in (tmp_path / "out.txt").read_text()

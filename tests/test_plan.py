@@ -36,7 +36,7 @@ def test_a_plan_needs_config_json_alone(folder: Path, capsys: pytest.CaptureFixt
         "topology=cpu-2",
         f"model.path={folder}",
         "mesh.fsdp=2",
-        "train.pairs_per_step=4",
+        "train.batch_size=4",
         "price=2",
         "pairs=3600",
         "pair_tokens=[64,64,64]",
@@ -176,7 +176,7 @@ def test_data_give_the_rows_that_the_run_will_have(
         f"model.path={tmp_path / 'model'}",
         f"data.train=[{tmp_path / 'rows.jsonl'}]",
         "read_data=true",
-        "train.pairs_per_step=8",
+        "train.batch_size=8",
     ]
     assert (
         main(["topology=cpu-1", *arguments, "data.cache=null", "compile=false", "search=false"])
@@ -295,9 +295,7 @@ def test_a_step_is_compiled_for_tpus_that_are_not_here(
 ) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     (folder / "config.json").write_text(json.dumps(HF | sizes | {"max_position_embeddings": 4096}))
-    assert (
-        main([*arguments, f"model_config={folder}", "train.pairs_per_step=16", "search=false"]) == 0
-    )
+    assert main([*arguments, f"model_config={folder}", "train.batch_size=16", "search=false"]) == 0
     assert re.search(
         r"compiled ahead of time: 0\.\d+ GiB of a device at most, fits into 15.75 GiB",
         lines_of(capsys),
@@ -317,7 +315,7 @@ def test_a_step_is_compiled_for_gpus_that_are_not_here(
                 "topology=h100-8",
                 f"model_config={folder}",
                 "mesh.fsdp=8",
-                "train.pairs_per_step=16",
+                "train.batch_size=16",
                 "search=false",
             ]
         )

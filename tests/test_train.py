@@ -35,9 +35,9 @@ def words(shared: Path, run_dir: Path, *more: str) -> list[str]:
     """A short run's command line."""
     sizes = [
         "data.max_length=32",
-        "data.max_row_tokens=64",
-        "data.row_sizes=1",
-        "train.pairs_per_step=2",
+        "data.packed_length=64",
+        "data.num_packed_lengths=1",
+        "train.batch_size=2",
         "optim.learning_rate=1e-3",
     ]
     places = [
@@ -92,7 +92,14 @@ def test_wrong_options_are_told_all_at_once_and_nothing_is_made(
         and "seed is set twice" in err
     )
     with pytest.raises(SystemExit) as ended:
-        main(["loss.name=sigmiod", "loss.label_smoothing=0.1", "loss.tr_every=2", "reference=none"])
+        main(
+            [
+                "loss.name=sigmiod",
+                "loss.label_smoothing=0.1",
+                "loss.ref_sync_every=2",
+                "reference=none",
+            ]
+        )
     err = capsys.readouterr().err
     assert ended.value.code == 2
     assert all(
@@ -101,7 +108,7 @@ def test_wrong_options_are_told_all_at_once_and_nothing_is_made(
             "model.path=null",
             "data.train=[]",
             "Did you mean sigmoid?",
-            "loss.tr_every=2: moves a reference",
+            "loss.ref_sync_every=2: moves a reference",
         )
     )
 
@@ -127,7 +134,7 @@ def test_loss_options_that_do_not_apply_are_errors(
     [
         ("data.train=[{shared}/none.jsonl]", "data.train={shared}/none.jsonl"),
         ("model.path={shared}", "config.json"),
-        ("data.max_length=600", "data.max_row_tokens=64"),
+        ("data.max_length=600", "data.packed_length=64"),
         ("mesh.fsdp=3", "mesh.fsdp=3"),
     ],
 )
@@ -327,7 +334,7 @@ def test_a_real_model_on_real_pairs(real_data: Path, tmp_path: Path) -> None:
         "train.steps=30",
         "optim.learning_rate=1e-4",
     ]
-    more = ["data.row_sizes=1", "eval.every=30", "train.compilation_cache=null"]
+    more = ["data.num_packed_lengths=1", "eval.every=30", "train.compilation_cache=null"]
     ended = subprocess.run(
         command(*arguments, *more), env=environment(), capture_output=True, text=True
     )

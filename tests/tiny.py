@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jaxdpo.config import cli
-from jaxdpo.config.schema import Config, LossSection, MeshSection, OptimSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import Config, MeshSection, OptimSection
 from jaxdpo.data.packing import Batch, Packer
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.distributed import offload, sharding
@@ -103,14 +104,17 @@ def mesh(
 def pack(
     some: Sequence[EncodedPair],
     *,
-    layout: str = "shared",
+    share_prefix: bool = True,
     num_rows: int = 1,
     size: int = 1024,
     places: int = 0,
 ) -> Batch:
     """The pairs in rows of one length."""
     return Packer(
-        layout=layout, num_rows=num_rows, row_sizes=(size,), num_places=places or len(some)
+        share_prefix=share_prefix,
+        num_rows=num_rows,
+        packed_lengths=(size,),
+        num_places=places or len(some),
     )(some)
 
 
@@ -123,7 +127,7 @@ class Setup:
         default_factory=lambda: OptimSection(learning_rate=1e-3)
     )
     config: ModelConfig = dataclasses.field(default_factory=model)
-    layout: str = "shared"
+    share_prefix: bool = True
     size: int = 1024
     mesh: tuple[int, ...] = (1, 1, 1)
     """data, fsdp, tensor and perhaps context and expert."""
@@ -171,7 +175,7 @@ class Stepper:
         self.reference = (
             sharding.put(reference, place) if step.needs_reference(setup.loss) else None
         )
-        where = step.Fixed(reference=None if self.reference is None else place)
+        where = step.FrozenState(reference=None if self.reference is None else place)
         self.train_step, self.eval_step = step.compile_steps(
             setup.options(), self.mesh, self._shardings, where
         )
@@ -183,9 +187,9 @@ class Stepper:
         self.state = sharding.put(jax.tree.map(np.asarray, state), self._shardings)
 
     @property
-    def fixed(self) -> step.Fixed:
+    def fixed(self) -> step.FrozenState:
         """The reference as the steps take it."""
-        return step.Fixed(reference=self.reference)
+        return step.FrozenState(reference=self.reference)
 
     def put(self, batch: Batch) -> Batch:
         """The batch on the devices."""
@@ -196,7 +200,7 @@ class Stepper:
         return self.put(
             pack(
                 some,
-                layout=self.setup.layout,
+                share_prefix=self.setup.share_prefix,
                 num_rows=sharding.num_row_shards(self.mesh),
                 size=self.setup.size,
             )
@@ -275,12 +279,12 @@ def config(folder: Path, **changes: Any) -> Config:
         "data": {
             "train": [str(folder / "rows.jsonl")],
             "max_length": 32,
-            "max_row_tokens": 64,
-            "row_sizes": 1,
+            "packed_length": 64,
+            "num_packed_lengths": 1,
             "eval_fraction": 0.2,
         },
         "optim": {"learning_rate": 1e-3},
-        "train": {"pairs_per_step": 2, "steps": 4, "compilation_cache": None},
+        "train": {"batch_size": 2, "steps": 4, "compilation_cache": None},
         "eval": {"every": 0},
         "mesh": {"fsdp": 1},
         "log": {"tensorboard": False},

@@ -104,7 +104,7 @@ def read_config(args: argparse.Namespace, phase: str) -> Config:
         "data.eval_fraction=0",
         f"data.max_length={args.max_length}",
         "data.shuffle=false",
-        f"train.pairs_per_step={args.pairs_per_step}",
+        f"train.batch_size={args.batch_size}",
         f"train.compilation_cache={args.cache}",
         "optim.schedule=constant",
         "eval.every=0",
@@ -155,11 +155,11 @@ def main() -> None:
                 )
                 current = phases["grouped"] = Phase(run, len(plan["phases"]["grouped"]))
                 current.prepare()
-                row_sizes = {
-                    name: phase.run.session.loader.packer.row_sizes
+                packed_lengths = {
+                    name: phase.run.session.loader.packer.packed_lengths
                     for name, phase in phases.items()
                 }
-                channel.send(event="prepared", row_sizes=row_sizes, **compiles.report())
+                channel.send(event="prepared", packed_lengths=packed_lengths, **compiles.report())
             else:
                 state = current.run.state
                 current = phases[request["phase"]]

@@ -2,7 +2,7 @@
 
 import time
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.prepare import prepare
 from jaxdpo.data.tokenize import load_tokenizer
 
@@ -16,10 +16,10 @@ def main() -> None:
     section = DataSection(
         train=[args.rows],
         cache=args.cache,
-        processes=args.processes,
+        num_proc=args.processes,
         max_length=4096,
         max_prompt_length=2048,
-        max_row_tokens=8192,
+        packed_length=8192,
     )
     began = time.perf_counter()
     done = prepare(section, tokenizer, 10**6)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.records import Dropped, Preference
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.sources import read_set
@@ -77,14 +77,14 @@ def main() -> None:
     longest_sides = np.array(
         [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     )
-    grouped = group_by_length(longest_sides, args.pairs_per_step, rng)
+    grouped = group_by_length(longest_sides, args.batch_size, rng)
     write_rows(args.out / "random.jsonl", rows)
     write_rows(args.out / "grouped.jsonl", [rows[i] for i in grouped])
 
     num_steps = args.rounds * args.steps_per_round
     phases = {
-        "random": steps_of(np.arange(len(rows)), num_steps + 1, args.pairs_per_step),
-        "grouped": steps_of(grouped, num_steps, args.pairs_per_step),
+        "random": steps_of(np.arange(len(rows)), num_steps + 1, args.batch_size),
+        "grouped": steps_of(grouped, num_steps, args.batch_size),
     }
     used = sorted({row for steps in phases.values() for step in steps for row in step})
     plan = {

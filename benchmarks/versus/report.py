@@ -110,7 +110,7 @@ def _head(results: dict[str, Any]) -> str:
         f"load before the run {machine['load_before']:.2f}\n"
         f"- {versions}\n"
         f"- Llama of 56M parameters (hidden 512, 8 layers, 8 heads, 4 kv heads, mlp 1408, vocabulary 32,000, untied head), random weights; "
-        f"{config['data']}, {results['data']['kept']} pairs; {config['pairs_per_step']} pairs a step, "
+        f"{config['data']}, {results['data']['kept']} pairs; {config['batch_size']} pairs a step, "
         f"at most {config['max_length']} tokens; {len(counted(results))} rounds of {config['steps_per_round']} steps in each order"
     )
 
@@ -130,7 +130,7 @@ def _aims(results: dict[str, Any]) -> str:
 
 def _phase(results: dict[str, Any], phase: str) -> str:
     config, used = results["config"], counted(results)
-    pairs = config["pairs_per_step"] * config["steps_per_round"]
+    pairs = config["batch_size"] * config["steps_per_round"]
     real, padded = (
         sum(item["phases"][phase]["tokens"][kind] for item in used) for kind in ("real", "padded")
     )

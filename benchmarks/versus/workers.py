@@ -55,7 +55,7 @@ class Setup:
     scratch: Path
     trl_python: str
     cores: int
-    pairs_per_step: int
+    batch_size: int
     max_length: int
 
 
@@ -129,7 +129,7 @@ def start(setup: Setup, rival: Rival, cache: str, steps: list[list[int]] | None 
         ]
         command += [
             f"--cache={setup.scratch / f'cache-{cache}'}",
-            f"--pairs-per-step={setup.pairs_per_step}",
+            f"--pairs-per-step={setup.batch_size}",
         ]
         command += [f"--max-length={setup.max_length}"]
     else:

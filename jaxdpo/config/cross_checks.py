@@ -18,8 +18,8 @@ def cross_check(config: Config) -> list[str]:
             "data.train=[]: name at least one training set, e.g. data.train=[pairs.jsonl]",
         ),
         (
-            len(config.data.mix) in (0, len(config.data.train)),
-            f"data.mix={config.data.mix}: must hold one weight for each of the {len(config.data.train)} sets in data.train",
+            len(config.data.weights) in (0, len(config.data.train)),
+            f"data.weights={config.data.weights}: must hold one weight for each of the {len(config.data.train)} sets in data.train",
         ),
         (
             config.optim.warmup_steps == 0
@@ -32,9 +32,9 @@ def cross_check(config: Config) -> list[str]:
             f"eval.every={config.eval.every}: there are no validation pairs. Set data.eval or data.eval_fraction, or eval.every=0",
         ),
         (
-            config.data.max_row_tokens % config.mesh.context == 0,
-            f"mesh.context={config.mesh.context}: does not divide data.max_row_tokens={config.data.max_row_tokens}. "
-            f"Use data.max_row_tokens={-(-config.data.max_row_tokens // 64) * 64}",
+            config.data.packed_length % config.mesh.context == 0,
+            f"mesh.context={config.mesh.context}: does not divide data.packed_length={config.data.packed_length}. "
+            f"Use data.packed_length={-(-config.data.packed_length // 64) * 64}",
         ),
         *_reference_checks(config),
         *_lora_checks(config),
@@ -43,19 +43,23 @@ def cross_check(config: Config) -> list[str]:
 
 
 def _reference_checks(config: Config) -> list[Check]:
-    reference, tr_every, lora = config.reference, config.loss.tr_every, config.lora.enabled
+    reference, ref_sync_every, lora = (
+        config.reference,
+        config.loss.ref_sync_every,
+        config.lora.enabled,
+    )
     return [
         (
             reference != "adapter_off" or lora,
             "reference=adapter_off: without adapters there is nothing to switch off. Set lora.rank, or use reference=frozen",
         ),
         (
-            tr_every == 0 or lora or reference in ("frozen", "auto"),
-            f"loss.tr_every={tr_every}: moves a reference, but reference={reference}. Use reference=frozen",
+            ref_sync_every == 0 or lora or reference in ("frozen", "auto"),
+            f"loss.ref_sync_every={ref_sync_every}: moves a reference, but reference={reference}. Use reference=frozen",
         ),
         (
-            tr_every == 0 or not lora,
-            f"loss.tr_every={tr_every}: a reference cannot move towards adapters. Leave out it or lora",
+            ref_sync_every == 0 or not lora,
+            f"loss.ref_sync_every={ref_sync_every}: a reference cannot move towards adapters. Leave out it or lora",
         ),
     ]
 

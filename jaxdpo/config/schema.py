@@ -7,6 +7,8 @@ which was set but does not apply can be told from one that was left alone. Readi
 import dataclasses
 from typing import Literal
 
+from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.sections import require
 from jaxdpo.config.sections import section as _section
 
@@ -76,205 +78,6 @@ class LoraSection:
 
 
 @_section
-class DataSection:
-    """Preference pairs in, packed rows out."""
-
-    train: list[str] = dataclasses.field(default_factory=list)
-    """Training sets: each a file (.jsonl, .json, .csv, .parquet, also .gz), a folder[:split], or a hub set name[@revision][:split];
-    :count at the end reads so many rows."""
-    mix: list[float] = dataclasses.field(default_factory=list)
-    """One weight for each training set: its share of the pairs that are visited. Default: every pair once an epoch."""
-    eval: list[str] = dataclasses.field(default_factory=list)
-    """Validation sets, written like data.train. Empty: a share of the training prompts, see eval_fraction."""
-    eval_fraction: float = 0.05
-    """Share of the prompts (by hash, so stable when rows are added) held out for validation when data.eval is empty."""
-    format: Literal["auto", "hh-rlhf", "shp", "oasst", "ranked", "ab", "preference"] = "auto"
-    """Form of the rows of files and of hub sets that are not known by name (docs/data.md). auto: found from the first rows."""
-    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"
-    """Which pairs of an order of several answers are taken (oasst, ranked): the best with the worst, each with the next, or all."""
-    min_score_ratio: float = 2.0
-    """SHP: least ratio of the better comment's score to the other's."""
-    max_pairs_per_prompt: int | None = None
-    """Most pairs with one prompt that are taken from a training set. 0: no limit. Default: 5 for SHP, else no limit."""
-    languages: list[str] = dataclasses.field(default_factory=list)
-    """oasst: languages to keep, e.g. [en,de]. Empty: all."""
-    synthetic: bool = True
-    """oasst: keep threads with messages that a model wrote."""
-    duplicates: Literal["drop", "keep", "error"] = "drop"
-    """What becomes of a pair that the training (or the validation) sets hold already."""
-    contradictions: Literal["drop", "keep", "error"] = "drop"
-    """What becomes of pairs that prefer two answers to one prompt both ways; drop leaves out all of them."""
-    identical: Literal["drop", "error"] = "drop"
-    """What becomes of a pair whose two answers are the same."""
-    empty: Literal["drop", "error"] = "drop"
-    """What becomes of a pair with an empty answer."""
-    no_end: Literal["error", "keep"] = "error"
-    """What becomes of training sets in which no answer ends in an end marker, so that the model would not learn to stop."""
-    overlap: Literal["error", "drop", "keep"] = "error"
-    """What becomes of pairs of data.eval whose prompt is in data.train too."""
-    chat_template: str | None = None
-    """Path of a Jinja chat template. Default: the tokenizer's own, or plain text (Human: / Assistant:) if it has none."""
-    turns: Literal["all", "last"] = "all"
-    """Which assistant turns are scored where the two conversations part before their last turn: all since then, or the last only.
-    What others say is never scored."""
-    max_length: int = 0
-    """Longest prompt + answer, in tokens. Longer answers lose their end, after the prompt was cut to fit.
-    0: 1024, or the model's number of positions where that is less."""
-    max_prompt_length: int = 0
-    """Longest prompt, in tokens; a longer one keeps its end. Both sides always keep the same prompt. 0: half of max_length."""
-    layout: Literal["shared", "separate"] = "shared"
-    """shared: a pair's prompt is computed once for both answers. separate: once for each."""
-    max_row_tokens: int = 4096
-    """Longest packed row, in tokens. Steps with more tokens than the rows of one pass hold use more microbatches."""
-    row_sizes: int = 8
-    """How many row lengths, each a compiled program of its own. More of them waste fewer slots and compile longer."""
-    shuffle: bool = True
-    """Visit the pairs of each epoch in a new random order (from seed)."""
-    max_dropped_fraction: float = 0.1
-    """Stop when more than this share of the rows is unusable."""
-    cache: str | None = "~/.cache/jaxdpo/pairs"
-    """Folder that keeps encoded pairs, so that the next start reads them at once. null: keep none."""
-    processes: int = 0
-    """Processes that encode large sets, this one among them. 0: as many as there are cores, at most 32."""
-
-    def __post_init__(self) -> None:
-        require(
-            (
-                0 <= self.eval_fraction < 1,
-                f"data.eval_fraction={self.eval_fraction}: must be at least 0 and below 1",
-            ),
-            (
-                0 <= self.max_dropped_fraction <= 1,
-                f"data.max_dropped_fraction={self.max_dropped_fraction}: must lie between 0 and 1",
-            ),
-            (
-                self.max_length == 0 or self.max_length >= 2,
-                f"data.max_length={self.max_length}: must be 0 (automatic) or at least 2",
-            ),
-            (
-                self.max_prompt_length >= 0,
-                f"data.max_prompt_length={self.max_prompt_length}: must be 0 (automatic) or at least 1",
-            ),
-            (
-                self.min_score_ratio >= 1,
-                f"data.min_score_ratio={self.min_score_ratio}: must be at least 1",
-            ),
-            (
-                self.max_pairs_per_prompt is None or self.max_pairs_per_prompt >= 0,
-                f"data.max_pairs_per_prompt={self.max_pairs_per_prompt}: must be 0 (no limit) or more",
-            ),
-            (
-                all(weight > 0 for weight in self.mix),
-                f"data.mix={self.mix}: every weight must be above 0",
-            ),
-            (self.row_sizes >= 1, f"data.row_sizes={self.row_sizes}: must be at least 1"),
-            (
-                self.processes >= 0,
-                f"data.processes={self.processes}: must be 0 (automatic) or at least 1",
-            ),
-            (
-                self.max_length == 0 or self.max_length > self.max_prompt_length,
-                f"data.max_length={self.max_length}: must exceed data.max_prompt_length={self.max_prompt_length}, "
-                "or no room is left for answers. Raise the one or lower the other",
-            ),
-            (
-                self.max_row_tokens >= 2 * self.max_length,
-                f"data.max_row_tokens={self.max_row_tokens}: must be at least twice data.max_length={self.max_length}",
-            ),
-        )
-
-
-@_section
-class LossSection:
-    """What is minimised. docs/losses.md has the formulas and the papers. An option that the loss does not use is an error."""
-
-    name: str | list[str] = "sigmoid"
-    """One loss, or a list of losses that are added with loss.weights."""
-    weights: list[float] | None = None
-    """One factor for each name in the list. Default: all 1."""
-    beta: float | None = None
-    """Strength of the pull towards the reference. Default 0.1; 2.0 for simpo (a mean per token, not a sum)."""
-    label_smoothing: float | None = None
-    """Probability that a label is wrong (cdpo, robust, exo_pair, aot, aot_unpaired, simpo, cpo). Default 0.1 for cdpo and robust,
-    0.001 for exo_pair, else 0."""
-    ipo_length: Literal["mean", "sum"] | None = None
-    """IPO's log-ratios: mean per token (TRL, as its authors asked) or sum (original DPO code). Default mean."""
-    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = None
-    """Divergence from the reference that shapes the log-ratio difference. Default reverse_kl (plain DPO)."""
-    alpha_divergence: float | None = None
-    """Coefficient of f_divergence=alpha; 0 is forward_kl, 1 reverse_kl. Default 0.5, as in TRL."""
-    ld_alpha: float | None = None
-    """LD-DPO: weight of the tokens beyond the shorter answer's length, 0 to 1. Default 1 (off)."""
-    length_penalty: float | None = None
-    """R-DPO: penalty on the reward per token; adds length_penalty * (chosen - rejected tokens) to the logit. Default 0 (off)."""
-    wpo: bool = False
-    """WPO: weigh each pair by how likely the policy is to have written it."""
-    discopop_tau: float | None = None
-    """DiscoPOP's temperature. Default 0.05."""
-    simpo_gamma: float | None = None
-    """SimPO's target margin, in units of the scaled logit. Default 0.5."""
-    orpo_lambda: float | None = None
-    """ORPO's weight of the odds-ratio term. Default 0.1."""
-    cpo_alpha: float | None = None
-    """CPO's weight of the chosen answer's NLL. Default 1.0."""
-    dpop_lambda: float | None = None
-    """DPOP's penalty when the chosen answer falls below the reference. Default 50."""
-    tr_every: int = 0
-    """TR-DPO: move the reference towards the policy every so many steps. 0: never."""
-    tr_alpha: float | None = None
-    """TR-DPO: share of the policy in the moved reference. Default 0.6."""
-    router_aux_coef: float | None = None
-    """Mixtures of experts: weight of the loss that spreads tokens evenly over the experts.
-    Default: router_aux_loss_coef of config.json if that also says output_router_logits (as TRL), else 0."""
-
-    @property
-    def names(self) -> list[str]:
-        """The losses as a list."""
-        return [self.name] if isinstance(self.name, str) else list(self.name)
-
-    def __post_init__(self) -> None:
-        smoothing, ld, tr = self.label_smoothing, self.ld_alpha, self.tr_alpha
-        require(
-            (bool(self.names), "loss.name=[]: name at least one loss"),
-            (
-                len(set(self.names)) == len(self.names),
-                f"loss.name={self.name}: names a loss twice; add up its weights instead",
-            ),
-            (
-                self.weights is None or len(self.weights) == len(self.names),
-                f"loss.weights={self.weights}: needs one factor for each of loss.name={self.names}",
-            ),
-            (self.beta is None or self.beta > 0, f"loss.beta={self.beta}: must be above 0"),
-            (
-                smoothing is None or 0 <= smoothing < 0.5,
-                f"loss.label_smoothing={smoothing}: must be at least 0 and below 0.5",
-            ),
-            (ld is None or 0 <= ld <= 1, f"loss.ld_alpha={ld}: must lie between 0 and 1"),
-            (tr is None or 0 < tr <= 1, f"loss.tr_alpha={tr}: must be above 0 and at most 1"),
-            (
-                self.tr_every >= 0,
-                f"loss.tr_every={self.tr_every}: must be 0 (never) or a number of steps",
-            ),
-            (
-                tr is None or self.tr_every > 0,
-                f"loss.tr_alpha={tr}: does nothing while loss.tr_every=0. Set loss.tr_every",
-            ),
-            (
-                self.alpha_divergence is None or self.f_divergence == "alpha",
-                f"loss.alpha_divergence={self.alpha_divergence}: needs loss.f_divergence=alpha",
-            ),
-            (
-                self.discopop_tau is None or self.discopop_tau > 0,
-                f"loss.discopop_tau={self.discopop_tau}: must be above 0",
-            ),
-            (
-                self.router_aux_coef is None or self.router_aux_coef >= 0,
-                f"loss.router_aux_coef={self.router_aux_coef}: must be 0 (off) or positive",
-            ),
-        )
-
-
-@_section
 class OptimSection:
     """AdamW and its schedule."""
 
@@ -294,7 +97,7 @@ class OptimSection:
     """Steps of linear rise from 0 to the peak; step k of them uses k / warmup_steps of it."""
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it. 0: never."""
-    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the first moment; the second is float32 always."""
 
     def __post_init__(self) -> None:
@@ -325,7 +128,7 @@ class OptimSection:
 class TrainSection:
     """How long, and how much at once."""
 
-    pairs_per_step: int = 16
+    batch_size: int = 16
     """Pairs in one optimizer step, over all devices: the global batch."""
     steps: int | None = None
     """Number of optimizer steps. Default: as many as train.epochs need."""
@@ -346,8 +149,8 @@ class TrainSection:
                 f"train.watchdog_minutes={self.watchdog_minutes}: must be 0 (never) or positive",
             ),
             (
-                self.pairs_per_step >= 1,
-                f"train.pairs_per_step={self.pairs_per_step}: must be at least 1",
+                self.batch_size >= 1,
+                f"train.batch_size={self.batch_size}: must be at least 1",
             ),
             (
                 self.steps is None or self.steps >= 1,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdpo.config import cli
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.config.sections import STRICT_KEYS
 from jaxdpo.data.formats.records import Preference, Text, printable
 from jaxdpo.data.inspect import near_duplicates
@@ -160,7 +160,7 @@ def _look(config: DataConfig) -> None:
         else load_tokenizer(config.model.path, config.model.revision)
     )
     uncut = dataclasses.replace(
-        config.data, max_length=UNCUT, max_prompt_length=UNCUT // 2, max_row_tokens=2 * UNCUT
+        config.data, max_length=UNCUT, max_prompt_length=UNCUT // 2, packed_length=2 * UNCUT
     )
     texts = Texts(
         config.near, None if tokenizer is None else Encoder.create(tokenizer, uncut).spells_special
@@ -181,7 +181,7 @@ def _look(config: DataConfig) -> None:
     if tokenizer is None:
         shown = [(record, "") for record in first] + _odd_records(config, survey)
         examples = [
-            example_of_record(record, why, config.data.turns == "all") for record, why in shown
+            example_of_record(record, why, config.data.loss_turns == "all") for record, why in shown
         ]
     else:
         done = prepare(uncut, tokenizer, vocab_size=2**31)

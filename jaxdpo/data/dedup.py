@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.records import DataReport, Dropped, printable
 from jaxdpo.data.pair_table import PairTable
 

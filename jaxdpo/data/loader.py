@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.records import printable
-from jaxdpo.data.packing import Batch, Packer, balance, choose_row_sizes
+from jaxdpo.data.packing import Batch, Packer, balance, choose_packed_lengths
 from jaxdpo.data.pair_table import PairTable
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,10 @@ class Loader:
 
     table: PairTable
     packer: Packer
-    pairs_per_step: int
+    batch_size: int
     seed: int
     shuffle: bool
-    mix: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
     """Weight of each set; empty: every pair is visited once an epoch."""
     mine: frozenset[int] | None = None
     """Rows of a microbatch that this process feeds; it reads no other pair's tokens. None: all."""
@@ -46,7 +46,7 @@ class Loader:
         table: PairTable,
         section: DataSection,
         *,
-        pairs_per_step: int,
+        batch_size: int,
         num_rows: int,
         seed: int,
         mine: frozenset[int] | None = None,
@@ -54,54 +54,54 @@ class Loader:
         """A loader for microbatches of num_rows rows, with row lengths that suit these pairs.
 
         Raises:
-            ValueError: some pair is longer than data.max_row_tokens, or data.mix asks for a set without training pairs.
+            ValueError: some pair is longer than data.packed_length, or data.weights asks for a set without training pairs.
         """
         every_size = Packer(
-            layout=section.layout,
+            share_prefix=section.share_prefix,
             num_rows=num_rows,
-            row_sizes=(section.max_row_tokens,),
-            num_places=pairs_per_step,
+            packed_lengths=(section.packed_length,),
+            num_places=batch_size,
         )
-        mix = tuple(section.mix)
+        weights = tuple(section.weights)
         loader = cls(
             table=table,
             packer=every_size,
-            pairs_per_step=pairs_per_step,
+            batch_size=batch_size,
             seed=seed,
             shuffle=section.shuffle,
-            mix=mix,
+            weights=weights,
             mine=mine,
         )
         for name, places, visits in (
-            zip(section.train, loader._members, loader._visits, strict=True) if mix else ()
+            zip(section.train, loader._members, loader._visits, strict=True) if weights else ()
         ):
             logger.info(
-                "data.mix: an epoch visits %d pairs of %s, which has %d",
+                "data.weights: an epoch visits %d pairs of %s, which has %d",
                 visits,
                 printable(name),
                 len(places),
             )
-        row_sizes = choose_row_sizes(
-            loader._sampled_loads(section), section.row_sizes, section.max_row_tokens
+        packed_lengths = choose_packed_lengths(
+            loader._sampled_loads(section), section.num_packed_lengths, section.packed_length
         )
         return dataclasses.replace(
-            loader, packer=dataclasses.replace(every_size, row_sizes=row_sizes)
+            loader, packer=dataclasses.replace(every_size, packed_lengths=packed_lengths)
         )
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that one pass over the pairs takes."""
-        return -(-len(self.table) // self.pairs_per_step)
+        return -(-len(self.table) // self.batch_size)
 
     def epoch(self, step: int) -> float:
         """Passes over the pairs after `step`."""
         whole, rest = divmod(step, self.steps_per_epoch)
-        return whole + rest * self.pairs_per_step / len(self.table)
+        return whole + rest * self.batch_size / len(self.table)
 
     def pairs_of(self, step: int) -> np.ndarray:
         """Places in the table of the pairs that `step` trains on; int64."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
-        return self._order(epoch)[index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
+        return self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
 
     def num_tokens(self, step: int) -> int:
         """Slots of the step's rows that hold a token: each prompt once in the shared layout, twice in the separate one."""
@@ -125,7 +125,7 @@ class Loader:
     def _order(self, epoch: int) -> np.ndarray:
         """Places of an epoch's pairs in the order of their visits. Kept: some steps of one epoch ask for it at a time."""
         if (order := self._orders.get(epoch)) is None:
-            order = self._mixed(epoch) if self.mix else np.arange(len(self.table))
+            order = self._mixed(epoch) if self.weights else np.arange(len(self.table))
             order = (
                 np.random.default_rng((self.seed, epoch)).permutation(order)
                 if self.shuffle
@@ -164,27 +164,29 @@ class Loader:
     @functools.cached_property
     def _members(self) -> list[np.ndarray]:
         """Places of each set's pairs."""
-        return [np.flatnonzero(self.table.sources == number) for number in range(len(self.mix))]
+        return [np.flatnonzero(self.table.sources == number) for number in range(len(self.weights))]
 
     @functools.cached_property
     def _visits(self) -> list[int]:
         """Pairs of each set in an epoch: whole numbers in the proportions of the mix that add up to the table's length."""
         if empty := [number for number, places in enumerate(self._members) if not len(places)]:
             raise ValueError(
-                f"data.mix={list(self.mix)}: set {empty[0] + 1} of data.train has no training pair. Leave it out"
+                f"data.weights={list(self.weights)}: set {empty[0] + 1} of data.train has no training pair. Leave it out"
             )
-        edges = np.rint(np.cumsum((0, *self.mix)) / sum(self.mix) * len(self.table)).astype(int)
+        edges = np.rint(np.cumsum((0, *self.weights)) / sum(self.weights) * len(self.table)).astype(
+            int
+        )
         return np.maximum(np.diff(edges), 1).tolist()
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
         """Slots of each pair."""
-        again = self.table.lengths[:, 0] if self.packer.layout == "separate" else 0
+        again = self.table.lengths[:, 0] if not self.packer.share_prefix else 0
         return self.table.lengths.sum(axis=1) + again
 
     def _sampled_loads(self, section: DataSection) -> Iterator[int]:
         """Slots of the fullest row of some steps of the first epoch."""
         for step in range(1, min(self.steps_per_epoch, SAMPLED_STEPS) + 1):
             step_sizes = self._sizes[self.pairs_of(step)].tolist()
-            rows = balance(step_sizes, self.packer.num_rows, section.max_row_tokens)
+            rows = balance(step_sizes, self.packer.num_rows, section.packed_length)
             yield max(sum(step_sizes[i] for i in row) for row in rows)

@@ -58,15 +58,15 @@ class Packer:
     """Packs the pairs of a step into rows of a few fixed lengths.
 
     Args:
-        layout: "shared" or "separate".
+        share_prefix: whether the two answers of a pair share one copy of its prompt.
         num_rows: rows of a microbatch (B), the number of devices that see different rows.
-        row_sizes: allowed row lengths in slots, ascending; the last is the longest.
+        packed_lengths: allowed row lengths in slots, ascending; the last is the longest.
         num_places: pair places of a row (P), at least the pairs of a step.
     """
 
-    layout: str
+    share_prefix: bool
     num_rows: int
-    row_sizes: tuple[int, ...]
+    packed_lengths: tuple[int, ...]
     num_places: int
 
     def __call__(self, pairs: Sequence[EncodedPair], mine: Container[int] | None = None) -> Batch:
@@ -80,10 +80,12 @@ class Packer:
             ValueError: when a pair is longer than the longest row.
         """
         rows = balance(
-            [pair_slots(pair, self.layout) for pair in pairs], self.num_rows, self.row_sizes[-1]
+            [pair_slots(pair, self.share_prefix) for pair in pairs],
+            self.num_rows,
+            self.packed_lengths[-1],
         )
-        longest = max(sum(pair_slots(pairs[i], self.layout) for i in row) for row in rows)
-        num_slots = next(size for size in self.row_sizes if size >= longest)
+        longest = max(sum(pair_slots(pairs[i], self.share_prefix) for i in row) for row in rows)
+        num_slots = next(size for size in self.packed_lengths if size >= longest)
         read = [mine is None or number % self.num_rows in mine for number in range(len(rows))]
         packed = [
             self._row([pairs[i] for i in row] if own else [], row, num_slots)
@@ -99,7 +101,7 @@ class Packer:
 
     def _row(self, pairs: Sequence[EncodedPair], index: Sequence[int], num_slots: int) -> Batch:
         row = _empty_row(num_slots, self.num_places)
-        lay = _lay_shared if self.layout == "shared" else _lay_separate
+        lay = _lay_shared if self.share_prefix else _lay_separate
         slot = scored = 0
         row.index_MBP[: len(index)] = index
         for place, pair in enumerate(pairs):
@@ -110,9 +112,9 @@ class Packer:
         return row
 
 
-def pair_slots(pair: EncodedPair, layout: str) -> int:
+def pair_slots(pair: EncodedPair, share_prefix: bool) -> int:
     """Slots that a pair takes in a row."""
-    prompts = 1 if layout == "shared" else 2
+    prompts = 1 if share_prefix else 2
     return prompts * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
 
 
@@ -127,7 +129,7 @@ def balance(sizes: Sequence[int], num_rows: int, max_slots: int) -> list[list[in
     """
     if max(sizes) > max_slots:
         raise ValueError(
-            f"data.max_row_tokens={max_slots}: a pair needs {max(sizes)} slots. Raise it, or lower data.max_length"
+            f"data.packed_length={max_slots}: a pair needs {max(sizes)} slots. Raise it, or lower data.max_length"
         )
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     num = num_rows * max(1, -(-sum(sizes) // (num_rows * max_slots)))
@@ -143,7 +145,7 @@ def balance(sizes: Sequence[int], num_rows: int, max_slots: int) -> list[list[in
         num += num_rows
 
 
-def choose_row_sizes(loads: Iterable[int], count: int, max_slots: int) -> tuple[int, ...]:
+def choose_packed_lengths(loads: Iterable[int], count: int, max_slots: int) -> tuple[int, ...]:
     """At most `count` row lengths (one compiled program each) that waste the fewest slots on rows of these loads.
 
     The lengths are multiples of SLOT_MULTIPLE, but for max_slots, which always ends the list, so that any row fits.

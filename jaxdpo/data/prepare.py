@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.dedup import settle_overlap, settle_repeats
 from jaxdpo.data.disk_cache import TableWriter, load_or_make
 from jaxdpo.data.formats.records import DataReport, describe_counts
@@ -102,7 +102,7 @@ def _read_sets(
         reports, largest = [], -1
         for source, name in enumerate(names):
             report, records = read_set(name, section, option)
-            for columns in encode_records(records, report, encoder, source, section.processes):
+            for columns in encode_records(records, report, encoder, source, section.num_proc):
                 writer.append(columns)
                 largest = max(largest, int(columns["tokens"].max(initial=-1)))
             reports.append(dataclasses.asdict(report))
@@ -124,9 +124,10 @@ def _identity(
     section: DataSection, option: str, names: list[str], encoder: Encoder
 ) -> dict[str, Any]:
     """All that the encoded pairs of an option depend on, each part named as the user knows it."""
+    values = dataclasses.asdict(section)
     return {
         "data": [set_identity(name, option) for name in names],
-        "options": {name: getattr(section, name) for name in READING_OPTIONS} | {"option": option},
+        "options": {name: values[name] for name in READING_OPTIONS} | {"option": option},
         **encoder.identity,
         "code": _code(),
     }
@@ -159,11 +160,11 @@ def _check_dropped(report: DataReport, option: str, limit: float) -> None:
 
 
 def _check_ends(statistics: dict[str, Any], section: DataSection) -> None:
-    if statistics["ended"] == 0 and section.no_end == "error":
+    if statistics["ended"] == 0 and section.missing_eos == "error":
         cut = sum(statistics["truncated"][side] for side in ("chosen", "rejected"))
         raise ValueError(
             f"data.train: none of {2 * statistics['pairs']} answers ends in an end marker ({cut} were cut), so the model would not learn "
-            "to stop. Raise data.max_length, or use a tokenizer or a data.chat_template that has one; data.no_end=keep trains nevertheless"
+            "to stop. Raise data.max_length, or use a tokenizer or a data.chat_template that has one; data.missing_eos=keep trains nevertheless"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import datasets.exceptions
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats import hh_rlhf, oasst, ranked, shp, trl
 from jaxdpo.data.formats.common import EMPTY, IDENTICAL, OPTIONAL, Parser, Row
 from jaxdpo.data.formats.records import DataReport, Dropped, Preference, printable
@@ -33,11 +33,10 @@ ROWS_TO_DETECT = 16
 
 READING_OPTIONS = (
     "format",
-    "pairs",
-    "min_score_ratio",
+    "pairing",
     "max_pairs_per_prompt",
-    "languages",
-    "synthetic",
+    "shp",
+    "oasst",
     "identical",
     "empty",
 )

@@ -22,7 +22,7 @@ os.environ.setdefault(
 )  # it advises to install PyTorch, which nothing here needs
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.chat_template import Answered, Layout, Rendered
 from jaxdpo.data.formats.records import Dropped, Preference, Text, printable, shared_length
 from jaxdpo.data.pair_table import EncodedPair
@@ -94,7 +94,7 @@ class Encoder:
             template,
             section.max_length,
             section.max_prompt_length,
-            section.turns == "all",
+            section.loss_turns == "all",
         )
 
     @functools.cached_property

@@ -49,7 +49,7 @@ class Encodes(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lot:
+class EncodedChunk:
     """Some records, encoded."""
 
     columns: dict[str, np.ndarray]
@@ -60,7 +60,7 @@ class Lot:
     verbatim: int
 
 
-def encode_lot(encoder: Encodes, records: list[Preference], source: int) -> Lot:
+def encode_lot(encoder: Encodes, records: list[Preference], source: int) -> EncodedChunk:
     """Encode some records of one set."""
     results = encoder.encode(records)
     pairs = [result for result in results if isinstance(result, EncodedPair)]
@@ -72,7 +72,7 @@ def encode_lot(encoder: Encodes, records: list[Preference], source: int) -> Lot:
     special = sum(map(encoder.spells_special, records))
     verbatim = sum(isinstance(record.prompt, str) for record in records)
     columns = to_columns(pairs) | {"sources": np.full(len(pairs), source, np.int32)}
-    return Lot(columns, len(pairs), dropped, special, verbatim)
+    return EncodedChunk(columns, len(pairs), dropped, special, verbatim)
 
 
 def encode_records(
@@ -109,7 +109,7 @@ def usable_cores() -> int:
 
 def _encoded(
     lots: Iterator[list[Preference]], encoder: Encodes, source: int, processes: int
-) -> Generator[Lot, None, None]:
+) -> Generator[EncodedChunk, None, None]:
     """The lots, encoded, in order. This process encodes too, whenever every other has its next lot waiting."""
     for lot in itertools.islice(lots, ALONE // RECORDS_AT_ONCE) if processes > 1 else lots:
         yield encode_lot(encoder, lot, source)
@@ -117,7 +117,7 @@ def _encoded(
     if following is None:
         return
     with Workers(encoder, processes - 1) as workers:
-        waiting: collections.deque[concurrent.futures.Future[Lot]] = collections.deque()
+        waiting: collections.deque[concurrent.futures.Future[EncodedChunk]] = collections.deque()
         for lot in itertools.chain([following], lots):
             if sum(not item.done() for item in waiting) < 2 * (processes - 1):
                 waiting.append(workers.submit(lot, source))
@@ -147,7 +147,9 @@ class Workers:
         for process in self._started:
             process.communicate()  # closes its input, which ends it
 
-    def submit(self, records: list[Preference], source: int) -> concurrent.futures.Future[Lot]:
+    def submit(
+        self, records: list[Preference], source: int
+    ) -> concurrent.futures.Future[EncodedChunk]:
         """Have a lot encoded by whichever process is free."""
         return self._pool.submit(self._ask, (records, source))
 
@@ -166,7 +168,7 @@ class Workers:
         assert process.stdin is not None
         process.stdin.write(self._encoder)
 
-    def _ask(self, question: Any) -> Lot:
+    def _ask(self, question: Any) -> EncodedChunk:
         process = self._own.process
         try:
             pickle.dump(question, process.stdin)
@@ -175,5 +177,5 @@ class Workers:
         except (EOFError, BrokenPipeError):
             raise ValueError(
                 f"data: a process that encodes pairs ended with status {process.wait()}, perhaps for want of memory. "
-                "Set data.processes=1 to encode in one process"
+                "Set data.num_proc=1 to encode in one process"
             ) from None

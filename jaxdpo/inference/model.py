@@ -37,7 +37,7 @@ from jaxdpo.models.hf.peft import CONFIG as ADAPTER_CONFIG
 from jaxdpo.models.hf.peft import read_peft
 from jaxdpo.models.kv_cache import for_decoding
 from jaxdpo.models.sampling import generate
-from jaxdpo.training.weights import RunWeights, trained_shardings
+from jaxdpo.training.weights import PolicyWeights, trained_shardings
 
 
 class Answer(NamedTuple):
@@ -268,5 +268,5 @@ def _load_run(source: Source, model: ModelConfig, mesh: Mesh, dtype: str) -> tup
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, compute_dtype=dtype)
     )
-    run = RunWeights(config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=None)
+    run = PolicyWeights(config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=None)
     return (run.base() or {}) | {"lora": sharding.put(saved, run.shardings)}, lora.scale

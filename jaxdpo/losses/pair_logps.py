@@ -11,7 +11,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.config.schema import LossSection
+from jaxdpo.config.loss_options import LossSection
 
 T = TypeVar("T")
 

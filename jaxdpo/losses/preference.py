@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.config.schema import LossSection
+from jaxdpo.config.loss_options import LossSection
 from jaxdpo.losses.pair_logps import (
     BETA,
     LARGEST_EXPONENT,

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.config.schema import LossSection
+from jaxdpo.config.loss_options import LossSection
 from jaxdpo.losses import preference as fn
 from jaxdpo.losses.pair_logps import BETA, PairLogps, chosen_nll, given, log_ratios, mean_logps
 
@@ -267,9 +267,9 @@ def check(section: LossSection, reference: str) -> list[str]:
         problems.append(
             f"reference=none: loss.name={shown} compares with a reference. Use reference=frozen, or a loss without one: {free}"
         )
-    if section.tr_every and not any(row.needs_reference for row in rows):
+    if section.ref_sync_every and not any(row.needs_reference for row in rows):
         problems.append(
-            f"loss.tr_every={section.tr_every}: moves a reference that loss.name={shown} does not read. Leave it out"
+            f"loss.ref_sync_every={section.ref_sync_every}: moves a reference that loss.name={shown} does not read. Leave it out"
         )
     return problems
 

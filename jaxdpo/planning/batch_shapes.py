@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.packing import SLOT_MULTIPLE, Batch
 
@@ -28,21 +28,21 @@ class Rows:
     def filled(
         cls, section: DataSection, pair_tokens: tuple[int, int, int], pairs: int, num_rows: int
     ) -> "Rows":
-        """Without data: pairs that all have these lengths, in rows up to data.max_row_tokens."""
+        """Without data: pairs that all have these lengths, in rows up to data.packed_length."""
         prompt, chosen, rejected = pair_tokens
-        size = prompt * (1 if section.layout == "shared" else 2) + chosen + rejected
+        size = prompt * (1 if section.share_prefix else 2) + chosen + rejected
         each = (
-            -(-pairs // (num_rows * max(1, section.max_row_tokens // size)))
-            if size <= section.max_row_tokens
+            -(-pairs // (num_rows * max(1, section.packed_length // size)))
+            if size <= section.packed_length
             else pairs
         )
         used = -(-pairs // (each * num_rows)) * size
-        slots = min(-(-used // SLOT_MULTIPLE) * SLOT_MULTIPLE, section.max_row_tokens)
+        slots = min(-(-used // SLOT_MULTIPLE) * SLOT_MULTIPLE, section.packed_length)
         lengths = np.tile(np.asarray(pair_tokens), (pairs, 1))
         return cls(
             microbatches=each,
             rows=num_rows,
-            longest=section.max_row_tokens,
+            longest=section.packed_length,
             slots=slots,
             lengths=lengths,
         )

@@ -15,7 +15,7 @@ import jax
 from jaxdpo.models.logprobs import chunk_size
 from jaxdpo.planning.batch_shapes import Rows
 from jaxdpo.training.program import Program
-from jaxdpo.training.step import Fixed
+from jaxdpo.training.step import FrozenState
 
 FLOAT32 = 4
 REFERENCE, MOMENTS = "reference", "optimizer moments"
@@ -92,7 +92,7 @@ def estimate(program: Program, rows: Rows) -> Memory:
     )
 
 
-def waiting_parts(state: dict[str, Any], fixed: Fixed, program: Program) -> dict[str, Any]:
+def waiting_parts(state: dict[str, Any], fixed: FrozenState, program: Program) -> dict[str, Any]:
     """What is in the hosts' memory, by part: moments and the reference.
 
     A CPU has no memory but that of its host, so nothing is elsewhere.

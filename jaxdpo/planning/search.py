@@ -44,7 +44,7 @@ class Choice:
         rows = Rows.filled(
             program.config.data,
             pair_tokens,
-            config.train.pairs_per_step,
+            config.train.batch_size,
             num_row_shards(program.mesh),
         )
         return cls.with_rows(target, config, program, rows)
@@ -65,7 +65,7 @@ class Choice:
             [
                 *mesh,
                 f"model.remat={self.config.model.remat}",
-                f"data.max_row_tokens={self.config.data.max_row_tokens}",
+                f"data.packed_length={self.config.data.packed_length}",
             ]
         )
 
@@ -82,7 +82,7 @@ def search(target: Target, config: Config, pair_tokens: tuple[int, int, int]) ->
 def choices(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> Iterator[Choice]:
     """Every mesh, remat policy and row length that may make sense, whether it fits or not."""
     shortest = 2 * (config.data.max_length or min(1024, target.model.max_positions))
-    sizes = sorted({size for size in ROW_TOKENS if size >= shortest} | {config.data.max_row_tokens})
+    sizes = sorted({size for size in ROW_TOKENS if size >= shortest} | {config.data.packed_length})
     remats = [remat for remat in REMATS if remat != "none" or config.model.quantize == "none"]
     for mesh in _meshes(target):
         try:
@@ -91,13 +91,11 @@ def choices(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -
             continue
         for remat, size in itertools.product(remats, sizes):
             options = changed(program.options, forward={"remat": remat})
-            section = dataclasses.replace(program.config.data, max_row_tokens=size)
+            section = dataclasses.replace(program.config.data, packed_length=size)
             rows = Rows.filled(
-                section, pair_tokens, config.train.pairs_per_step, num_row_shards(program.mesh)
+                section, pair_tokens, config.train.batch_size, num_row_shards(program.mesh)
             )
-            asked = changed(
-                config, mesh=mesh, model={"remat": remat}, data={"max_row_tokens": size}
-            )
+            asked = changed(config, mesh=mesh, model={"remat": remat}, data={"packed_length": size})
             yield Choice.with_rows(
                 target, asked, dataclasses.replace(program, options=options), rows
             )
@@ -120,10 +118,10 @@ def _meshes(target: Target) -> Iterator[Shape]:
 
 REMEDIES: dict[str, dict[str, Any]] = {
     "reference=cached": {"reference": "cached"},
-    "optim.moments_dtype=bfloat16": {"optim": {"moments_dtype": "bfloat16"}},
-    "reference=cached optim.moments_dtype=bfloat16": {
+    "optim.mu_dtype=bfloat16": {"optim": {"mu_dtype": "bfloat16"}},
+    "reference=cached optim.mu_dtype=bfloat16": {
         "reference": "cached",
-        "optim": {"moments_dtype": "bfloat16"},
+        "optim": {"mu_dtype": "bfloat16"},
     },
     "reference=cached train.offload=[moments]": {
         "reference": "cached",

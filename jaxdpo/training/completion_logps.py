@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdpo.config.schema import LossSection, OptimSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.packing import Batch
 from jaxdpo.distributed.sharding import ROWS, constrain
 from jaxdpo.models.config import ModelConfig
@@ -42,7 +43,7 @@ class StepOptions:
     """Scored tokens whose logits exist at once. Default: logprobs.chunk_size."""
 
 
-class Answers(NamedTuple):
+class CompletionLogps(NamedTuple):
     """One model's log-probs of a microbatch's answers; float32 [B, P, 2] (chosen, rejected), nats."""
 
     logps: jax.Array
@@ -55,7 +56,7 @@ class Answers(NamedTuple):
     """Mixtures of experts: how unevenly the microbatch's tokens were spread (moe.balance_loss); scalar."""
 
 
-class Scored(NamedTuple):
+class CompletionTokens(NamedTuple):
     """The scored tokens of a microbatch under one model, padded to whole chunks.
 
     B are rows or, where devices share the slots of a row, the shares.
@@ -67,13 +68,13 @@ class Scored(NamedTuple):
     sides_BS: jax.Array
     common_BS: jax.Array
     balance: jax.Array | None
-    """As in Answers."""
+    """As in CompletionLogps."""
     chunks: jax.Array
     """Chunks to compute."""
     head: Head
 
     @classmethod
-    def of(cls, params: Params, micro: Batch, options: StepOptions) -> "Scored":
+    def of(cls, params: Params, micro: Batch, options: StepOptions) -> "CompletionTokens":
         """Run the model on a microbatch (arrays without their leading M)."""
         model, forward = options.model, options.forward
         slots = (micro.tokens_MBT, micro.positions_MBT, micro.k_start_MBT, micro.k_end_MBT)
@@ -93,7 +94,7 @@ class Scored(NamedTuple):
             head_weight(params), hidden_BSD, targets_BS, sides_BS, common_BS, balance, chunks, head
         )
 
-    def answers(self, micro: Batch, section: LossSection) -> Answers:
+    def answers(self, micro: Batch, section: LossSection) -> CompletionLogps:
         """The log-probs of the microbatch's answers."""
         num_rows, num_places = micro.weights_MBP.shape
 
@@ -115,9 +116,9 @@ class Scored(NamedTuple):
         if section.wpo:
             hidden, weight = jax.lax.stop_gradient((self.hidden_BSD, self.head_VD))
             collisions = by_side(token_collisions(hidden, weight, self.chunks, self.head))
-        return Answers(logps, plain_logps, collisions, self.balance)
+        return CompletionLogps(logps, plain_logps, collisions, self.balance)
 
-    def exact_kl(self, reference: "Scored") -> jax.Array:
+    def exact_kl(self, reference: "CompletionTokens") -> jax.Array:
         """Sum over all answer tokens of the exact KL(self || reference) of their distributions, nats."""
         kl_BS = token_kl(
             self.hidden_BSD,
@@ -154,12 +155,12 @@ def _by_share(
     )
 
 
-def answers(params: Params, micro: Batch, options: StepOptions) -> Answers:
+def answers(params: Params, micro: Batch, options: StepOptions) -> CompletionLogps:
     """The answers' log-probs under one model, for one microbatch (arrays without their leading M)."""
-    return Scored.of(params, micro, options).answers(micro, options.loss)
+    return CompletionTokens.of(params, micro, options).answers(micro, options.loss)
 
 
-def all_answers(params: Params, batch: Batch, options: StepOptions) -> Answers:
+def all_answers(params: Params, batch: Batch, options: StepOptions) -> CompletionLogps:
     """The same for every microbatch: [M, B, P, 2]."""
     return jax.lax.map(lambda micro: answers(params, micro, options), batch)
 

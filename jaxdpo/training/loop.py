@@ -34,7 +34,7 @@ from jaxdpo.training.startup_checks import (
     check_processes_agree,
     check_same_run,
 )
-from jaxdpo.training.step import Fixed, TrainState, move_reference, needs_reference
+from jaxdpo.training.step import FrozenState, TrainState, move_reference, needs_reference
 from jaxdpo.training.watchdog import Watch
 
 MAX_BAD_STEPS = 3
@@ -54,7 +54,7 @@ class Run:
     skipped: JsonLines
     """nonfinite.jsonl: the ids of the pairs of each update that was skipped."""
     state: TrainState
-    fixed: Fixed
+    fixed: FrozenState
     cached: CachedLogps | None
     step: int = 0
     """Updates done."""
@@ -79,13 +79,13 @@ class Run:
         )
         previous, self.pending = self.pending, (step, metrics, batch.tokens_MBT.size, waited)
         self.step, self.stop.unsaved = step, True
-        if self.fixed.reference is not None and _due(step, self.config.loss.tr_every):
+        if self.fixed.reference is not None and _due(step, self.config.loss.ref_sync_every):
             self.fixed = self.fixed._replace(
                 reference=move_reference(self.fixed.reference, self.state.params, self.config.loss)
             )
         self._report(previous)
 
-    def fixed_for(self, step: int, batch: Batch) -> Fixed:
+    def fixed_for(self, step: int, batch: Batch) -> FrozenState:
         """What the step on this batch takes beside the state."""
         logps = (
             None if self.cached is None else self.cached.train[self.session.loader.pairs_of(step)]
@@ -169,7 +169,7 @@ class Run:
         """Save the step in the background, after all its metrics are on disk; `then` is called when it is on disk itself."""
         self.flush()
         self.logger.flush()
-        moving = self.fixed.reference if self.config.loss.tr_every else None
+        moving = self.fixed.reference if self.config.loss.ref_sync_every else None
         meta = {
             "config": cli.to_dict(self.config),
             "identity": self.session.identity,
@@ -287,7 +287,7 @@ def begin(session: Session, logger: Logger, checkpoints: Checkpoints, stop: Stop
         batch = session.loader.batch(1)
         run.state = check_closed_form(session, run.state, run.fixed_for(1, batch), batch)
         return run
-    moves = bool(session.config.loss.tr_every)
+    moves = bool(session.config.loss.ref_sync_every)
     restored = checkpoints.restore(session.abstract_state(with_reference=moves))
     assert restored is not None, "the newest step was there a moment ago"
     step, tree, meta = restored
@@ -296,7 +296,7 @@ def begin(session: Session, logger: Logger, checkpoints: Checkpoints, stop: Stop
     checkpoints.notes.clear()
     evaluated = meta["eval_loss"] is not None or processes.from_first(logger.evaluated(step))
     files = _files(session, step, step if evaluated else step - 1)
-    fixed = Fixed(base, tree.pop("reference") if moves else session.reference_again(base))
+    fixed = FrozenState(base, tree.pop("reference") if moves else session.reference_again(base))
     logger.info(f"resuming after step {step}")
     counters = {"step": step, "tokens": meta["counters"]["tokens"], "evaluated": evaluated}
     return Run(
@@ -399,8 +399,8 @@ def describe(session: Session) -> list[str]:
         *session.notes,
         f"devices: {session.mesh.size} {session.mesh.devices.flat[0].device_kind} ({mesh})",
         *summary(session.data.report),
-        f"steps: {session.total_steps} of {loader.pairs_per_step} pairs, {loader.steps_per_epoch} an epoch; "
-        f"rows of {', '.join(map(str, loader.packer.row_sizes))} tokens ({session.config.data.layout} prompts)",
+        f"steps: {session.total_steps} of {loader.batch_size} pairs, {loader.steps_per_epoch} an epoch; "
+        f"rows of {', '.join(map(str, loader.packer.packed_lengths))} tokens ({prompts})",
     ]
 
 

@@ -13,10 +13,10 @@ Tree = Any
 
 
 def init(params: Tree, section: OptimSection) -> dict[str, Any]:
-    """Zero moments: {"count": int32 scalar, "mu": like params in moments_dtype, "nu": like params in float32}."""
+    """Zero moments: {"count": int32 scalar, "mu": like params in mu_dtype, "nu": like params in float32}."""
     return {
         "count": jnp.zeros((), jnp.int32),
-        "mu": jax.tree.map(lambda w: jnp.zeros(w.shape, section.moments_dtype), params),
+        "mu": jax.tree.map(lambda w: jnp.zeros(w.shape, section.mu_dtype), params),
         "nu": jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params),
     }
 

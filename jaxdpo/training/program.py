@@ -15,9 +15,9 @@ from jaxdpo.distributed import sharding
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions, Params
 from jaxdpo.training.completion_logps import StepOptions
-from jaxdpo.training.resolve import Settled, attention_of
-from jaxdpo.training.step import Fixed, TrainState, compile_steps, init_state
-from jaxdpo.training.weights import RunWeights, state_shardings
+from jaxdpo.training.resolve import ResolvedConfig, attention_of
+from jaxdpo.training.step import FrozenState, TrainState, compile_steps, init_state
+from jaxdpo.training.weights import PolicyWeights, state_shardings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,14 @@ class Program:
     """What is computed, on which devices, and where everything lives."""
 
     config: Config
-    """Settled: no `auto` in it but for what depends on the platform alone."""
+    """Resolved: no `auto` in it but for what depends on the platform alone."""
     mesh: Mesh
     """Its devices may be those of another machine, for which the steps are then compiled."""
     model: ModelConfig
     folder: Path
     """The model's Hugging Face folder."""
     options: StepOptions
-    weights: RunWeights
+    weights: PolicyWeights
     shardings: Any
     """A TrainState of NamedShardings, leaf for leaf."""
     train_step: Callable
@@ -40,7 +40,7 @@ class Program:
 
     @classmethod
     def of(
-        cls, settled: Settled, model: ModelConfig, folder: Path, *, total_steps: int
+        cls, settled: ResolvedConfig, model: ModelConfig, folder: Path, *, total_steps: int
     ) -> "Program":
         """The program of a settled config.
 
@@ -59,7 +59,7 @@ class Program:
             forward=forward,
             total_steps=total_steps,
         )
-        weights = RunWeights(
+        weights = PolicyWeights(
             config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=settled.start
         )
         shardings = state_shardings(
@@ -91,7 +91,7 @@ class Program:
             ),
         )
 
-    def abstract_fixed(self, batch: Batch) -> Fixed:
+    def abstract_fixed(self, batch: Batch) -> FrozenState:
         """Shapes, types and shardings of what a step on `batch` takes beside the state."""
         shapes = self.weights.fixed_shapes
         if self.weights.reference_kind == "cached":

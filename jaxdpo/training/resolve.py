@@ -16,7 +16,7 @@ from jaxdpo.training.step import needs_reference
 from jaxdpo.training.weights import axis_sizes
 
 
-class Settled(NamedTuple):
+class ResolvedConfig(NamedTuple):
     """A config that leaves nothing open, and what it stands for."""
 
     config: Config
@@ -34,7 +34,7 @@ class Settled(NamedTuple):
 
 def settle_for(
     config: Config, model: ModelConfig, raw: Mapping[str, Any], devices: Sequence[Any] | None = None
-) -> Settled:
+) -> ResolvedConfig:
     """The config settled for a model and for devices; by default, for all that are here.
 
     Args:
@@ -45,7 +45,7 @@ def settle_for(
     """
     mesh = sharding.make_mesh(config.mesh, devices=devices, sizes=axis_sizes(model))
     config, lora, found = settle_lora(settle(config, mesh, model, raw), model)
-    return Settled(config, mesh, lora, found)
+    return ResolvedConfig(config, mesh, lora, found)
 
 
 def settle(config: Config, mesh: Mesh, model: ModelConfig, raw: Mapping[str, Any]) -> Config:
@@ -101,7 +101,7 @@ def check_attention(config: Config, mesh: Mesh, model: ModelConfig) -> None:
     if _windows_in_shared_rows(config, model):
         raise ValueError(
             "model.attention=splash: the model has sliding windows, which shared rows cut into more than one interval. "
-            "Use model.attention=blocks, or data.layout=separate"
+            "Use model.attention=blocks, or data.share_prefix=false"
         )
 
 
@@ -109,7 +109,7 @@ def _windows_in_shared_rows(config: Config, model: ModelConfig) -> bool:
     """Whether a window may cut what a chosen answer's token sees, which lies in two runs of slots then."""
     return (
         model.sliding_window is not None
-        and config.data.layout == "shared"
+        and config.data.share_prefix
         and model.sliding_window < config.data.max_length
     )
 

@@ -32,8 +32,8 @@ from jaxdpo.training.completion_logps import reference_logps
 from jaxdpo.training.program import Program
 from jaxdpo.training.reference_cache import CachedLogps, cached_logps
 from jaxdpo.training.resolve import settle_for
-from jaxdpo.training.step import Fixed, TrainState, averages
-from jaxdpo.training.weights import RunWeights
+from jaxdpo.training.step import FrozenState, TrainState, averages
+from jaxdpo.training.weights import PolicyWeights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,11 @@ class Session(Program):
         data = prepare(config.data, tokenizer, model.vocab_size)
         _check_weights(config, data)
         _check_margins(config, data)
-        num_rows, pairs_per_step = sharding.num_row_shards(mesh), config.train.pairs_per_step
+        num_rows, batch_size = sharding.num_row_shards(mesh), config.train.batch_size
         loader = Loader.create(
             data.train,
             config.data,
-            pairs_per_step=pairs_per_step,
+            batch_size=batch_size,
             num_rows=num_rows,
             seed=config.seed,
             mine=sharding.rows_here(mesh),
@@ -85,7 +85,7 @@ class Session(Program):
             warnings=tuple(_warnings(config, settled.found)),
         )
 
-    def start(self, params: Params, base: Params | None) -> tuple[TrainState, Fixed]:
+    def start(self, params: Params, base: Params | None) -> tuple[TrainState, FrozenState]:
         """The state before the first step, and what stays as it is beside it.
 
         Args:
@@ -97,7 +97,7 @@ class Session(Program):
             self.put_scalar(0, np.int32),
             self.put_scalar(0, np.int32),
         )
-        return state, Fixed(base, self.weights.reference(params, base, shared=True))
+        return state, FrozenState(base, self.weights.reference(params, base, shared=True))
 
     def _first_moments(self) -> dict[str, Any]:
         init, places = (
@@ -112,7 +112,7 @@ class Session(Program):
         )
 
     def reference_again(self, base: Params | None) -> Params | None:
-        """Fixed.reference as `start` gives it: for a resume, which has its policy from a checkpoint."""
+        """FrozenState.reference as `start` gives it: for a resume, which has its policy from a checkpoint."""
         kind = self.weights.reference_kind
         params = self.weights.initial() if kind == "frozen" and base is None else {}
         return self.weights.reference(params, base, shared=False)
@@ -154,7 +154,7 @@ class Session(Program):
         train = whole("train", self.data.train, [self.loader.pairs_of(step) for step in steps])
         return CachedLogps(train, whole("eval", self.data.eval, groups))
 
-    def with_logps(self, fixed: Fixed, logps: np.ndarray | None, batch: Batch) -> Fixed:
+    def with_logps(self, fixed: FrozenState, logps: np.ndarray | None, batch: Batch) -> FrozenState:
         """`fixed` for a batch: with the reference's log-probs of its pairs, if there are some."""
         if logps is None:
             return fixed
@@ -176,7 +176,7 @@ class Session(Program):
     def evaluate(
         self,
         params: Params,
-        fixed: Fixed,
+        fixed: FrozenState,
         cached: CachedLogps | None,
         poll: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
@@ -200,11 +200,11 @@ class Session(Program):
 
     def _eval_groups(self) -> list[np.ndarray]:
         """Places of the validation pairs that are measured at once."""
-        count, size = len(self.data.eval), self.config.train.pairs_per_step
+        count, size = len(self.data.eval), self.config.train.batch_size
         return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
     def samples(
-        self, params: Params, fixed: Fixed, poll: Callable[[], None] = lambda: None
+        self, params: Params, fixed: FrozenState, poll: Callable[[], None] = lambda: None
     ) -> list[dict[str, str]]:
         """Greedy answers to the first eval.samples validation prompts: {"id", "prompt", "policy"} and, where one runs, "reference".
 
@@ -308,7 +308,7 @@ def model_folder(config: Config) -> Path:
     return fetch_model(config.model.path or "", config.model.revision)
 
 
-def _notes(config: Config, weights: RunWeights) -> Iterator[str]:
+def _notes(config: Config, weights: PolicyWeights) -> Iterator[str]:
     if weights.lora is not None:
         names, scale = ", ".join(weights.lora.names), weights.lora.scale
         held = (

@@ -13,7 +13,7 @@ from jaxdpo.data.packing import Batch
 from jaxdpo.distributed import processes
 from jaxdpo.losses import registry
 from jaxdpo.training.session import Session
-from jaxdpo.training.step import Fixed, TrainState, needs_reference
+from jaxdpo.training.step import FrozenState, TrainState, needs_reference
 from jaxdpo.utils import files
 
 CLOSED_FORM_TOLERANCE = 1e-3
@@ -26,18 +26,18 @@ FREE_FIELDS = (
     "train.compilation_cache",
     "train.watchdog_minutes",
     "data.cache",
-    "data.processes",
+    "data.num_proc",
     # From here on: where and in which order the same sums are computed. The result is the same up to rounding.
     "mesh.",
     "train.offload",
     "model.attention",
     "model.remat",
-    "data.layout",
-    "data.max_row_tokens",
-    "data.row_sizes",
+    "data.share_prefix",
+    "data.packed_length",
+    "data.num_packed_lengths",
     # Guards that the run has passed already.
     "data.max_dropped_fraction",
-    "data.no_end",
+    "data.missing_eos",
 )
 """Options that may change between a run and its resume (those ending in a dot: the whole section)."""
 
@@ -125,7 +125,9 @@ def check_disk(session: Session, checkpoints: Checkpoints, newest: int | None) -
     if newest == session.total_steps:
         return []
     section = session.config.checkpoint
-    size = num_bytes(session.abstract_state(with_reference=bool(session.config.loss.tr_every)))
+    size = num_bytes(
+        session.abstract_state(with_reference=bool(session.config.loss.ref_sync_every))
+    )
     num_more = max(1, section.keep + section.keep_best + 1 - checkpoints.count())
     warning = processes.on_first(
         lambda: files.check_room(checkpoints.folder, session.config.run_dir, size, num_more)
@@ -134,7 +136,7 @@ def check_disk(session: Session, checkpoints: Checkpoints, newest: int | None) -
 
 
 def check_closed_form(
-    session: Session, state: TrainState, fixed: Fixed, batch: Batch
+    session: Session, state: TrainState, fixed: FrozenState, batch: Batch
 ) -> TrainState:
     """Before the first update, policy and reference agree: the loss then has a known value and rewards are 0.
 

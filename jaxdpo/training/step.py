@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdpo.config.schema import LossSection, OptimSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.packing import Batch
 from jaxdpo.distributed import offload
 from jaxdpo.distributed.sharding import replicated, rows, summed_over_data
@@ -22,8 +23,8 @@ from jaxdpo.losses.pair_logps import PairLogps, given
 from jaxdpo.models.decoder import Params
 from jaxdpo.training import optim
 from jaxdpo.training.completion_logps import (
-    Answers,
-    Scored,
+    CompletionLogps,
+    CompletionTokens,
     StepOptions,
     all_answers,
     answers,
@@ -34,7 +35,7 @@ from jaxdpo.training.completion_logps import (
 Sums = dict[str, jax.Array]
 
 TR_ALPHA = 0.6
-"""loss.tr_alpha where it was left alone."""
+"""loss.ref_mixup_alpha where it was left alone."""
 
 
 class TrainState(NamedTuple):
@@ -50,7 +51,7 @@ class TrainState(NamedTuple):
     """int32: steps in a row that were skipped because loss or gradient was not finite."""
 
 
-class Fixed(NamedTuple):
+class FrozenState(NamedTuple):
     """What a step reads and leaves as it is: not donated, without gradients and moments, not in checkpoints."""
 
     base: Params | None = None
@@ -88,11 +89,11 @@ def compile_steps(
     everywhere, batch = replicated(mesh), rows(mesh, 1)
 
     def train(
-        state: TrainState, fixed: Fixed, batch: Batch, apply: jax.Array
+        state: TrainState, fixed: FrozenState, batch: Batch, apply: jax.Array
     ) -> tuple[TrainState, Sums]:
         return train_step(state, fixed, batch, apply, options)
 
-    def evaluate(params: Params, fixed: Fixed, batch: Batch) -> Sums:
+    def evaluate(params: Params, fixed: FrozenState, batch: Batch) -> Sums:
         return eval_step(params, fixed, batch, options)
 
     taken = (state_shardings, fixed_shardings, batch, everywhere)
@@ -114,7 +115,7 @@ def needs_reference(section: LossSection) -> bool:
 
 
 def train_step(
-    state: TrainState, fixed: Fixed, batch: Batch, apply: jax.Array, options: StepOptions
+    state: TrainState, fixed: FrozenState, batch: Batch, apply: jax.Array, options: StepOptions
 ) -> tuple[TrainState, Sums]:
     """One optimizer step.
 
@@ -168,18 +169,20 @@ def _mix(reference: Params, params: Params, share: float) -> Params:
 
 def move_reference(reference: Params, params: Params, section: LossSection) -> Params:
     """TR-DPO (2404.09656): reference <- a * policy + (1 - a) * reference. The reference given is donated."""
-    return _mix(reference, params, given(section.tr_alpha, TR_ALPHA))
+    return _mix(reference, params, given(section.ref_mixup_alpha, TR_ALPHA))
 
 
-def eval_step(params: Params, fixed: Fixed, batch: Batch, options: StepOptions) -> Sums:
+def eval_step(params: Params, fixed: FrozenState, batch: Batch, options: StepOptions) -> Sums:
     """Sums over a batch of validation pairs; add those of several batches, then take `averages`."""
     policy_weights, ref_weights = fixed.policy_view(params), fixed.reference_view()
 
-    def measure(args: tuple[Batch, jax.Array | None]) -> tuple[Answers, jax.Array | None, Sums]:
+    def measure(
+        args: tuple[Batch, jax.Array | None],
+    ) -> tuple[CompletionLogps, jax.Array | None, Sums]:
         micro, ref_logps = args
-        scored, kl = Scored.of(policy_weights, micro, options), {}
+        scored, kl = CompletionTokens.of(policy_weights, micro, options), {}
         if ref_weights is not None:
-            ref_scored = Scored.of(ref_weights, micro, options)
+            ref_scored = CompletionTokens.of(ref_weights, micro, options)
             ref_logps = ref_scored.answers(micro, options.loss).logps
             kl = {"kl/token_exact": scored.exact_kl(ref_scored)}
         policy = scored.answers(micro, options.loss)
@@ -203,7 +206,7 @@ def averages(sums: Sums) -> Sums:
 
 
 def loss_and_grads(
-    params: Params, fixed: Fixed, batch: Batch, options: StepOptions
+    params: Params, fixed: FrozenState, batch: Batch, options: StepOptions
 ) -> tuple[Sums, Params]:
     """Loss sums of a whole batch, and the gradients of the loss; float32, like params.
 
@@ -222,7 +225,7 @@ def loss_and_grads(
         )(policy_all)
 
     def objective(
-        params: Params, micro: Batch, ref_logps: jax.Array | None, pull: Answers | None
+        params: Params, micro: Batch, ref_logps: jax.Array | None, pull: CompletionLogps | None
     ) -> tuple[jax.Array, Sums]:
         policy = answers(fixed.policy_view(params), micro, options)
         sums = _report(policy, ref_logps, micro, section)
@@ -270,7 +273,7 @@ def adds_up_once(options: StepOptions, num_microbatches: int) -> bool:
     )
 
 
-def _pair_logps(policy: Answers, ref_logps: jax.Array | None, batch: Batch) -> PairLogps:
+def _pair_logps(policy: CompletionLogps, ref_logps: jax.Array | None, batch: Batch) -> PairLogps:
     """What the losses see; leading dimensions and pair places become one dimension P."""
     lengths = batch.lengths_MBP2.astype(jnp.float32)
     ref_logps = (
@@ -290,7 +293,7 @@ def _pair_logps(policy: Answers, ref_logps: jax.Array | None, batch: Batch) -> P
 
 
 def _loss_sums(
-    policy: Answers, ref_logps: jax.Array | None, batch: Batch, section: LossSection
+    policy: CompletionLogps, ref_logps: jax.Array | None, batch: Batch, section: LossSection
 ) -> Sums:
     """Numerators and divisors of the loss over all microbatches given, [M, B, P, ...]."""
     pair = _pair_logps(policy, ref_logps, batch)
@@ -345,7 +348,7 @@ def _loss_of(sums: Sums, totals: Sums) -> jax.Array:
 
 
 def _report(
-    policy: Answers, ref_logps: jax.Array | None, micro: Batch, section: LossSection
+    policy: CompletionLogps, ref_logps: jax.Array | None, micro: Batch, section: LossSection
 ) -> Sums:
     """What is told about a microbatch's pairs, as sums."""
     pair = _pair_logps(policy, ref_logps, micro)

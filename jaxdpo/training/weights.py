@@ -20,15 +20,15 @@ from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import Params, abstract_params, init_params, logical_axes
 from jaxdpo.models.hf.load_save import load_params
 from jaxdpo.models.lora import Lora, adapter_axes, adapter_shapes, init_adapter
-from jaxdpo.training.step import Fixed, TrainState, needs_reference
+from jaxdpo.training.step import FrozenState, TrainState, needs_reference
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunWeights:
+class PolicyWeights:
     """Shapes and places of a run's weights, and their values at its start; every method that loads does so anew."""
 
     config: Config
-    """Settled: no `auto` in it."""
+    """Resolved: no `auto` in it."""
     model: ModelConfig
     folder: Path
     """The model's Hugging Face folder."""
@@ -53,7 +53,7 @@ class RunWeights:
         return trained_shardings(self.model, self.mesh, self.lora)
 
     @functools.cached_property
-    def fixed_shapes(self) -> Fixed:
+    def fixed_shapes(self) -> FrozenState:
         """Shapes of base and reference."""
         compute = self._full_shapes(self.config.model.compute_dtype)
         base = None if self.lora is None else self._quantised_shapes(compute)
@@ -62,10 +62,10 @@ class RunWeights:
             "adapter_off": own,
             "frozen": self._full_shapes(self.reference_dtype) if base is None else base | own,
         }
-        return Fixed(base, references.get(kind))
+        return FrozenState(base, references.get(kind))
 
     @functools.cached_property
-    def fixed_shardings(self) -> Fixed:
+    def fixed_shardings(self) -> FrozenState:
         """Where base and reference live; log-probs that were computed before, as the rows of a batch."""
         axes = logical_axes(self.model)
         if self.config.model.quantize != "none":
@@ -84,7 +84,7 @@ class RunWeights:
 
         cached: Any = sharding.rows(self.mesh, 1) if self.reference_kind == "cached" else None
         reference = place(shapes.reference)
-        return Fixed(
+        return FrozenState(
             place(shapes.base),
             offload.waiting(reference) if "reference" in self.config.train.offload else reference,
             cached,
@@ -100,7 +100,7 @@ class RunWeights:
         """Type of a frozen reference: what products take anyway, but for a reference that moves by small amounts (TR-DPO)."""
         return (
             self.config.model.param_dtype
-            if self.config.loss.tr_every
+            if self.config.loss.ref_sync_every
             else self.config.model.compute_dtype
         )
 
@@ -151,7 +151,7 @@ class RunWeights:
         return params if base is None else base | self._own()
 
     def reference(self, params: Params, base: Params | None, *, shared: bool) -> Params | None:
-        """Fixed.reference, from what start_view takes; None where no reference runs.
+        """FrozenState.reference, from what start_view takes; None where no reference runs.
 
         Args:
             shared: whether the policy goes on with `params`, so that a frozen reference must be a copy.

@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 
 from jaxdpo.config import cli, sections
 from jaxdpo.config.cross_checks import cross_check
-from jaxdpo.config.schema import (
-    Config,
-    DataSection,
-    LossSection,
-    ModelSection,
-    OptimSection,
-    TrainSection,
-)
+from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import Config, ModelSection, OptimSection, TrainSection
 from jaxdpo.losses.registry import check
 
 NEEDED = ["model.path=m", "data.train=[a]"]
@@ -114,11 +109,11 @@ def test_all_problems_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_checks_run_once_all_values_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
-    told = complaints(capsys, "loss.name=sigmiod", "loss.tr_every=2", "reference=none")
+    told = complaints(capsys, "loss.name=sigmiod", "loss.ref_sync_every=2", "reference=none")
     assert [line.split(":")[0] for line in told] == [
         "model.path=null",
         "data.train=[]",
-        "loss.tr_every=2",
+        "loss.ref_sync_every=2",
         "loss.name=sigmiod",
     ]
     assert "Did you mean sigmoid?" in told[3]
@@ -282,7 +277,7 @@ def test_help_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         "optim.learning_rate=5.0e-06   (float)" in text and "model.path=null   (str | null)" in text
     )
-    assert "data.layout=shared   (shared | separate)" in text
+    assert "data.share_prefix=true   (bool)" in text
 
 
 def test_every_option_has_its_documentation() -> None:
@@ -312,17 +307,17 @@ def test_required_options_of_other_commands(capsys: pytest.CaptureFixture[str]) 
     [
         "data.eval_fraction=1",
         "data.max_dropped_fraction=2",
-        "data.mix=[0]",
-        "data.min_score_ratio=0.5",
+        "data.weights=[0]",
+        "data.shp.min_score_ratio=0.5",
         "data.max_pairs_per_prompt=-1",
         "data.max_prompt_length=-1",
-        "data.row_sizes=0",
+        "data.num_packed_lengths=0",
         "loss.name=[]",
         "loss.name=[sigmoid,sigmoid]",
         "loss.label_smoothing=0.5",
         "loss.ld_alpha=1.5",
-        "loss.tr_every=-1",
-        "loss.tr_alpha=0.5",
+        "loss.ref_sync_every=-1",
+        "loss.ref_mixup_alpha=0.5",
         "loss.alpha_divergence=2",
         "loss.discopop_tau=0",
         "loss.router_aux_coef=-1",
@@ -337,7 +332,7 @@ def test_required_options_of_other_commands(capsys: pytest.CaptureFixture[str]) 
         "optim.weight_decay=-1",
         "optim.warmup_steps=-1",
         "optim.max_grad_norm=-1",
-        "train.pairs_per_step=0",
+        "train.batch_size=0",
         "train.steps=0",
         "train.epochs=0",
         "mesh.fsdp=0",
@@ -370,10 +365,10 @@ def test_options_that_contradict_each_other(capsys: pytest.CaptureFixture[str]) 
         0
     ].startswith("data.max_length=10: must exceed")
     assert complaints(capsys, *NEEDED, "data.max_length=3000")[0].startswith(
-        "data.max_row_tokens=4096: must be at least twice"
+        "data.packed_length=4096: must be at least twice"
     )
-    assert complaints(capsys, *NEEDED, "data.mix=[1,2]")[0].startswith(
-        "data.mix=[1.0, 2.0]: must hold one weight for each of the 1 sets"
+    assert complaints(capsys, *NEEDED, "data.weights=[1,2]")[0].startswith(
+        "data.weights=[1.0, 2.0]: must hold one weight for each of the 1 sets"
     )
     assert load(*NEEDED, "data.eval_fraction=0", "eval.every=0").eval.every == 0
 
@@ -385,10 +380,13 @@ def test_options_that_contradict_each_other(capsys: pytest.CaptureFixture[str]) 
         (["lora.targets=[]"], "lora.targets=[]: name at least one"),
         (["model.param_dtype=bfloat16"], "model.param_dtype=bfloat16: adapters are float32"),
         (["model.quantize=int8", "model.remat=none"], "model.quantize=int8: with model.remat=none"),
-        (["loss.tr_every=2"], "loss.tr_every=2: a reference cannot move towards adapters"),
         (
-            ["loss.tr_every=2", "reference=cached"],
-            "loss.tr_every=2: a reference cannot move towards adapters",
+            ["loss.ref_sync_every=2"],
+            "loss.ref_sync_every=2: a reference cannot move towards adapters",
+        ),
+        (
+            ["loss.ref_sync_every=2", "reference=cached"],
+            "loss.ref_sync_every=2: a reference cannot move towards adapters",
         ),
     ],
 )
@@ -400,10 +398,10 @@ def test_what_does_not_go_with_adapters(
 
 
 def test_a_cached_reference_cannot_move(capsys: pytest.CaptureFixture[str]) -> None:
-    assert complaints(capsys, *NEEDED, "loss.tr_every=2", "reference=cached") == [
-        "loss.tr_every=2: moves a reference, but reference=cached. Use reference=frozen"
+    assert complaints(capsys, *NEEDED, "loss.ref_sync_every=2", "reference=cached") == [
+        "loss.ref_sync_every=2: moves a reference, but reference=cached. Use reference=frozen"
     ]
-    assert load(*NEEDED, "loss.tr_every=2").reference == "auto"
+    assert load(*NEEDED, "loss.ref_sync_every=2").reference == "auto"
 
 
 def test_adapters_are_asked_for_by_rank_or_by_path() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import Parser
 from jaxdpo.data.formats.records import DataReport, Dropped, Message, Preference
 from jaxdpo.data.sources import read_set

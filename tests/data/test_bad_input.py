@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.prepare import prepare
 from tests.data.rows import Write, collect
 
@@ -150,11 +150,8 @@ def test_csv_cells(write: Write) -> None:
     cell = json.dumps(turns).replace('"', '""')
     text = f'\ufeffprompt,chosen,rejected,weight,id\r\n"{cell}",[1],"two\nlines",0.5,x\r\n007,1.0,true,,\r\n'
     first, second = collect(write("a.csv", text.encode()))[1]
-    assert (
-        first.prompt
-        and first.prompt[0].content == 'q, "quoted"'
-        and (first.weight, first.id) == (0.5, "x")
-    )  # type: ignore[union-attr]
+    assert first.prompt and not isinstance(first.prompt, str)
+    assert first.prompt[0].content == 'q, "quoted"' and (first.weight, first.id) == (0.5, "x")
     assert [first.chosen[0].content, first.rejected[0].content] == ["[1]", "two\nlines"]  # type: ignore[union-attr]
     assert (second.prompt, second.chosen, second.rejected, second.id) == (
         "007",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.prepare import Prepared, prepare
 from tests.data.rows import Write
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data import disk_cache, prepare, sources
 from jaxdpo.data.disk_cache import TableWriter, load_or_make
 from jaxdpo.data.pair_table import EncodedPair, to_columns
@@ -124,7 +124,7 @@ def test_whatever_changes_the_pairs_makes_other_folders(
         seen.update(new)
         return bool(new)
 
-    assert is_new() and not is_new(processes=3, shuffle=False)
+    assert is_new() and not is_new(num_proc=3, shuffle=False)
     assert is_new(metaspace_tokenizer)
     assert is_new(max_length=65) and is_new(max_prompt_length=31)
     assert is_new(path=path + ":30") and is_new(empty="error")

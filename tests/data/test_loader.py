@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.packing import balance
 from jaxdpo.data.pair_table import PairTable
@@ -12,13 +12,11 @@ from tests.tiny import pair, pairs
 
 
 def loader(
-    count: int = 10, *, pairs_per_step: int = 4, num_rows: int = 1, seed: int = 0, **options: object
+    count: int = 10, *, batch_size: int = 4, num_rows: int = 1, seed: int = 0, **options: object
 ) -> Loader:
-    section = DataSection(**{"max_length": 100, "max_row_tokens": 256, **options})  # type: ignore[arg-type]
+    section = DataSection(**{"max_length": 100, "packed_length": 256, **options})  # type: ignore[arg-type]
     table = PairTable.from_pairs(pairs(count))
-    return Loader.create(
-        table, section, pairs_per_step=pairs_per_step, num_rows=num_rows, seed=seed
-    )
+    return Loader.create(table, section, batch_size=batch_size, num_rows=num_rows, seed=seed)
 
 
 def seen(some: Loader, steps: range) -> list[int]:
@@ -37,7 +35,7 @@ def test_an_epoch_visits_every_pair_once_and_its_last_step_holds_the_rest() -> N
 
 
 def test_the_order_follows_from_the_seed_alone() -> None:
-    assert seen(loader(), range(1, 9)) == seen(loader(num_rows=2, layout="separate"), range(1, 9))
+    assert seen(loader(), range(1, 9)) == seen(loader(num_rows=2, share_prefix=False), range(1, 9))
     assert seen(loader(), range(1, 4)) != seen(loader(seed=1), range(1, 4))
     assert seen(loader(shuffle=False), range(1, 7)) == [*range(10), *range(10)]
 
@@ -62,9 +60,9 @@ def test_a_stream_from_any_step_gives_that_steps_batches() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("layout", ["shared", "separate"])
-def test_a_batch_holds_exactly_the_pairs_of_its_step(layout: str, num_rows: int) -> None:
-    some = loader(layout=layout, num_rows=num_rows)
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_a_batch_holds_exactly_the_pairs_of_its_step(share_prefix: bool, num_rows: int) -> None:
+    some = loader(share_prefix=share_prefix, num_rows=num_rows)
     for step in range(1, 5):
         batch, chosen = some.batch(step), some.pairs_of(step)
         index = batch.index_MBP[batch.index_MBP >= 0]
@@ -77,14 +75,14 @@ def test_a_batch_holds_exactly_the_pairs_of_its_step(layout: str, num_rows: int)
         assert some.num_tokens(step) == np.sum(
             batch.tokens_MBT != 0
         )  # the ids of these pairs are never 0
-        assert batch.tokens_MBT.shape[2] in some.packer.row_sizes
+        assert batch.tokens_MBT.shape[2] in some.packer.packed_lengths
 
 
 def test_row_lengths_suit_the_pairs() -> None:
-    some = loader(40, pairs_per_step=1, row_sizes=3)
-    sizes = some.packer.row_sizes
+    some = loader(40, batch_size=1, num_packed_lengths=3)
+    sizes = some.packer.packed_lengths
     assert sizes == (64, 128, 256)  # no pair of these has more than 117 tokens
-    assert loader(40, row_sizes=1).packer.row_sizes == (256,)
+    assert loader(40, num_packed_lengths=1).packer.packed_lengths == (256,)
     taken = [some.batch(step).tokens_MBT.shape[2] for step in range(1, 41)]
     assert set(taken) == set(sizes[:-1])  # the longest is only there for pairs yet to come
 
@@ -93,7 +91,7 @@ def test_every_step_fits_the_row_lengths_although_only_some_were_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("jaxdpo.data.loader.SAMPLED_STEPS", 2)
-    some = loader(30, pairs_per_step=3, row_sizes=2)
+    some = loader(30, batch_size=3, num_packed_lengths=2)
     for step in range(1, 21):
         loads = balance(some._sizes[some.pairs_of(step)].tolist(), 1, 256)
         assert some.batch(step).tokens_MBT.shape[0] == len(loads)
@@ -101,9 +99,9 @@ def test_every_step_fits_the_row_lengths_although_only_some_were_looked_at(
 
 def test_pairs_too_long_for_a_row_are_refused_at_once() -> None:
     table = PairTable.from_pairs([pair(60, 60, 60), pair(100, 100, 100)])
-    section = DataSection(max_length=100, max_row_tokens=256)
-    with pytest.raises(ValueError, match=r"data.max_row_tokens=256: a pair needs 300 slots"):
-        Loader.create(table, section, pairs_per_step=1, num_rows=1, seed=0)
+    section = DataSection(max_length=100, packed_length=256)
+    with pytest.raises(ValueError, match=r"data.packed_length=256: a pair needs 300 slots"):
+        Loader.create(table, section, batch_size=1, num_rows=1, seed=0)
 
 
 def test_weights_and_ids_reach_the_batch() -> None:
@@ -111,10 +109,8 @@ def test_weights_and_ids_reach_the_batch() -> None:
         dataclasses.replace(one, weight=weight)
         for one, weight in zip(pairs(3), (0.5, 2.0, 1.0), strict=True)
     ]
-    section = DataSection(max_length=100, max_row_tokens=256, shuffle=False)
-    some = Loader.create(
-        PairTable.from_pairs(weighted), section, pairs_per_step=3, num_rows=1, seed=0
-    )
+    section = DataSection(max_length=100, packed_length=256, shuffle=False)
+    some = Loader.create(PairTable.from_pairs(weighted), section, batch_size=3, num_rows=1, seed=0)
     batch = some.batch(1)
     by_place = dict(
         zip(batch.index_MBP.ravel().tolist(), batch.weights_MBP.ravel().tolist(), strict=True)
@@ -123,28 +119,34 @@ def test_weights_and_ids_reach_the_batch() -> None:
 
 
 def test_a_thousand_epochs_use_a_thousand_orders() -> None:
-    some = loader(5, pairs_per_step=5)
+    some = loader(5, batch_size=5)
     orders = {tuple(some.pairs_of(step).tolist()) for step in range(1, 1001)}
     assert orders == set(itertools.permutations(range(5)))
 
 
-def mixed(mix: list[float], **options: object) -> Loader:
+def mixed(weights: list[float], **options: object) -> Loader:
     """A loader of a set of 30 pairs (places 0 to 29) and one of 10."""
     section = DataSection(
-        **{"max_length": 100, "max_row_tokens": 256, "train": ["a", "b"], "mix": mix, **options}
+        **{
+            "max_length": 100,
+            "packed_length": 256,
+            "train": ["a", "b"],
+            "weights": weights,
+            **options,
+        }
     )  # type: ignore[arg-type]
     both = [dataclasses.replace(some, source=int(i >= 30)) for i, some in enumerate(pairs(40))]
-    return Loader.create(PairTable.from_pairs(both), section, pairs_per_step=8, num_rows=1, seed=0)
+    return Loader.create(PairTable.from_pairs(both), section, batch_size=8, num_rows=1, seed=0)
 
 
 @pytest.mark.parametrize(
-    ("mix", "visits"),
+    ("weights", "visits"),
     [([1, 1], (20, 20)), ([3, 1], (30, 10)), ([9, 1], (36, 4)), ([0.5, 1], (13, 27))],
 )
 def test_a_mix_gives_each_set_its_share_of_every_epoch(
-    mix: list[float], visits: tuple[int, int]
+    weights: list[float], visits: tuple[int, int]
 ) -> None:
-    some = mixed(mix)
+    some = mixed(weights)
     assert some.steps_per_epoch == 5
     for epoch in range(3):
         places = np.array(seen(some, range(5 * epoch + 1, 5 * epoch + 6)))
@@ -168,20 +170,20 @@ def test_a_mix_without_shuffling_spreads_each_set_evenly() -> None:
 
 
 def test_a_mix_of_a_set_without_pairs_is_refused() -> None:
-    section = DataSection(max_length=100, max_row_tokens=256, train=["a", "b"], mix=[1, 2])
+    section = DataSection(max_length=100, packed_length=256, train=["a", "b"], weights=[1, 2])
     with pytest.raises(
-        ValueError, match=r"data\.mix=\[1, 2\]: set 2 of data\.train has no training pair"
+        ValueError, match=r"data\.weights=\[1, 2\]: set 2 of data\.train has no training pair"
     ):
-        Loader.create(PairTable.from_pairs(pairs(4)), section, pairs_per_step=4, num_rows=1, seed=0)
+        Loader.create(PairTable.from_pairs(pairs(4)), section, batch_size=4, num_rows=1, seed=0)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_read_disjoint_parts_of_the_steps_pairs_in_every_epoch(hosts: int) -> None:
     table = PairTable.from_pairs(pairs(30))
-    section = DataSection(max_length=128, max_row_tokens=256, row_sizes=2)
+    section = DataSection(max_length=128, packed_length=256, num_packed_lengths=2)
 
     def feeding(mine: frozenset[int] | None) -> Loader:
-        return Loader.create(table, section, pairs_per_step=7, num_rows=4, seed=3, mine=mine)
+        return Loader.create(table, section, batch_size=7, num_rows=4, seed=3, mine=mine)
 
     whole, share = feeding(None), 4 // hosts
     parts = [feeding(frozenset(range(host * share, (host + 1) * share))) for host in range(hosts)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.records import Dropped, Message, Preference
 from jaxdpo.data.formats.trl import parse_preference
 from jaxdpo.data.pair_table import EncodedPair
@@ -26,7 +26,7 @@ def encoder(
         **{
             "max_length": 200,
             "max_prompt_length": 100,
-            "turns": turns,
+            "loss_turns": turns,
             "chat_template": template,
             **options,
         }

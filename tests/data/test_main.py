@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.__main__ import main
 from jaxdpo.data.inspect.survey import Part, cuts
 from jaxdpo.data.inspect.tables import bars

@@ -7,11 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdpo.data.packing import SLOT_MULTIPLE, Batch, Packer, balance, choose_row_sizes, pair_slots
+from jaxdpo.data.packing import (
+    SLOT_MULTIPLE,
+    Batch,
+    Packer,
+    balance,
+    choose_packed_lengths,
+    pair_slots,
+)
 from jaxdpo.data.pair_table import EncodedPair
 from tests.tiny import pair, pairs
 
-LAYOUTS = ("shared", "separate")
 LENGTHS = st.tuples(*[st.integers(1, 30)] * 3)
 
 
@@ -28,7 +34,7 @@ def seen(row: Batch, slot: int) -> tuple[list[int], list[int]]:
     return row.positions_MBT[visible][order].tolist(), row.tokens_MBT[visible][order].tolist()
 
 
-def check_row(row: Batch, some: list[EncodedPair], layout: str) -> list[int]:
+def check_row(row: Batch, some: list[EncodedPair], share_prefix: bool) -> list[int]:
     """Every fact about a row that the model relies on; returns the places within the step of its pairs."""
     scored = 0
     for place, index in enumerate(row.index_MBP):
@@ -53,7 +59,7 @@ def check_row(row: Batch, some: list[EncodedPair], layout: str) -> list[int]:
             scored += mask.sum()
     assert (row.sides_MBS[:scored] >= 0).all() and (row.sides_MBS[scored:] == -1).all()
     real = [int(i) for i in row.index_MBP if i >= 0]
-    check_slots(row, sum(pair_slots(some[i], layout) for i in real))
+    check_slots(row, sum(pair_slots(some[i], share_prefix) for i in real))
     return real
 
 
@@ -70,7 +76,7 @@ def check_slots(row: Batch, filled: int) -> None:
             ) and row.tokens_MBT[slot] == 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("share_prefix", [True, False])
 @given(
     lengths=st.lists(LENGTHS, min_size=1, max_size=7),
     num_rows=st.integers(1, 3),
@@ -79,7 +85,7 @@ def check_slots(row: Batch, filled: int) -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_every_scored_token_is_predicted_from_exactly_what_comes_before_it(
-    layout: str, lengths: list[tuple[int, int, int]], num_rows: int, spare: int, seed: int
+    share_prefix: bool, lengths: list[tuple[int, int, int]], num_rows: int, spare: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     some = [
@@ -92,7 +98,10 @@ def test_every_scored_token_is_predicted_from_exactly_what_comes_before_it(
     ]
     some = [item if seed % 2 else other for item, other in zip(some, masked, strict=True)]
     packer = Packer(
-        layout=layout, num_rows=num_rows, row_sizes=(64, 120), num_places=len(some) + spare
+        share_prefix=share_prefix,
+        num_rows=num_rows,
+        packed_lengths=(64, 120),
+        num_places=len(some) + spare,
     )
     batch = packer(some)
     assert batch.tokens_MBT.shape[1] == num_rows and batch.tokens_MBT.shape[2] in (64, 120)
@@ -101,7 +110,7 @@ def test_every_scored_token_is_predicted_from_exactly_what_comes_before_it(
         array.dtype == (np.float32 if name in floats else np.int32)
         for name, array in batch._asdict().items()
     )
-    found = [index for row in rows_of(batch) for index in check_row(row, some, layout)]
+    found = [index for row in rows_of(batch) for index in check_row(row, some, share_prefix)]
     assert sorted(found) == list(range(len(some)))
 
 
@@ -110,7 +119,7 @@ def test_the_shared_row_written_out() -> None:
         np.array(part, np.int32) for part in ([11, 12, 13], [21, 22], [31, 32, 33])
     )
     (row,) = rows_of(
-        Packer(layout="shared", num_rows=1, row_sizes=(10,), num_places=1)(
+        Packer(share_prefix=True, num_rows=1, packed_lengths=(10,), num_places=1)(
             [EncodedPair(prompt, chosen, rejected)]
         )
     )
@@ -123,9 +132,9 @@ def test_the_shared_row_written_out() -> None:
     assert row.common_MBS[:5].tolist() == [1, 1, 1, 1, 0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_processes_fill_their_own_rows_and_read_no_other_pair(layout: str) -> None:
-    packer = Packer(layout=layout, num_rows=4, row_sizes=(64, 160), num_places=24)
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_processes_fill_their_own_rows_and_read_no_other_pair(share_prefix: bool) -> None:
+    packer = Packer(share_prefix=share_prefix, num_rows=4, packed_lengths=(64, 160), num_places=24)
     some = pairs(24)
     whole, taken = packer(some), []
     for own in ({0, 1}, {2}, {3}):
@@ -162,19 +171,19 @@ class Watched:
         return self.ids
 
 
-@pytest.mark.parametrize(("layout", "slots"), [("shared", 5 + 7 + 9), ("separate", 2 * 5 + 7 + 9)])
-def test_a_pair_that_fits_no_row_is_an_error(layout: str, slots: int) -> None:
-    exact = Packer(layout=layout, num_rows=1, row_sizes=(slots,), num_places=1)
+@pytest.mark.parametrize(("share_prefix", "slots"), [(True, 5 + 7 + 9), (False, 2 * 5 + 7 + 9)])
+def test_a_pair_that_fits_no_row_is_an_error(share_prefix: bool, slots: int) -> None:
+    exact = Packer(share_prefix=share_prefix, num_rows=1, packed_lengths=(slots,), num_places=1)
     assert exact([pair(5, 7, 9)]).tokens_MBT.shape == (1, 1, slots)
-    short = Packer(layout=layout, num_rows=1, row_sizes=(slots - 1,), num_places=1)
+    short = Packer(share_prefix=share_prefix, num_rows=1, packed_lengths=(slots - 1,), num_places=1)
     with pytest.raises(
-        ValueError, match=rf"data.max_row_tokens={slots - 1}: a pair needs {slots} slots"
+        ValueError, match=rf"data.packed_length={slots - 1}: a pair needs {slots} slots"
     ):
         short([pair(5, 7, 9)])
 
 
 def test_the_row_length_is_the_shortest_that_holds_the_fullest_row() -> None:
-    packer = Packer(layout="shared", num_rows=1, row_sizes=(64, 128, 256), num_places=8)
+    packer = Packer(share_prefix=True, num_rows=1, packed_lengths=(64, 128, 256), num_places=8)
     assert [packer([pair(10, size, 10)]).tokens_MBT.shape for size in (44, 45, 109)] == [
         (1, 1, 64),
         (1, 1, 128),
@@ -185,7 +194,9 @@ def test_the_row_length_is_the_shortest_that_holds_the_fullest_row() -> None:
 def test_more_tokens_than_a_pass_holds_take_more_microbatches() -> None:
     some = pairs(9, low=18, high=21)
     shapes = [
-        Packer(layout="shared", num_rows=n, row_sizes=(128,), num_places=9)(some).tokens_MBT.shape
+        Packer(share_prefix=True, num_rows=n, packed_lengths=(128,), num_places=9)(
+            some
+        ).tokens_MBT.shape
         for n in (1, 2, 4)
     ]
     assert shapes == [(5, 1, 128), (3, 2, 128), (2, 4, 128)]
@@ -230,7 +241,7 @@ def slots_taken(loads: list[int], sizes: tuple[int, ...]) -> int:
 )
 @settings(deadline=None)
 def test_no_other_row_lengths_waste_less(loads: list[int], count: int, longest: int) -> None:
-    sizes = choose_row_sizes(loads, count, longest)
+    sizes = choose_packed_lengths(loads, count, longest)
     assert sizes[-1] == longest and len(sizes) <= count and list(sizes) == sorted(set(sizes))
     below = range(SLOT_MULTIPLE, longest, SLOT_MULTIPLE)
     assert set(sizes[:-1]) <= set(below)

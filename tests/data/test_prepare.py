@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.prepare import prepare, split_by_prompt, summary
 from jaxdpo.data.tokenize import load_tokenizer
 
@@ -136,10 +136,10 @@ def test_warnings_about_templates_and_special_tokens(
     )
     with pytest.raises(
         ValueError,
-        match=r"none of 10 answers ends in an end marker \(0 were cut\).*data\.no_end=keep trains nevertheless",
+        match=r"none of 10 answers ends in an end marker \(0 were cut\).*data\.missing_eos=keep trains nevertheless",
     ):
         prepare(section, byte_tokenizer, 1000)
-    assert prepare(dataclasses.replace(section, no_end="keep"), byte_tokenizer, 1000).report[
+    assert prepare(dataclasses.replace(section, missing_eos="keep"), byte_tokenizer, 1000).report[
         "warnings"
     ] == ["train: no answer ends in an end-of-text token, so the model will not learn to stop"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.records import Dropped, Message, Preference
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.sources import read_set
@@ -19,7 +19,7 @@ def encoder(tokenizer: Tokenizer, chat_template: str | None = None) -> Encoder:
     options = {
         "max_length": 10**6,
         "max_prompt_length": 10**5,
-        "max_row_tokens": 2 * 10**6,
+        "packed_length": 2 * 10**6,
         "chat_template": chat_template,
     }
     return Encoder.create(tokenizer, DataSection(**options))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.records import Preference
 from jaxdpo.data.sources import FORMATS, HUB_SETS, parse_spec
 from tests.data.rows import Write, collect, hh
@@ -201,6 +201,6 @@ def test_an_unusable_pair_can_be_an_error(write: Write, option: str) -> None:
 
 def test_pairs_of_one_row_have_names_of_their_own(write: Write) -> None:
     _, records = collect(
-        write("a.jsonl", [{"prompt": "q", "completions": ["a", "b", "c"]}]), pairs="adjacent"
+        write("a.jsonl", [{"prompt": "q", "completions": ["a", "b", "c"]}]), pairing="adjacent"
     )
     assert [record.id for record in records] == ["a.jsonl:1", "a.jsonl:1/2"]

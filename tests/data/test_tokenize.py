@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.records import Dropped, Message, Preference
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.tokenize import (
@@ -28,8 +28,11 @@ def chat(prompt: list[str], chosen: str, rejected: str, **options: object) -> Pr
     """A conversation whose turns alternate, beginning with the user's."""
     turns = tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(prompt))
     return Preference(
-        turns, (Message("assistant", chosen),), (Message("assistant", rejected),), **options
-    )  # type: ignore[arg-type]
+        turns,
+        (Message("assistant", chosen),),
+        (Message("assistant", rejected),),
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast, **options: object) -> Encoder:
@@ -37,7 +40,7 @@ def encoder(tokenizer: PreTrainedTokenizerFast, **options: object) -> Encoder:
         tokenizer,
         DataSection(
             **{
-                "max_row_tokens": 2 * 10**6,
+                "packed_length": 2 * 10**6,
                 "max_length": 10**6,
                 "max_prompt_length": 10**5,
                 **options,

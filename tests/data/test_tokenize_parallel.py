@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data import tokenize_parallel
 from jaxdpo.data.formats.records import DataReport, Preference
 from jaxdpo.data.pair_table import COLUMNS
@@ -77,7 +77,7 @@ def test_a_process_that_dies_is_told(encoder: Encoder) -> None:
         process.wait()
         with pytest.raises(
             ValueError,
-            match=r"ended with status -9, perhaps for want of memory\. Set data\.processes=1",
+            match=r"ended with status -9, perhaps for want of memory\. Set data\.num_proc=1",
         ):
             workers.submit(records(3), 0).result()
 
@@ -106,7 +106,7 @@ def test_by_default_there_is_a_process_for_every_core(
     for processes in (0, 5):
         prepare(
             DataSection(
-                train=[path], max_length=40, max_prompt_length=20, processes=processes, cache=None
+                train=[path], max_length=40, max_prompt_length=20, num_proc=processes, cache=None
             ),
             byte_tokenizer,
             1000,

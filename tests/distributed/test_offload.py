@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdpo.config.schema import LossSection, OptimSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import OptimSection
 from jaxdpo.training.loop import train
 from jaxdpo.training.session import Session
 from jaxdpo.training.step import move_reference
@@ -95,7 +96,7 @@ def test_a_program_takes_what_waits_from_the_hosts_and_leaves_it_there(
 
 
 def test_a_waiting_reference_moves_as_one_on_the_devices_does() -> None:
-    section = LossSection(tr_every=1, tr_alpha=0.3)
+    section = LossSection(ref_sync_every=1, ref_mixup_alpha=0.3)
     runs = [Stepper(Setup(offload=what)) for what in (("reference",), ())]
     there, here = (move_reference(run.reference or {}, run.state.params, section) for run in runs)
     assert kinds(there) == {"pinned_host"} and kinds(here) == {"device"}
@@ -104,7 +105,7 @@ def test_a_waiting_reference_moves_as_one_on_the_devices_does() -> None:
 
 RUNS_WITH = {
     "full": {"eval__samples": 1, "eval__sample_tokens": 2},
-    "tr": {"loss__tr_every": 2, "eval__every": 0},
+    "tr": {"loss__ref_sync_every": 2, "eval__every": 0},
     "lora": {
         "lora__rank": 4,
         "optim__learning_rate": 1e-2,

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxdpo.config.cross_checks import cross_check
-from jaxdpo.config.schema import Config, DataSection, MeshSection
+from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.schema import Config, MeshSection
 from jaxdpo.data.packing import SLOT_MULTIPLE
 from jaxdpo.distributed import sharding
 from jaxdpo.models.decoder import abstract_params, logical_axes
@@ -105,10 +106,10 @@ def test_rows_are_cut_into_shares_of_one_length() -> None:
         else:
             MeshSection(context=size)
     problems = cross_check(
-        Config(mesh=MeshSection(context=4), data=DataSection(max_row_tokens=4098))
+        Config(mesh=MeshSection(context=4), data=DataSection(packed_length=4098))
     )
     assert (
-        "mesh.context=4: does not divide data.max_row_tokens=4098. Use data.max_row_tokens=4160"
+        "mesh.context=4: does not divide data.packed_length=4098. Use data.packed_length=4160"
         in problems
     )
 

@@ -212,7 +212,7 @@ RUNS = [
             "ref_model_sync_steps": 2,
             "ref_model_mixup_alpha": 0.6,
         },
-        {"name": "sigmoid", "tr_every": 2, "tr_alpha": 0.6},
+        {"name": "sigmoid", "ref_sync_every": 2, "ref_mixup_alpha": 0.6},
     ),
     ("cpo", "cpo", {"loss_type": "sigmoid"}, {"name": "cpo"}),
     (
@@ -250,7 +250,7 @@ def main() -> None:
         "source": f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, float32, CPU",
         "model": model,
         "optimizer": OPTIMIZER,
-        "pairs_per_step": PAIRS_PER_STEP,
+        "batch_size": PAIRS_PER_STEP,
         "rows": rows,
         "one_token_rows": one_token_rows,
         "runs": runs,

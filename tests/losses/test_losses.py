@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.config.schema import LossSection
+from jaxdpo.config.loss_options import LossSection
 from jaxdpo.losses.registry import (
     LOSSES,
     MODIFIERS,
@@ -369,7 +369,7 @@ def test_an_option_is_read_or_refused(name: str, option: str) -> None:
 
 def test_every_field_is_somebodys_option() -> None:
     fields = {field.name for field in dataclasses.fields(LossSection)}
-    common = {"name", "weights", "tr_every", "tr_alpha", "router_aux_coef"}
+    common = {"name", "weights", "ref_sync_every", "ref_mixup_alpha", "router_aux_coef"}
     assert (
         set().union(*(row.options for row in LOSSES.values()))
         == fields - common
@@ -407,7 +407,7 @@ def test_every_field_is_somebodys_option() -> None:
         ({"name": "sft", "beta": 0.2}, "none", ["loss.beta=0.2"]),
         ({"name": "simpo", "ld_alpha": 0.5}, "none", ["loss.ld_alpha=0.5"]),
         ({"name": "sigmoid"}, "none", ["reference=none", "reference=frozen", "simpo"]),
-        ({"name": "simpo", "tr_every": 5}, "frozen", ["loss.tr_every=5"]),
+        ({"name": "simpo", "ref_sync_every": 5}, "frozen", ["loss.ref_sync_every=5"]),
     ],
 )
 def test_refused(options: dict, reference: str, words: list[str]) -> None:
@@ -424,7 +424,7 @@ def test_refused(options: dict, reference: str, words: list[str]) -> None:
             {"name": ["sigmoid", "sft"], "f_divergence": "js", "ld_alpha": 0.5, "wpo": True},
             "frozen",
         ),
-        ({"name": ["sigmoid", "robust"], "label_smoothing": 0.1, "tr_every": 5}, "frozen"),
+        ({"name": ["sigmoid", "robust"], "label_smoothing": 0.1, "ref_sync_every": 5}, "frozen"),
     ],
 )
 def test_accepted(options: dict, reference: str) -> None:

@@ -84,9 +84,9 @@ def states_alone(one: EncodedPair, side: int, config: ModelConfig) -> np.ndarray
     return states[0, len(one.prompt_ids) - 1 : len(ids) - 1]
 
 
-def check_packed(config: ModelConfig, layout: str) -> None:
+def check_packed(config: ModelConfig, share_prefix: bool) -> None:
     """Each scored token of packed rows is predicted from the state that its answer has alone."""
-    batch = pack(PAIRS, layout=layout, size=384)
+    batch = pack(PAIRS, share_prefix=share_prefix, size=384)
     states = packed_states(batch, config)
     for place, index in enumerate(batch.index_MBP[0, 0]):
         for side in range(2):
@@ -101,8 +101,8 @@ def test_states_in_packed_rows_are_those_of_each_answer_alone(name: str) -> None
     assert KINDS[name].sliding_window in (None, 9) and max(
         len(pair.prompt_ids) for pair in PAIRS
     ) > 9 < min(map(len, PAIRS))
-    for layout in ("shared", "separate"):
-        check_packed(KINDS[name], layout)
+    for share_prefix in (True, False):
+        check_packed(KINDS[name], share_prefix)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -215,12 +215,12 @@ def test_scored_tokens_by_the_share_that_holds_their_slots() -> None:
     assert found == [[0, 1, 2], [3, 4], [4, 5, 6], [0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("layout", ["shared", "separate"])
+@pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("shares", [2, 8, 64])
-def test_every_scored_token_of_packed_rows_is_in_one_share(layout: str, shares: int) -> None:
+def test_every_scored_token_of_packed_rows_is_in_one_share(share_prefix: bool, shares: int) -> None:
     batch = pack(
         [*pairs(6, low=1, high=20), *pairs(9, seed=1, low=1, high=3)],
-        layout=layout,
+        share_prefix=share_prefix,
         num_rows=2,
         size=448,
     )

@@ -68,9 +68,9 @@ def close(ours: np.ndarray, theirs: np.ndarray, what: str = "") -> None:
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0, err_msg=what)
 
 
-def packed(layout: str) -> tuple[Batch, Slots]:
+def packed(share_prefix: bool) -> tuple[Batch, Slots]:
     """PAIRS in one row."""
-    batch = pack(PAIRS, layout=layout, size=SLOTS)
+    batch = pack(PAIRS, share_prefix=share_prefix, size=SLOTS)
     assert batch.tokens_MBT.shape == (1, 1, SLOTS)
     return batch, tuple(
         x[0] for x in (batch.tokens_MBT, batch.positions_MBT, batch.k_start_MBT, batch.k_end_MBT)
@@ -102,12 +102,12 @@ def test_logits_are_those_of_transformers_in_plain_and_packed_rows(
         assert min(longest) > 2 * both.config.sliding_window, (
             "the window cuts neither prompts nor answers"
         )
-    for layout in ("shared", "separate"):
-        batch, slots = packed(layout)
+    for share_prefix in (True, False):
+        batch, slots = packed(share_prefix)
         ours = our_logits(both, slots, attention)
         for number, (places, alone) in enumerate(zip(answer_slots(batch), answered, strict=True)):
             begin = len(PAIRS[number // 2].prompt_ids) - 1
-            close(ours[places], alone[begin:-1], f"{layout} {number}")
+            close(ours[places], alone[begin:-1], f"share_prefix {share_prefix} {number}")
 
 
 def test_every_weight_matters(both: Both) -> None:
@@ -130,7 +130,7 @@ def test_every_weight_matters(both: Both) -> None:
 )
 def test_router_load_is_that_of_transformers(both: Both) -> None:
     """Over all real tokens of a packed row, each sequence once; transformers sees them padded."""
-    batch, slots = packed("separate")
+    batch, slots = packed(False)
     run = jax.jit(forward_moe, static_argnames=("config", "options"))
     load = run(both.params, both.config, *slots, ForwardOptions(), real_slots(batch)[0])[1]
     assert load is not None and load.tokens == both.config.num_layers * sum(map(len, ANSWERED))

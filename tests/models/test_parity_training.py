@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.config.schema import LossSection, OptimSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.export import export_model
 from jaxdpo.models.decoder import ForwardOptions, forward, logits
@@ -85,7 +86,7 @@ def test_a_step_has_torchs_gradients_and_its_weights_go_back_to_transformers(
         learning_rate=0.02, b1=0.0, max_grad_norm=0.0
     )  # so that the first moment is the gradient
     stepper = Stepper(
-        Setup(config=both.config, loss=loss, optim=optim, layout="separate", size=256),
+        Setup(config=both.config, loss=loss, optim=optim, share_prefix=False, size=256),
         both.params,
         both.params,
     )

@@ -28,7 +28,7 @@ def target(machine: str = "cpu-1", **changes: Any) -> Target:
 
 def config(pairs: int = 5, **changes: Any) -> Config:
     """A run's config; its sections' fields may be changed."""
-    return changed(Config(), **{"train": {"pairs_per_step": pairs}} | changes)
+    return changed(Config(), **{"train": {"batch_size": pairs}} | changes)
 
 
 def planned(some: Target, pairs: int = 5, **changes: Any) -> Choice:

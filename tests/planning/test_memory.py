@@ -23,7 +23,7 @@ def off(machine: str, changes: dict[str, Any], model: dict[str, Any], pairs: int
 
 
 def test_state_is_counted_and_the_rest_is_near() -> None:
-    assert abs(off("cpu-1", {"data": {"max_row_tokens": 2048}}, {}, 5)) < 0.1
+    assert abs(off("cpu-1", {"data": {"packed_length": 2048}}, {}, 5)) < 0.1
 
 
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
@@ -70,10 +70,10 @@ def test_what_makes_a_run_smaller_makes_its_parts_smaller() -> None:
 CHANGES: dict[str, dict[str, Any]] = {
     "plain": {},
     "cached": {"reference": "cached"},
-    "moments": {"optim": {"moments_dtype": "bfloat16"}},
+    "moments": {"optim": {"mu_dtype": "bfloat16"}},
     "lora": {"lora": {"rank": 4}},
     "nf4": {"lora": {"rank": 4}, "model": {"quantize": "nf4"}},
-    "short rows": {"data": {"max_row_tokens": 2048}},
+    "short rows": {"data": {"packed_length": 2048}},
     "dots": {"model": {"remat": "dots"}},
 }
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.planning.aot_compile import compile_step, compiler_devices
 from jaxdpo.planning.batch_shapes import Rows
 from jaxdpo.planning.machines import topology
@@ -100,7 +100,7 @@ def test_slices_send_each_other_the_sums_of_their_gradients() -> None:
 def test_what_waits_is_brought_over() -> None:
     some = target("v5e-8", **BIG)
     plain, apart = (
-        planned(some, 64, mesh={"fsdp": 8}, train={"offload": what, "pairs_per_step": 64})
+        planned(some, 64, mesh={"fsdp": 8}, train={"offload": what, "batch_size": 64})
         for what in ([], ["reference", "moments"])
     )
     assert plain.speed.waited == {} and plain.memory.waiting == {}
@@ -137,12 +137,12 @@ def test_what_is_sent_is_what_the_compiled_program_sends() -> None:
 
 
 def test_rows_are_filled_with_pairs_of_one_length() -> None:
-    section = DataSection(max_row_tokens=4096, max_length=1024)
+    section = DataSection(packed_length=4096, max_length=1024)
     rows = Rows.filled(section, (256, 256, 256), 64, 8)
     assert (rows.microbatches, rows.rows, rows.slots, rows.longest) == (2, 8, 3072, 4096)
     assert rows.lengths.sum() == 64 * 768 and rows.batch.tokens_MBT.shape == (2, 8, 4096)
     one = Rows.filled(section, (256, 256, 256), 8, 8)
     assert (one.microbatches, one.slots) == (1, 768)
-    separate = Rows.filled(dataclasses.replace(section, layout="separate"), (256, 256, 256), 64, 8)
+    separate = Rows.filled(dataclasses.replace(section, share_prefix=False), (256, 256, 256), 64, 8)
     assert separate.microbatches == 2 and separate.slots == 4096
     assert np.all(separate.lengths == 256)

@@ -40,7 +40,7 @@ def test_only_settings_that_can_be_are_looked_at() -> None:
     assert {one.mesh.expert for one in looked_at} == {1}
     assert {one.model.remat for one in looked_at} == {"none", "dots", "full"}
     long_pairs = choices(target(), changed(config(), data={"max_length": 2048}), PAIR)
-    assert {one.config.data.max_row_tokens for one in long_pairs} == {4096, 8192, 16384}
+    assert {one.config.data.packed_length for one in long_pairs} == {4096, 8192, 16384}
     quantised = changed(config(), lora={"rank": 4}, model={"quantize": "nf4"})
     assert {one.config.model.remat for one in choices(target(), quantised, PAIR)} == {
         "dots",
@@ -60,7 +60,7 @@ def test_where_nothing_fits_the_mildest_remedy_is_told() -> None:
     found = remedy(tight, config(), PAIR)
     assert found is not None and found[0] == "reference=cached" and found[1].fits
     assert remedy(with_memory(some, 0.01), config(), PAIR) is None
-    waiting = config(train={"pairs_per_step": 5, "offload": ["reference"]})
+    waiting = config(train={"batch_size": 5, "offload": ["reference"]})
     adapted = changed(config(), lora={"rank": 16})
     found = remedy(with_memory(some, 1.01 * least(some, adapted) / ROOM), waiting, PAIR)
     assert (

@@ -164,7 +164,7 @@ def arguments(folder: Path, name: str, steps: int) -> list[str]:
     """The options of a run of two processes that share the weights."""
     options = f"""
         model.path={folder}/model data.train=[{folder}/rows.jsonl] run_dir={folder}/{name} data.eval_fraction=0.2 data.max_length=32
-        data.max_row_tokens=64 data.row_sizes=1 optim.learning_rate=1e-3 train.pairs_per_step=4 train.steps={steps} eval.every=0
+        data.packed_length=64 data.num_packed_lengths=1 optim.learning_rate=1e-3 train.batch_size=4 train.steps={steps} eval.every=0
         checkpoint.save_every={SAVE_EVERY} log.tensorboard=false mesh.fsdp=2 train.compilation_cache={folder}/cache
     """
     return options.split()

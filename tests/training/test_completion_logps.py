@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.config.schema import LossSection, OptimSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.packing import Batch
 from jaxdpo.models.decoder import ForwardOptions, Params, forward_moe
 from jaxdpo.models.moe import balance_loss
@@ -24,10 +25,10 @@ SOME = pairs(4, low=2, high=20, vocab=96)
 SIZE = 256  # holds all of them
 
 
-@pytest.mark.parametrize("layout", ["shared", "separate"])
-def test_real_slots_are_those_that_pairs_take(layout: str) -> None:
-    batch = pack(SOME, layout=layout, num_rows=2, size=128)
-    again = 1 if layout == "separate" else 0
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_real_slots_are_those_that_pairs_take(share_prefix: bool) -> None:
+    batch = pack(SOME, share_prefix=share_prefix, num_rows=2, size=128)
+    again = 1 if not share_prefix else 0
     taken = sum(len(one) + again * len(one.prompt_ids) for one in SOME)
     real = np.asarray(real_slots(batch))
     assert real.shape == batch.tokens_MBT.shape and real.sum() == taken
@@ -55,7 +56,7 @@ def program(coef: float) -> Callable[..., Any]:
 
 
 def loss_and_grads(batch: Batch, coef: float) -> tuple[dict[str, float], Params]:
-    sums, grads = program(coef)(params(0, MOE), step.Fixed(reference=params(1, MOE)), batch)
+    sums, grads = program(coef)(params(0, MOE), step.FrozenState(reference=params(1, MOE)), batch)
     return host(step.averages(sums)), jax.device_get(grads)
 
 

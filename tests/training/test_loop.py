@@ -106,7 +106,7 @@ def test_an_evaluation_does_not_depend_on_how_many_pairs_it_takes_at_once(
     shared: Path, tmp_path: Path
 ) -> None:
     (first, *_) = metrics(whole(shared))
-    train(settings(shared, tmp_path, train__pairs_per_step=5, train__steps=1))
+    train(settings(shared, tmp_path, train__batch_size=5, train__steps=1))
     (again, *_) = metrics(tmp_path)
     for key in first.keys() - TIME_KEYS:
         assert again[key] == pytest.approx(first[key], rel=1e-6, abs=1e-6), key

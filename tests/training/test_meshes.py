@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdpo.config.schema import LossSection, OptimSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.packing import Batch
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.planning.hlo_collectives import collectives
-from jaxdpo.training.step import Fixed, StepOptions, TrainState, train_step
+from jaxdpo.training.step import FrozenState, StepOptions, TrainState, train_step
 from tests.families import tiny
 from tests.tiny import Setup, Stepper, model, pairs
 
@@ -38,7 +39,7 @@ KEYS = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/marg
 
 @functools.cache
 def started(
-    config: ModelConfig, sizes: tuple[int, ...], layout: str = "shared"
+    config: ModelConfig, sizes: tuple[int, ...], share_prefix: bool = True
 ) -> tuple[Stepper, list, str]:
     """A run, the batches that it goes through again and again, and the text of its compiled step, which it then runs."""
     optim = OptimSection(learning_rate=3e-4, weight_decay=0.1)
@@ -46,7 +47,7 @@ def started(
         Setup(
             config=config,
             mesh=sizes,
-            layout=layout,
+            share_prefix=share_prefix,
             size=T,
             optim=optim,
             remat="full",
@@ -62,19 +63,19 @@ def started(
 
 @functools.cache
 def trajectory(
-    config: ModelConfig, sizes: tuple[int, ...], steps: int, layout: str = "shared"
+    config: ModelConfig, sizes: tuple[int, ...], steps: int, share_prefix: bool = True
 ) -> dict[str, np.ndarray]:
     """What is logged of each step, and of an evaluation at the end."""
-    run, batches, _ = started(config, sizes, layout)
+    run, batches, _ = started(config, sizes, share_prefix)
     run.reset()
     metrics = [run.train(batches[step % len(batches)]) for step in range(steps)]
     return {key: np.array([one[key] for one in metrics]) for key in KEYS}
 
 
 def check_trajectory(
-    config: ModelConfig, sizes: tuple[int, ...], steps: int, layout: str = "shared"
+    config: ModelConfig, sizes: tuple[int, ...], steps: int, share_prefix: bool = True
 ) -> None:
-    ours, alone = trajectory(config, sizes, steps, layout), trajectory(config, (1,), steps)
+    ours, alone = trajectory(config, sizes, steps, share_prefix), trajectory(config, (1,), steps)
     assert (
         alone["loss"][0] != alone["loss"][-1] and np.ptp(alone["rewards/margins"]) > 0.1
     )  # it moves
@@ -96,7 +97,7 @@ def test_eight_devices_train_as_one_does(name: str) -> None:
 
 @pytest.mark.slow
 def test_eight_devices_train_on_separate_rows_as_one_does_on_shared_ones() -> None:
-    check_trajectory(DENSE, MESHES["context 8"], 20, "separate")
+    check_trajectory(DENSE, MESHES["context 8"], 20, False)
 
 
 @pytest.mark.slow
@@ -270,7 +271,7 @@ def test_programs_that_gather_stacks_or_hold_all_logits_are_found_out() -> None:
     taken = (run.state, run.fixed, batches[0], np.asarray(True))
 
     def text_of(options: StepOptions, everywhere: bool) -> str:
-        def step(state: TrainState, fixed: Fixed, batch: Batch, apply: jax.Array) -> tuple:
+        def step(state: TrainState, fixed: FrozenState, batch: Batch, apply: jax.Array) -> tuple:
             if everywhere:  # weights that are put together before the layers, not in them
                 whole = jax.tree.map(
                     lambda w: jax.lax.with_sharding_constraint(

@@ -103,7 +103,7 @@ def test_global_norm_is_over_all_leaves() -> None:
 
 
 def test_moments_in_bfloat16_keep_the_second_in_float32() -> None:
-    section = OptimSection(moments_dtype="bfloat16")
+    section = OptimSection(mu_dtype="bfloat16")
     ours, opt = run(section, [gradients(0), gradients(1)])
     assert {leaf.dtype.name for leaf in jax.tree.leaves(opt["mu"])} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(opt["nu"])} == {"float32"}

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxdpo.config.schema import Config, DataSection, LoraSection, LossSection, ModelSection
+from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import Config, LoraSection, ModelSection
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.peft import write_peft
 from jaxdpo.training.resolve import attention_of, check_attention, settle, settle_lora
@@ -119,20 +121,20 @@ WINDOW, WIDE = ({"model_type": "mistral", "sliding_window": size} for size in (9
 
 
 @pytest.mark.parametrize(
-    ("family", "layout", "platform", "chosen"),
+    ("family", "share_prefix", "platform", "chosen"),
     [
-        ({}, "shared", "tpu", "splash"),
-        ({}, "shared", "cpu", "blocks"),
-        (WINDOW, "shared", "tpu", "blocks"),
-        (WINDOW, "separate", "tpu", "splash"),
-        (WIDE, "shared", "tpu", "splash"),
+        ({}, True, "tpu", "splash"),
+        ({}, True, "cpu", "blocks"),
+        (WINDOW, True, "tpu", "blocks"),
+        (WINDOW, False, "tpu", "splash"),
+        (WIDE, True, "tpu", "splash"),
     ],
 )
 def test_tpus_have_an_attention_of_their_own(
-    family: dict[str, Any], layout: Any, platform: str, chosen: str
+    family: dict[str, Any], share_prefix: bool, platform: str, chosen: str
 ) -> None:
     devices: Any = SimpleNamespace(devices=np.asarray([SimpleNamespace(platform=platform)]))
-    data = DataSection(layout=layout, max_length=64)
+    data = DataSection(share_prefix=share_prefix, max_length=64)
     asked = Config(data=data, model=ModelSection(attention="splash"))
     assert attention_of(Config(data=data), devices, model(**family)) == chosen
     assert attention_of(asked, devices, model(**family)) == "splash"

@@ -24,7 +24,7 @@ from jaxdpo.models.hf.peft import write_peft
 from jaxdpo.models.lora import Lora
 from jaxdpo.training.loop import train
 from jaxdpo.training.session import Session
-from jaxdpo.training.weights import RunWeights
+from jaxdpo.training.weights import PolicyWeights
 from tests.models.test_lora import random_adapter
 from tests.runs import (
     MAKE_MESH,
@@ -227,7 +227,7 @@ def test_a_cached_reference_is_read_and_made_again_of_the_starting_policy(
         shutil.copytree(tmp_path / "a", tmp_path / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            RunWeights, "initial", lambda self: pytest.fail("loaded although the cache is whole")
+            PolicyWeights, "initial", lambda self: pytest.fail("loaded although the cache is whole")
         )
         assert train(settings(shared, tmp_path / "a", **RUNS["cached"])) is True
     shutil.rmtree(tmp_path / "b" / "reference_cache")  # as if it had been on a scratch disk
@@ -402,7 +402,7 @@ def test_what_only_changes_where_things_are_computed_may_change(
     other = replaced(
         some,
         model={"attention": "dense"},
-        data={"layout": "separate", "max_row_tokens": 96},
+        data={"share_prefix": False, "packed_length": 96},
         log={"every": 1},
     )
     assert train(other) is True

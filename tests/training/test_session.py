@@ -17,7 +17,7 @@ from jaxdpo.training import step
 from jaxdpo.training.loop import train
 from jaxdpo.training.reference_cache import CachedLogps
 from jaxdpo.training.session import Session
-from jaxdpo.training.step import Fixed, TrainState
+from jaxdpo.training.step import FrozenState, TrainState
 from tests.models.test_lora import random_adapter
 from tests.runs import MAKE_MESH, folder_with_inputs, metrics, settings, use_one_device
 from tests.tiny import host, model, write_model
@@ -78,7 +78,7 @@ class Opened:
             )
         self.state, self.fixed = session.start(params, base)
 
-    def fixed_for(self, number: int) -> Fixed:
+    def fixed_for(self, number: int) -> FrozenState:
         logps = (
             None if self.cached is None else self.cached.train[self.session.loader.pairs_of(number)]
         )
@@ -345,7 +345,7 @@ def test_an_adapter_trains_alike_on_every_mesh(
             "adapter_off",
             **sizes,
             train__steps=20,
-            train__pairs_per_step=8,
+            train__batch_size=8,
             eval__every=0,
             optim__warmup_steps=2,
         )

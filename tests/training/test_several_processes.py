@@ -144,13 +144,13 @@ def start(
     ]
     words += [
         "data.max_length=32",
-        "data.max_row_tokens=64",
-        "data.row_sizes=1",
+        "data.packed_length=64",
+        "data.num_packed_lengths=1",
         "data.eval_fraction=0.3",
         "data.cache=null",
     ]
     words += [
-        "train.pairs_per_step=4",
+        "train.batch_size=4",
         "optim.learning_rate=1e-3",
         "log.tensorboard=false",
         f"train.compilation_cache={shared / 'cache'}",

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.config.schema import LossSection, OptimSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.losses import registry
@@ -39,9 +40,9 @@ def pairs_for(loss: str) -> list[EncodedPair]:
     return EQUAL if loss == "aot" else WEIGHTED
 
 
-def one_pair_a_row(some: Sequence[EncodedPair], layout: str) -> Batch:
+def one_pair_a_row(some: Sequence[EncodedPair], share_prefix: bool) -> Batch:
     """As many microbatches as pairs."""
-    parts = [pack([one], layout=layout, size=128) for one in some]
+    parts = [pack([one], share_prefix=share_prefix, size=128) for one in some]
     return Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
@@ -139,7 +140,7 @@ def ours(loss: str, batch: Batch, **forward_options: Any) -> tuple[dict[str, flo
     reference = params(1) if step.needs_reference(LOSSES[loss]) else None
     sums, grads = jax.jit(
         lambda policy, reference, batch: step.loss_and_grads(
-            policy, step.Fixed(reference=reference), batch, options
+            policy, step.FrozenState(reference=reference), batch, options
         )
     )(params(0), reference, batch)
     return host(step.averages(sums)), jax.device_get(grads)
@@ -179,14 +180,15 @@ def test_loss_and_gradients_equal_a_plain_padded_computation(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", ["mixed", "wpo"])
 def test_separate_rows_give_the_same_as_shared_ones(loss: str) -> None:
-    same(ours(loss, pack(pairs_for(loss), layout="separate", size=SIZE)), packed(loss))
+    same(ours(loss, pack(pairs_for(loss), share_prefix=False, size=SIZE)), packed(loss))
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_sliding_window_cuts_shared_prompts_where_it_cuts_separate_ones(name: str) -> None:
     config = tiny(name)  # whose window of 9 tokens is shorter than most prompts
     shared, separate = (
-        Stepper(Setup(config=config, layout=layout, size=256)) for layout in ("shared", "separate")
+        Stepper(Setup(config=config, share_prefix=share_prefix, size=256))
+        for share_prefix in (True, False)
     )
     some = pairs(4, low=12, high=20)
     same((shared.train(shared.pack(some)), {}), (separate.train(separate.pack(some)), {}))
@@ -201,13 +203,13 @@ def test_a_sliding_window_cuts_shared_prompts_where_it_cuts_separate_ones(name: 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_pair_a_microbatch_gives_the_same(loss: str) -> None:
-    batch = one_pair_a_row(pairs_for(loss), "shared")
+    batch = one_pair_a_row(pairs_for(loss), True)
     assert batch.tokens_MBT.shape[0] == len(EQUAL)
     same(ours(loss, batch), packed(loss))
 
 
 def test_one_side_a_run_and_one_pair_a_row_with_dense_attention_gives_the_same() -> None:
-    same(ours("mixed", one_pair_a_row(WEIGHTED, "separate"), attention="dense"), packed("mixed"))
+    same(ours("mixed", one_pair_a_row(WEIGHTED, False), attention="dense"), packed("mixed"))
 
 
 @pytest.mark.parametrize("chunk", [100, SIZE])
@@ -398,14 +400,16 @@ def test_metrics_are_means_over_pairs_of_what_their_names_say(stepper: Stepper) 
 
 def test_a_moving_reference_is_the_weighted_mean() -> None:
     mean = step.move_reference(
-        jax.tree.map(jnp.asarray, params(1)), params(0), LossSection(tr_every=1, tr_alpha=0.25)
+        jax.tree.map(jnp.asarray, params(1)),
+        params(0),
+        LossSection(ref_sync_every=1, ref_mixup_alpha=0.25),
     )
     wanted = jax.tree.map(
         lambda policy, reference: 0.25 * policy + 0.75 * reference, params(0), params(1)
     )
     assert difference(mean, wanted) < 1e-6
     default = step.move_reference(
-        jax.tree.map(jnp.asarray, params(1)), params(0), LossSection(tr_every=1)
+        jax.tree.map(jnp.asarray, params(1)), params(0), LossSection(ref_sync_every=1)
     )
     assert (
         difference(

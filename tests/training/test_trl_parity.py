@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxdpo.config.schema import LossSection, OptimSection
+from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.models.decoder import Params
 from jaxdpo.models.hf.config_json import load_model_config
@@ -23,7 +24,7 @@ GOLDENS = json.loads(
 )
 RUNS = {run["name"]: run for run in GOLDENS["runs"]}
 QUICK = ("sigmoid", "hinge", "ipo", "aot", "ld_sft", "wpo_mixed", "tr", "cpo", "simpo", "orpo")
-PAIRS, SIZE = GOLDENS["pairs_per_step"], 192
+PAIRS, SIZE = GOLDENS["batch_size"], 192
 MEANS_PER_TOKEN = ("simpo", "simpo_sft", "orpo", "orpo_lambda")
 """Runs whose logps/* TRL reports as means per token; ours are always sums. Their rewards are beta times those means."""
 WITHOUT_REFERENCE = ("sft",)
@@ -85,7 +86,11 @@ def our_steps(run: dict[str, Any], checkpoint: tuple[Any, Params]) -> list[dict[
         batch = pack(pairs_of(step, run["trainer"] == "orpo"), size=SIZE)
         assert batch.tokens_MBT.shape == (1, 1, SIZE)
         metrics.append(stepper.train(stepper.put(batch)))
-        if stepper.reference is not None and loss.tr_every and step % loss.tr_every == 0:
+        if (
+            stepper.reference is not None
+            and loss.ref_sync_every
+            and step % loss.ref_sync_every == 0
+        ):
             stepper.reference = move_reference(stepper.reference, stepper.state.params, loss)
     return metrics
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import Outcome, Row, checked, require, said, string, with_system
 from jaxdpo.data.formats.records import Dropped, Message, shared_length
 

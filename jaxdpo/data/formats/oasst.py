@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import Outcome, Row, checked, number, require, string
 from jaxdpo.data.formats.ranked import choose_pairs, no_pair
 from jaxdpo.data.formats.records import Dropped, Message, Turns
@@ -28,8 +28,8 @@ Node = dict[str, Any]
 def parse_oasst(row: Row, section: DataSection) -> Iterator[Outcome]:
     """One tree {prompt: message with replies, orphans: messages without their parent}; keys that are absent count as null.
 
-    The ranked replies (0 is best) to one message of a user are paired as data.pairs says; all of a tree stays on one side of a
-    split. Rules leave out what follows a deleted message, other languages than data.languages and, without data.synthetic,
+    The ranked replies (0 is best) to one message of a user are paired as data.pairing says; all of a tree stays on one side of a
+    split. Rules leave out what follows a deleted message, other languages than data.oasst.languages and, without data.oasst.synthetic,
     threads that a model wrote a part of.
 
     Raises:
@@ -99,7 +99,7 @@ def _pairs_below(node: Node, before: Turns, section: DataSection) -> Iterator[Ou
         ranked = [
             (rank, reply) for rank, reply in _ranked(replies) if not _unwanted(reply, section)
         ]
-        for better, worse in choose_pairs(ranked, section.pairs):
+        for better, worse in choose_pairs(ranked, section.pairing):
             answers = ((Message("assistant", string(reply, "text")),) for reply in (better, worse))
             name = f"{better.get('message_id')}>{worse.get('message_id')}"
             yield checked({"id": name}, turns, *answers, root=turns[:1])
@@ -119,8 +119,8 @@ def _unwanted(node: Node, section: DataSection) -> Dropped | None:
     """Why a message and all that follows it is left out, if it is."""
     if node.get("deleted"):
         return Dropped("follows a deleted message", by_rule=True)
-    if section.languages and node.get("lang") not in section.languages:
+    if section.oasst.languages and node.get("lang") not in section.oasst.languages:
         return Dropped("other language", by_rule=True)
-    if not section.synthetic and node.get("synthetic"):
+    if not section.oasst.synthetic and node.get("synthetic"):
         return Dropped("written by a model", by_rule=True)
     return None

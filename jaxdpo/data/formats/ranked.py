@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import PROMPTS, TIE, Outcome, Row, number, shown_columns
 from jaxdpo.data.formats.records import Dropped, printable
 from jaxdpo.data.formats.trl import pair
@@ -58,7 +58,7 @@ def parse_ranked(row: Row, section: DataSection) -> Iterator[Outcome]:
         for standing, answer in zip(standings, answers, strict=True)
         if standing is not None
     ]
-    for better, worse in choose_pairs(ranked, section.pairs):
+    for better, worse in choose_pairs(ranked, section.pairing):
         yield pair(row, _text(better), _text(worse), column, column)
     if (reason := no_pair(ranked)) is not None:
         yield reason

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from jaxdpo.config.schema import DataSection
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import (
     Outcome,
     Row,
@@ -44,7 +44,7 @@ PAIRS_PER_POST = 5
 
 
 def parse_shp(row: Row, section: DataSection) -> Iterator[Outcome]:
-    """Label 1 prefers comment A, 0 comment B. Pairs whose scores are closer than data.min_score_ratio are left out.
+    """Label 1 prefers comment A, 0 comment B. Pairs whose scores are closer than data.shp.min_score_ratio are left out.
 
     Raises:
         ValueError: a column is missing or has the wrong type.
@@ -61,8 +61,8 @@ def parse_shp(row: Row, section: DataSection) -> Iterator[Outcome]:
     better, worse = "AB" if label == 1 else "BA"
     if scores[better] < scores[worse]:
         yield Dropped("label and scores disagree")
-    elif not _is_clear(scores[better], scores[worse], section.min_score_ratio):
-        yield Dropped(f"score ratio below {section.min_score_ratio:g}", by_rule=True)
+    elif not _is_clear(scores[better], scores[worse], section.shp.min_score_ratio):
+        yield Dropped(f"score ratio below {section.shp.min_score_ratio:g}", by_rule=True)
     else:
         answers = (said("assistant", string(row, f"human_ref_{side}")) for side in (better, worse))
         yield checked(row, with_system(row, said("user", string(row, "history"))), *answers)

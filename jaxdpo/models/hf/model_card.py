@@ -107,7 +107,7 @@ def run_card(
         else ", ".join(map("{} x {}".format, loss.weights, loss.names)),
         "beta": LOSSES[loss.names[0]].reward_scale(loss) if loss.beta is None else loss.beta,
         "steps": step,
-        "pairs per step": config.train.pairs_per_step,
+        "pairs per step": config.train.batch_size,
         "learning rate": config.optim.learning_rate,
         "reference": config.reference,
         "seed": config.seed,

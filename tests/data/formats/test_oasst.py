@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from jaxdpo.config.data_options import OasstSection
 from jaxdpo.data.formats.oasst import gather_trees, is_oasst, parse_oasst
 from jaxdpo.data.formats.records import Dropped, Message, Preference
 from tests.data.rows import Write, collect, outcomes, pairs
@@ -84,7 +85,7 @@ def parse(rows: list[dict[str, Any]], **options: Any) -> list[Preference | Dropp
     ],
 )
 def test_ranked_siblings_are_paired(rule: str, expected: list[str]) -> None:
-    found = parse(thread(), pairs=rule)
+    found = parse(thread(), pairing=rule)
     assert [pair.id for pair in found if isinstance(pair, Preference)] == expected and len(
         found
     ) == len(expected)
@@ -109,10 +110,25 @@ def test_ranked_siblings_are_paired(rule: str, expected: list[str]) -> None:
         ({"a0": {"deleted": True}}, {}, ["a1>a2"], ["follows a deleted message"] * 0),
         ({"q": {"deleted": True}}, {}, ["a0>a2"], ["follows a deleted message"]),
         ({"r": {"deleted": True}}, {}, [], ["follows a deleted message"]),
-        ({"a2": {"lang": "de"}}, {"languages": ["en"]}, ["a0>a1", "b0>b1"], []),
-        ({"a2": {"lang": "de"}}, {"languages": ["en", "de"]}, ["a0>a2", "b0>b1"], []),
-        ({"q": {"lang": "es"}}, {"languages": ["en"]}, ["a0>a2"], ["other language"]),
-        ({"a2": {"synthetic": True}}, {"synthetic": False}, ["a0>a1", "b0>b1"], []),
+        ({"a2": {"lang": "de"}}, {"oasst": OasstSection(languages=["en"])}, ["a0>a1", "b0>b1"], []),
+        (
+            {"a2": {"lang": "de"}},
+            {"oasst": OasstSection(languages=["en", "de"])},
+            ["a0>a2", "b0>b1"],
+            [],
+        ),
+        (
+            {"q": {"lang": "es"}},
+            {"oasst": OasstSection(languages=["en"])},
+            ["a0>a2"],
+            ["other language"],
+        ),
+        (
+            {"a2": {"synthetic": True}},
+            {"oasst": OasstSection(synthetic=False)},
+            ["a0>a1", "b0>b1"],
+            [],
+        ),
         ({"a2": {"synthetic": True}}, {}, ["a0>a2", "b0>b1"], []),
         ({"b0": {"rank": None}}, {}, ["a0>a2"], ["fewer than two ranked answers"]),
         ({"b0": {"rank": 1}}, {}, ["a0>a2"], ["tie"]),
@@ -166,7 +182,7 @@ def test_wrong_types_are_errors(write: Write, change: dict[str, Any], message_: 
 @pytest.mark.parametrize(("rule", "count"), [("best-worst", 212), ("adjacent", 429), ("all", 754)])
 def test_real_trees_and_the_same_as_rows(real_data: Path, rule: str, count: int) -> None:
     nested, flat = (
-        collect(str(real_data / "oasst" / name), pairs=rule)
+        collect(str(real_data / "oasst" / name), pairing=rule)
         for name in ("en_100_tree.jsonl", "en_100_flat_hf_rows.jsonl")
     )
     assert nested[1] == flat[1] and len(flat[1]) == count

@@ -39,8 +39,8 @@ def test_ranks_scores_or_order_say_which_answer_is_better(row: dict[str, Any]) -
 def test_pairs_of_four_answers() -> None:
     row = {"prompt": "q", "completions": list("wxyz"), "scores": [1, 4, 3, 4]}
     assert pairs(outcomes(parse_ranked, row)) == [("x", "w")]
-    assert pairs(outcomes(parse_ranked, row, pairs="adjacent")) == [("z", "y"), ("y", "w")]
-    assert pairs(outcomes(parse_ranked, row, pairs="all")) == [
+    assert pairs(outcomes(parse_ranked, row, pairing="adjacent")) == [("z", "y"), ("y", "w")]
+    assert pairs(outcomes(parse_ranked, row, pairing="all")) == [
         ("x", "y"),
         ("x", "w"),
         ("z", "y"),

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from jaxdpo.config.data_options import ShpSection
 from jaxdpo.data.formats.records import Dropped, Message, Preference
 from jaxdpo.data.formats.shp import is_shp, parse_shp
 from tests.data.rows import Write, collect, one
@@ -59,7 +60,7 @@ def test_close_scores_are_left_out_and_zero_divides_nothing(
 ) -> None:
     found = one(parse_shp, shp(label, *scores))
     assert found == outcome if outcome else isinstance(found, Preference)
-    assert isinstance(one(parse_shp, shp(1, 3, 2), min_score_ratio=1.5), Preference)
+    assert isinstance(one(parse_shp, shp(1, 3, 2), shp=ShpSection(min_score_ratio=1.5)), Preference)
 
 
 @pytest.mark.parametrize(
