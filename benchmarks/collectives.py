@@ -36,12 +36,14 @@ from jaxdpo.data.packing import Batch, Packer
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.distributed import sharding
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, abstract_params
+from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.hf.config_json import from_hf
+from jaxdpo.models.params import abstract_params
+from jaxdpo.models.shardings import axis_sizes
 from jaxdpo.planning.hlo_collectives import Collective, collectives
 from jaxdpo.training.completion_logps import StepOptions
 from jaxdpo.training.step import FrozenState, compile_steps, init_state
-from jaxdpo.training.weights import axis_sizes, state_shardings
+from jaxdpo.training.weights import state_shardings
 
 TOKENS, PAIRS = 16_384, 16
 SIZES: dict[str, Any] = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxdpo import __version__
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.records import Preference
+from jaxdpo.data.formats.preference import Preference
 from jaxdpo.data.inspect.near_duplicates import USUAL
 from jaxdpo.data.inspect.survey import Texts
 

@@ -35,11 +35,13 @@ from versus.machine import commit, hardware, tell
 from jaxdpo.config.schema import MeshSection
 from jaxdpo.data.tokenize import load_tokenizer
 from jaxdpo.distributed import sharding
-from jaxdpo.models.decoder import ForwardOptions, abstract_params, forward, logical_axes, logits
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward, logits
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.hf.folder import copy_tokenizer, write_json
 from jaxdpo.models.hf.load_save import load_params, save_params
 from jaxdpo.models.hf.peft import read_peft
+from jaxdpo.models.params import abstract_params, logical_axes
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = {

@@ -14,14 +14,14 @@ from typing import Any, Literal
 from jaxdpo.config import cli
 from jaxdpo.config.schema import MeshSection
 from jaxdpo.config.sections import STRICT_KEYS, require
-from jaxdpo.data.formats.records import strings
+from jaxdpo.data.formats.preference import strings
 from jaxdpo.distributed import sharding
 from jaxdpo.inference.chat import converse
 from jaxdpo.inference.model import Answer, LoadedModel, Sampling, Source
 from jaxdpo.inference.prompts import Prompt, read_prompts
-from jaxdpo.training.loop import keep_compiled_programs
-from jaxdpo.utils.console import clean
+from jaxdpo.utils.compile_cache import keep_compiled_programs
 from jaxdpo.utils.files import whole_file
+from jaxdpo.utils.text import clean
 
 DONE, FAULT, INTERRUPTED = 0, 1, 130
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

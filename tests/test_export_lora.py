@@ -15,12 +15,14 @@ from jaxdpo import export
 from jaxdpo.checkpoints.checkpoint import Checkpoints, restore_params
 from jaxdpo.config import cli as options
 from jaxdpo.config.schema import Config, LoraSection, ModelSection
-from jaxdpo.models.decoder import ForwardOptions, Params, forward
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward
 from jaxdpo.models.hf.config_json import load_model_config, to_hf
 from jaxdpo.models.hf.folder import copy_model_files, set_chat_template, write_json
 from jaxdpo.models.hf.load_save import load_params, save_params, weights_fingerprint
+from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.peft import read_peft
-from jaxdpo.models.lora import lora_of
+from jaxdpo.models.params import Params
 from tests.families import TINY, raw_config, tiny
 from tests.models.test_lora import random_adapter
 from tests.runs import folder_with_inputs, settings, use_one_device

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import Params
 from jaxdpo.models.hf.config_json import from_hf, load_model_config
 from jaxdpo.models.hf.folder import write_json
 from jaxdpo.models.hf.load_save import load_params
+from jaxdpo.models.params import Params
 from tests.families import TINY, raw_config
 
 torch = pytest.importorskip("torch")

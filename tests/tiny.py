@@ -17,9 +17,10 @@ from jaxdpo.data.packing import Batch, Packer
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.distributed import offload, sharding
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, abstract_params
+from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.hf.config_json import from_hf
 from jaxdpo.models.hf.load_save import save_params
+from jaxdpo.models.params import Params, abstract_params
 from jaxdpo.training import step
 from jaxdpo.training.weights import state_shardings
 

@@ -22,9 +22,10 @@ from jaxdpo.checkpoints.checkpoint import Checkpoints
 from jaxdpo.config import cli
 from jaxdpo.config.schema import Config
 from jaxdpo.data.packing import Batch
-from jaxdpo.training.loop import Run, Stop, begin, keep_compiled_programs
+from jaxdpo.training.loop import Run, Stop, begin
 from jaxdpo.training.metric_logger import Logger
 from jaxdpo.training.session import Session
+from jaxdpo.utils.compile_cache import keep_compiled_programs
 
 from .protocol import Channel
 

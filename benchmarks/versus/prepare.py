@@ -22,13 +22,13 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.records import Dropped, Preference
+from jaxdpo.data.formats.preference import Dropped, Preference
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.sources import read_set
 from jaxdpo.data.tokenize import Encoder, load_tokenizer
-from jaxdpo.models.decoder import init_params
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.hf.load_save import save_params
+from jaxdpo.models.params import init_params
 
 END = "<|end|>"
 VOCAB = 32_000

@@ -28,8 +28,8 @@ import tensorstore as ts
 
 from jaxdpo import __version__
 from jaxdpo.distributed import processes
-from jaxdpo.utils.files import make_writable
-from jaxdpo.utils.manifest import MANIFEST, find_damage, move_aside, seal, sync_folder, write_json
+from jaxdpo.utils.files import make_writable, sync_folder, write_json
+from jaxdpo.utils.manifest import MANIFEST, find_damage, move_aside, seal
 
 Tree = dict[str, Any]
 

@@ -11,8 +11,9 @@ from jaxdpo.config import cli
 from jaxdpo.config.schema import Config
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.folder import fetch_model
+from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.weight_files import weights_fingerprint
-from jaxdpo.models.lora import Lora, adapter_shapes, lora_of
+from jaxdpo.models.lora import Lora, adapter_shapes
 
 
 def read_run_config(run_dir: Path) -> Config:

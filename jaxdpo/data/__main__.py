@@ -17,7 +17,7 @@ from typing import Any
 from jaxdpo.config import cli
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.config.sections import STRICT_KEYS
-from jaxdpo.data.formats.records import Preference, Text, printable
+from jaxdpo.data.formats.preference import Preference, Text
 from jaxdpo.data.inspect import near_duplicates
 from jaxdpo.data.inspect.examples import example_of_record, example_of_tokens, show
 from jaxdpo.data.inspect.survey import NAMED, Survey, Texts, read_texts, survey_tokens
@@ -29,6 +29,7 @@ from jaxdpo.data.tokenize import Encoder, Tokenizer, load_tokenizer
 from jaxdpo.utils import html_report
 from jaxdpo.utils.console import Console, say, show_table, stdout
 from jaxdpo.utils.files import whole_file
+from jaxdpo.utils.text import printable
 
 DONE, FAULT, STOPPED = 0, 1, 130
 UNCUT = 2**24

@@ -9,15 +9,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from jaxdpo.data.formats.records import (
-    Dropped,
-    Message,
-    Preference,
-    Text,
-    Turns,
-    printable,
-    strings,
-)
+from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text, Turns, strings
+from jaxdpo.utils.text import printable
 
 PLAIN_TURNS = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 PLAIN_ANSWER = "\n\nAssistant:"

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.records import DataReport, Dropped, printable
+from jaxdpo.data.formats.preference import Dropped
 from jaxdpo.data.pair_table import PairTable
+from jaxdpo.data.report import DataReport
+from jaxdpo.utils.text import printable
 
 
 def find_contradictions(table: PairTable) -> np.ndarray:

@@ -13,9 +13,9 @@ import grain
 import numpy as np
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.records import printable
 from jaxdpo.data.packing import Batch, Packer, balance, choose_packed_lengths
 from jaxdpo.data.pair_table import PairTable
+from jaxdpo.utils.text import printable
 
 logger = logging.getLogger(__name__)
 

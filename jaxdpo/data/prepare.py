@@ -14,8 +14,8 @@ import numpy as np
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.dedup import settle_overlap, settle_repeats
 from jaxdpo.data.disk_cache import TableWriter, load_or_make
-from jaxdpo.data.formats.records import DataReport, describe_counts
 from jaxdpo.data.pair_table import PairTable
+from jaxdpo.data.report import DataReport, describe_counts
 from jaxdpo.data.sources import READING_OPTIONS, read_set, set_identity
 from jaxdpo.data.tokenize import Encoder, Tokenizer, check_vocabulary
 from jaxdpo.data.tokenize_parallel import encode_records

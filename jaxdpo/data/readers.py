@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from jaxdpo.data.formats.records import printable
+from jaxdpo.utils.text import printable
 
 Row = dict[str, Any]
 

@@ -20,9 +20,11 @@ import datasets.exceptions
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats import hh_rlhf, oasst, ranked, shp, trl
 from jaxdpo.data.formats.common import EMPTY, IDENTICAL, OPTIONAL, Parser, Row
-from jaxdpo.data.formats.records import DataReport, Dropped, Preference, printable
+from jaxdpo.data.formats.preference import Dropped, Preference
 from jaxdpo.data.readers import file_hash, file_kind, read_rows
+from jaxdpo.data.report import DataReport
 from jaxdpo.data.splits import split_files
+from jaxdpo.utils.text import printable
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.chat_template import Answered, Layout, Rendered
-from jaxdpo.data.formats.records import Dropped, Preference, Text, printable, shared_length
+from jaxdpo.data.formats.preference import Dropped, Preference, Text, shared_length
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.tokens import Ids, Texts, Words
+from jaxdpo.utils.text import printable
 
 FIXED_DATE = """{%- macro strftime_now(format) -%}
 {{- {"%Y-%m-%d": "2024-07-26"}.get(format, "26 Jul 2024") -}}

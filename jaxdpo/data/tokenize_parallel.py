@@ -21,8 +21,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxdpo.data.formats.records import DataReport, Dropped, Preference
+from jaxdpo.data.formats.preference import Dropped, Preference
 from jaxdpo.data.pair_table import EncodedPair, to_columns
+from jaxdpo.data.report import DataReport
 
 logger = logging.getLogger(__name__)
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 
-from jaxdpo.data.formats.records import Message, Turns, is_unicode
+from jaxdpo.data.formats.preference import Message, Turns
 from jaxdpo.inference.model import LoadedModel
 from jaxdpo.inference.prompts import Prompt
-from jaxdpo.utils.console import clean
+from jaxdpo.utils.text import clean, is_unicode
 
 NEW = "/new"
 

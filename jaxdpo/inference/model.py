@@ -18,7 +18,7 @@ from jaxdpo.checkpoints.run_dir import (
     model_files,
     read_run_config,
 )
-from jaxdpo.data.formats.records import Dropped, Message
+from jaxdpo.data.formats.preference import Dropped, Message
 from jaxdpo.data.tokenize import (
     EncodedPrompt,
     Encoder,
@@ -29,15 +29,17 @@ from jaxdpo.data.tokenize import (
 from jaxdpo.distributed import sharding
 from jaxdpo.inference.prompts import Prompt
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params
+from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.hf.config_json import from_hf, read_config_json
 from jaxdpo.models.hf.folder import end_ids, fetch_model, read_json
 from jaxdpo.models.hf.load_save import load_params
 from jaxdpo.models.hf.peft import CONFIG as ADAPTER_CONFIG
 from jaxdpo.models.hf.peft import read_peft
 from jaxdpo.models.kv_cache import for_decoding
+from jaxdpo.models.params import Params
 from jaxdpo.models.sampling import generate
-from jaxdpo.training.weights import PolicyWeights, trained_shardings
+from jaxdpo.models.shardings import trained_shardings
+from jaxdpo.training.weights import PolicyWeights
 
 
 class Answer(NamedTuple):

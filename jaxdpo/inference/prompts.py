@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxdpo.data.formats.records import Text, is_unicode, printable, read_text, strings
+from jaxdpo.data.formats.preference import Text, read_text, strings
 from jaxdpo.data.readers import file_kind, read_rows
+from jaxdpo.utils.text import is_unicode, printable
 
 TEXT_SUFFIX = ".txt"
 

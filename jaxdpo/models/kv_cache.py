@@ -16,8 +16,10 @@ from jaxdpo.distributed.offload import fetched
 from jaxdpo.distributed.sharding import ROWS, constrain
 from jaxdpo.models.attention import Window, attend_to_cache, attention
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, head_weight, run_layers
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import head_weight, run_layers
 from jaxdpo.models.layers import rounded
+from jaxdpo.models.params import Params
 
 
 class KeysValues(NamedTuple):

@@ -30,14 +30,20 @@ def param(
     std: float | None,
     dtype: jnp.dtype,
     fill: float = 0.0,
+    num_inputs: int = 0,
 ) -> nnx.Param:
-    """A weight with its logical axes; normal with deviation `std`, or constant `fill` when std is None."""
+    """A weight with its logical axes; normal with deviation `std`, or constant `fill` when std is None.
+
+    Args:
+        num_inputs: how many of its axes (after layer and expert) a matrix multiplication sums over;
+            0 for a vector.
+    """
     value = (
         jnp.full(shape, fill, dtype)
         if std is None
         else (std * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)).astype(dtype)
     )
-    return nnx.Param(value, axes=tuple(axes))
+    return nnx.Param(value, axes=tuple(axes), num_inputs=num_inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

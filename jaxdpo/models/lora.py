@@ -8,19 +8,16 @@ Capitals in shapes: L layers, R rank.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdpo.config.schema import LoraSection
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import Params, logical_axes
-from jaxdpo.models.hf.tensor_map import Shape, WeightRow, param_shapes, weight_table
+from jaxdpo.models.params import Params, Shape, logical_axes, param_shapes
 
-ALL_LINEAR = "all-linear"
 TARGETS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 """The projections that can have an adapter; never experts, routers, embeddings or the LM head."""
 ALPHA = 16.0
@@ -49,78 +46,9 @@ class Lora:
         return [target.split("/")[1] for target in self.targets]
 
 
-class Projection(NamedTuple):
-    """A weight that can have an adapter."""
-
-    shape: Shape
-    row: WeightRow
-    """Its place in Hugging Face's files."""
-
-    @property
-    def module(self) -> str:
-        """The module of transformers that holds it; {layer} stands for the layer."""
-        return self.row.hf_name.removesuffix(".weight")
-
-
-def projections(config: ModelConfig) -> dict[str, Projection]:
-    """The weights of a model that can have an adapter."""
-    shapes, rows = param_shapes(config), {row.path: row for row in weight_table(config)}
-    return {
-        target: Projection(shapes[path], rows[path])
-        for target in TARGETS
-        if (path := f"layers/{target}") in rows
-    }
-
-
-def lora_of(section: LoraSection, config: ModelConfig) -> Lora:
-    """What the options ask for.
-
-    Raises:
-        ValueError: lora.targets names what the model does not have.
-    """
-    alpha = ALPHA if section.alpha is None else section.alpha
-    targets = find_targets(config, section.targets or ALL_LINEAR)
-    return Lora(rank=section.rank, alpha=alpha, rslora=section.rslora, targets=targets)
-
-
-def find_targets(config: ModelConfig, names: str | Sequence[str]) -> tuple[str, ...]:
-    """The projections that lora.targets names.
-
-    Args:
-        names: our names (q, gate, ...), those of modules in transformers (q_proj, mlp.c_proj, ...), or "all-linear".
-
-    Raises:
-        ValueError: names the model has no projection for.
-    """
-    known = projections(config)
-    wanted = [names] if isinstance(names, str) else list(names)
-    hits = {
-        name: [target for target, weight in known.items() if _means(name, target, weight)]
-        for name in wanted
-    }
-    if unknown := [name for name in wanted if not hits[name]]:
-        modules = dict.fromkeys(weight.module.rsplit(".", 1)[1] for weight in known.values())
-        choices = ", ".join([ALL_LINEAR, *(target.split("/")[1] for target in known), *modules])
-        raise ValueError(
-            "\n".join(
-                f"lora.targets={name}: the model has no such projection. Choose from {choices}"
-                for name in unknown
-            )
-        )
-    return tuple(target for target in known if any(target in found for found in hits.values()))
-
-
-def _means(name: str, target: str, weight: Projection) -> bool:
-    return (
-        name == ALL_LINEAR
-        or name == target.split("/")[1]
-        or f".{weight.module}".endswith(f".{name}")
-    )
-
-
 def adapter_shapes(config: ModelConfig, lora: Lora) -> Params:
     """An adapter's shapes: nested dict of jax.ShapeDtypeStruct."""
-    known = projections(config)
+    shapes = param_shapes(config)
 
     def update(shape: Shape) -> Params:
         sizes = {
@@ -129,17 +57,17 @@ def adapter_shapes(config: ModelConfig, lora: Lora) -> Params:
         }
         return {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
 
-    return nested({target: update(known[target].shape) for target in lora.targets})
+    return nested({target: update(shapes[f"layers/{target}"]) for target in lora.targets})
 
 
 def adapter_axes(config: ModelConfig, lora: Lora) -> Params:
     """An adapter's logical axes: each dimension lies as it does in the weight, the rank whole everywhere."""
-    known, weights = projections(config), logical_axes(config)["layers"]
+    shapes, weights = param_shapes(config), logical_axes(config)["layers"]
 
     def update(target: str) -> Params:
         part, name = target.split("/")
         layer, *rest = weights[part][name]
-        inputs = len(known[target].shape.inputs)
+        inputs = len(shapes[f"layers/{target}"].inputs)
         return {"a": (layer, *rest[:inputs], "rank"), "b": (layer, "rank", *rest[inputs:])}
 
     return nested({target: update(target) for target in lora.targets})

@@ -59,7 +59,9 @@ class MoE(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         L, D, F, E = config.num_layers, config.hidden_size, config.mlp_size, config.num_experts
-        normal = functools.partial(param, rngs, std=config.initializer_range, dtype=dtype)
+        normal = functools.partial(
+            param, rngs, std=config.initializer_range, dtype=dtype, num_inputs=1
+        )
         constant = functools.partial(param, rngs, std=None, dtype=dtype)
         self.router = normal((L, D, E), ("layer", "embed", "router"))
         self.router_bias = constant((L, E), ("layer", "router")) if config.router_bias else None

@@ -13,8 +13,10 @@ import numpy as np
 
 from jaxdpo.distributed import sharding
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, logits
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import logits
 from jaxdpo.models.kv_cache import Cache, decode, for_decoding, prefill
+from jaxdpo.models.params import Params
 
 SMALLEST_BUCKET = 16
 

@@ -15,7 +15,8 @@ from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.packing import Batch
 from jaxdpo.distributed.sharding import ROWS, constrain
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, forward_moe, head_weight
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward_moe, head_weight
 from jaxdpo.models.logprobs import (
     Head,
     chunk_size,
@@ -28,6 +29,7 @@ from jaxdpo.models.logprobs import (
     token_logps,
 )
 from jaxdpo.models.moe import balance_loss
+from jaxdpo.models.params import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from jaxdpo.config.schema import Config
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.prepare import summary
 from jaxdpo.distributed import processes
-from jaxdpo.models.decoder import Params
 from jaxdpo.models.hf.folder import copy_model_files
+from jaxdpo.models.params import Params
 from jaxdpo.training.metric_logger import JsonLines, Logger
 from jaxdpo.training.preemption import Interrupted, Stop, stop_on_signals
 from jaxdpo.training.program import checkpoint_tree
@@ -36,6 +36,7 @@ from jaxdpo.training.startup_checks import (
 )
 from jaxdpo.training.step import FrozenState, TrainState, move_reference, needs_reference
 from jaxdpo.training.watchdog import Watch
+from jaxdpo.utils.compile_cache import keep_compiled_programs
 
 MAX_BAD_STEPS = 3
 SAVE, STOP = 1, 2  # what a process may want after a step; of several wishes the highest counts
@@ -394,18 +395,12 @@ def describe(session: Session) -> list[str]:
     """What is about to run, as lines for the console."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
     loader, forward = session.loader, session.options.forward
+    prompts = "shared" if session.config.data.share_prefix else "separate"
     return [
         f"model: {session.model.family}, {session.weights.num_all():,} parameters, {forward.compute_dtype} products, remat {forward.remat}",
         *session.notes,
         f"devices: {session.mesh.size} {session.mesh.devices.flat[0].device_kind} ({mesh})",
         *summary(session.data.report),
         f"steps: {session.total_steps} of {loader.batch_size} pairs, {loader.steps_per_epoch} an epoch; "
-        f"rows of {', '.join(map(str, loader.packer.packed_lengths))} tokens ({prompts})",
+        f"rows of {', '.join(map(str, loader.packer.packed_lengths))} tokens ({prompts} prompts)",
     ]
-
-
-def keep_compiled_programs(folder: str | None) -> None:
-    """Keep compiled programs on disk, so that the next start finds them."""
-    if folder is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -13,7 +13,8 @@ from jaxdpo.config.schema import Config
 from jaxdpo.data.packing import Batch
 from jaxdpo.distributed import sharding
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.params import Params
 from jaxdpo.training.completion_logps import StepOptions
 from jaxdpo.training.resolve import ResolvedConfig, attention_of
 from jaxdpo.training.step import FrozenState, TrainState, compile_steps, init_state

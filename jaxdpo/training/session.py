@@ -20,12 +20,12 @@ from jaxdpo.data.prepare import Prepared, prepare
 from jaxdpo.data.tokenize import Encoder, Tokenizer, decode_answer, load_tokenizer
 from jaxdpo.distributed import sharding
 from jaxdpo.losses import registry
-from jaxdpo.models.decoder import Params
 from jaxdpo.models.flops import peak_flops, step_flops
 from jaxdpo.models.hf.config_json import load_model_config, read_config_json
 from jaxdpo.models.hf.folder import end_ids, fetch_model
 from jaxdpo.models.hf.peft import PeftAdapter, adapter_fingerprint
 from jaxdpo.models.hf.weight_files import weights_fingerprint
+from jaxdpo.models.params import Params
 from jaxdpo.models.sampling import generate
 from jaxdpo.training import optim
 from jaxdpo.training.completion_logps import reference_logps

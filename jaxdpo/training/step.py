@@ -20,7 +20,7 @@ from jaxdpo.distributed import offload
 from jaxdpo.distributed.sharding import replicated, rows, summed_over_data
 from jaxdpo.losses import registry
 from jaxdpo.losses.pair_logps import PairLogps, given
-from jaxdpo.models.decoder import Params
+from jaxdpo.models.params import Params
 from jaxdpo.training import optim
 from jaxdpo.training.completion_logps import (
     CompletionLogps,

@@ -17,9 +17,10 @@ from jaxdpo.config.schema import Config
 from jaxdpo.distributed import offload, sharding
 from jaxdpo.models import quantize as quant
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import Params, abstract_params, init_params, logical_axes
 from jaxdpo.models.hf.load_save import load_params
 from jaxdpo.models.lora import Lora, adapter_axes, adapter_shapes, init_adapter
+from jaxdpo.models.params import Params, abstract_params, init_params, logical_axes
+from jaxdpo.models.shardings import trained_shardings
 from jaxdpo.training.step import FrozenState, TrainState, needs_reference
 
 
@@ -227,24 +228,6 @@ class PolicyWeights:
         places: Any = self.fixed_shardings.base
         place = functools.reduce(lambda tree, key: tree[key], path.split("/"), places)
         return jax.jit(quant.quantise, static_argnums=1, out_shardings=place)(weight, kind)
-
-
-def axis_sizes(model: ModelConfig) -> dict[str, int]:
-    """What a mesh must divide, as `sharding.make_mesh` takes it."""
-    return sharding.axis_sizes(logical_axes(model), abstract_params(model, "float32"))
-
-
-def trained_shardings(model: ModelConfig, mesh: Mesh, lora: Lora | None = None) -> Params:
-    """Where all weights live, or an adapter.
-
-    Raises:
-        ValueError: the mesh does not divide the weights.
-    """
-    if lora is None:
-        return sharding.param_shardings(
-            mesh, logical_axes(model), abstract_params(model, "float32")
-        )
-    return sharding.param_shardings(mesh, adapter_axes(model, lora), adapter_shapes(model, lora))
 
 
 def state_shardings(

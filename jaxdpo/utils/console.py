@@ -15,19 +15,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
+from jaxdpo.utils.text import clean
 
 _NUMBER = re.compile(r"-?[0-9.,]+%?")
-
-
-def clean(text: str) -> str:
-    """Text without control characters (but newline and tab), which could drive or disguise what a terminal shows.
-
-    >>> clean("a\\x1b[31mb\\nc")
-    'a[31mb\\nc'
-    """
-    return _CONTROL.sub("", text)
 
 
 def stdout() -> Console:

@@ -1,13 +1,14 @@
 """Whether a folder can hold what a run will write there, found out before the run has something to lose; files that appear whole."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 PROBE_BYTES = 2**24
 """Most that is written to try a folder."""
@@ -101,3 +102,20 @@ def forget_cached(descriptor: int) -> None:
     """Have the next read of a file come from its disk, where the system can be told so."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that is on the disk, safe from a power cut, when this returns."""
+    with path.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

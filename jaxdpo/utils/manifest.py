@@ -7,11 +7,9 @@ import errno
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
-from typing import Any
 
-from jaxdpo.utils.files import forget_cached
+from jaxdpo.utils.files import forget_cached, sync_folder, write_json
 
 MANIFEST = "manifest.json"
 
@@ -60,23 +58,6 @@ def _sha256(path: Path, from_disk: bool = False) -> str:
         if from_disk:
             forget_cached(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is on the disk, safe from a power cut, when this returns."""
-    with path.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def move_aside(folder: Path, suffix: str) -> Path:

@@ -5,7 +5,8 @@ from typing import Any
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import Parser
-from jaxdpo.data.formats.records import DataReport, Dropped, Message, Preference
+from jaxdpo.data.formats.preference import Dropped, Message, Preference
+from jaxdpo.data.report import DataReport
 from jaxdpo.data.sources import read_set
 
 Write = Callable[..., str]

@@ -6,7 +6,8 @@ import datasets
 import datasets.exceptions
 import pytest
 
-from jaxdpo.data.formats.records import DataReport, Message, Preference
+from jaxdpo.data.formats.preference import Message, Preference
+from jaxdpo.data.report import DataReport
 from jaxdpo.data.sources import HUB_SETS
 from tests.data.formats.test_oasst import thread
 from tests.data.formats.test_shp import shp

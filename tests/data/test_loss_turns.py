@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.records import Dropped, Message, Preference
+from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.formats.trl import parse_preference
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.tokenize import Encoder, Tokenizer, answer_pieces, describe_pair, load_tokenizer

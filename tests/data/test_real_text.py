@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.records import Dropped, Message, Preference
+from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.sources import read_set
 from jaxdpo.data.tokenize import Encoder, Tokenizer, decode_answer, load_tokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.records import Preference
+from jaxdpo.data.formats.preference import Preference
 from jaxdpo.data.sources import FORMATS, HUB_SETS, parse_spec
 from tests.data.rows import Write, collect, hh
 

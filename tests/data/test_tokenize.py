@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.records import Dropped, Message, Preference
+from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.tokenize import (
     Encoder,

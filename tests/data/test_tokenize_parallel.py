@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data import tokenize_parallel
-from jaxdpo.data.formats.records import DataReport, Preference
+from jaxdpo.data.formats.preference import Preference
 from jaxdpo.data.pair_table import COLUMNS
 from jaxdpo.data.prepare import prepare
+from jaxdpo.data.report import DataReport
 from jaxdpo.data.tokenize import Encoder
 from jaxdpo.data.tokenize_parallel import Workers, encode_records, usable_cores
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.data.formats.records import Dropped, Message, Preference, Text
+from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.tokenize import EncodedPrompt, Encoder, load_tokenizer, read_template
 

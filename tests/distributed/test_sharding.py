@@ -11,9 +11,10 @@ from jaxdpo.config.data_options import DataSection
 from jaxdpo.config.schema import Config, MeshSection
 from jaxdpo.data.packing import SLOT_MULTIPLE
 from jaxdpo.distributed import sharding
-from jaxdpo.models.decoder import abstract_params, logical_axes
+from jaxdpo.models.params import abstract_params, logical_axes
+from jaxdpo.models.shardings import axis_sizes
 from jaxdpo.training.step import init_state
-from jaxdpo.training.weights import axis_sizes, state_shardings
+from jaxdpo.training.weights import state_shardings
 from tests.families import tiny
 from tests.tiny import Setup, mesh, model
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jaxdpo.data.formats.records import Message
+from jaxdpo.data.formats.preference import Message
 from jaxdpo.inference.prompts import Prompt, read_prompts
 
 TURNS = [

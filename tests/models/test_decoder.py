@@ -12,17 +12,10 @@ import pytest
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.models.config import ModelConfig, RopeScaling
-from jaxdpo.models.decoder import (
-    REMAT,
-    ForwardOptions,
-    Params,
-    abstract_params,
-    forward,
-    head_weight,
-    init_params,
-    logical_axes,
-)
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import REMAT, forward, head_weight
 from jaxdpo.models.layers import product, rope_tables, scale_frequencies
+from jaxdpo.models.params import Params, abstract_params, init_params, logical_axes
 from tests.byhand import by_hand
 from tests.families import tiny
 from tests.tiny import model, pack, pairs, params

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, forward
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward
 from jaxdpo.models.kv_cache import decode, for_decoding, prefill
+from jaxdpo.models.params import Params
 from tests.families import tiny
 from tests.tiny import mesh, params
 

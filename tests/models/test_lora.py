@@ -9,19 +9,12 @@ import pytest
 
 from jaxdpo.config.schema import LoraSection
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, forward
-from jaxdpo.models.lora import (
-    Lora,
-    MergedWeight,
-    adapter_shapes,
-    by_target,
-    find_targets,
-    init_adapter,
-    lora_of,
-    merge,
-    projections,
-)
-from jaxdpo.training.weights import trained_shardings
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward
+from jaxdpo.models.hf.lora_targets import find_targets, lora_of, projections
+from jaxdpo.models.lora import Lora, MergedWeight, adapter_shapes, by_target, init_adapter, merge
+from jaxdpo.models.params import Params
+from jaxdpo.models.shardings import trained_shardings
 from tests.families import TINY, tiny
 from tests.tiny import mesh, params
 

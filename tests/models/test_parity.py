@@ -12,10 +12,12 @@ import pytest
 
 from jaxdpo.data.packing import Batch
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, forward, forward_moe, logits
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward, forward_moe, logits
 from jaxdpo.models.hf.families import FAMILIES
 from jaxdpo.models.hf.load_save import load_params
 from jaxdpo.models.moe import balance_loss
+from jaxdpo.models.params import Params
 from jaxdpo.training.completion_logps import real_slots
 from tests.families import TINY
 from tests.theirs import CASES, Both, logits_of, make, padded, raw_of, read

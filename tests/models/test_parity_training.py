@@ -13,7 +13,8 @@ from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.export import export_model
-from jaxdpo.models.decoder import ForwardOptions, forward, logits
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward, logits
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.hf.load_save import load_params
 from jaxdpo.models.hf.model_card import Card

@@ -9,8 +9,10 @@ import pytest
 
 from jaxdpo.distributed import sharding
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, abstract_params, forward, logical_axes
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward
 from jaxdpo.models.hf.config_json import from_hf
+from jaxdpo.models.params import Params, abstract_params, logical_axes
 from jaxdpo.models.quantize import (
     NF4,
     Quantised,

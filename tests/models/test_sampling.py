@@ -12,7 +12,9 @@ from hypothesis import given, strategies
 from jaxdpo.distributed.sharding import param_shardings, put
 from jaxdpo.models import sampling
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, forward, logical_axes, logits
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward, logits
+from jaxdpo.models.params import Params, logical_axes
 from jaxdpo.models.sampling import Draw, generate
 from tests.tiny import mesh, model, params
 

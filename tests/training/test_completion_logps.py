@@ -13,8 +13,10 @@ import pytest
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.packing import Batch
-from jaxdpo.models.decoder import ForwardOptions, Params, forward_moe
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward_moe
 from jaxdpo.models.moe import balance_loss
+from jaxdpo.models.params import Params
 from jaxdpo.training import step
 from jaxdpo.training.completion_logps import StepOptions, real_slots
 from tests.families import tiny

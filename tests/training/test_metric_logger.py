@@ -14,7 +14,8 @@ from rich.console import Console
 
 from jaxdpo.config.schema import LogSection
 from jaxdpo.training.metric_logger import TIME_KEYS, Health, JsonLines, Logger
-from jaxdpo.utils.console import clean, show_table
+from jaxdpo.utils.console import show_table
+from jaxdpo.utils.text import clean
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jaxdpo.distributed import sharding
-from jaxdpo.models.decoder import Params
 from jaxdpo.models.hf.peft import write_peft
 from jaxdpo.models.lora import Lora
+from jaxdpo.models.params import Params
 from jaxdpo.training import step
 from jaxdpo.training.loop import train
 from jaxdpo.training.reference_cache import CachedLogps

@@ -17,7 +17,9 @@ from jaxdpo.data.packing import Batch
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.losses import registry
 from jaxdpo.losses.pair_logps import PairLogps
-from jaxdpo.models.decoder import ForwardOptions, Params, forward, head_weight
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward, head_weight
+from jaxdpo.models.params import Params
 from jaxdpo.training import step
 from jaxdpo.training.step import StepOptions
 from tests.families import tiny

@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.models.decoder import Params
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.hf.load_save import load_params
+from jaxdpo.models.params import Params
 from jaxdpo.training.step import move_reference
 from tests.tiny import Setup, Stepper, pack
 

@@ -6,16 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.records import (
-    Dropped,
-    Message,
-    Preference,
-    Text,
-    Turns,
-    is_unicode,
-    printable,
-    read_text,
-)
+from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text, Turns, read_text
+from jaxdpo.utils.text import is_unicode, printable
 
 Row = Mapping[str, Any]
 Outcome = Preference | Dropped

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import Outcome, Row, checked, require, said, string, with_system
-from jaxdpo.data.formats.records import Dropped, Message, shared_length
+from jaxdpo.data.formats.preference import Dropped, Message, shared_length
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ANSWER = "\n\nAssistant:"

@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import Outcome, Row, checked, number, require, string
+from jaxdpo.data.formats.preference import Dropped, Message, Turns
 from jaxdpo.data.formats.ranked import choose_pairs, no_pair
-from jaxdpo.data.formats.records import Dropped, Message, Turns
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 COLUMNS = (

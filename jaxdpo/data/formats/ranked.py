@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import PROMPTS, TIE, Outcome, Row, number, shown_columns
-from jaxdpo.data.formats.records import Dropped, printable
+from jaxdpo.data.formats.preference import Dropped
 from jaxdpo.data.formats.trl import pair
+from jaxdpo.utils.text import printable
 
 T = TypeVar("T")
 

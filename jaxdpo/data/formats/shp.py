@@ -13,7 +13,7 @@ from jaxdpo.data.formats.common import (
     string,
     with_system,
 )
-from jaxdpo.data.formats.records import Dropped
+from jaxdpo.data.formats.preference import Dropped
 
 COLUMNS = ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B")
 SUBREDDITS = (

@@ -14,7 +14,7 @@ from jaxdpo.data.formats.common import (
     said,
     with_system,
 )
-from jaxdpo.data.formats.records import Dropped, Text, Turns, read_text, shared_length
+from jaxdpo.data.formats.preference import Dropped, Text, Turns, read_text, shared_length
 
 COLUMNS = (*PROMPTS, "chosen", "rejected")
 

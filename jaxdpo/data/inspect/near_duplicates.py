@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from jaxdpo.data.formats.records import Preference, Text
+from jaxdpo.data.formats.preference import Preference, Text
 
 BANDS, IN_BAND = 24, 5
 HASHES = BANDS * IN_BAND

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.records import Preference, strings
+from jaxdpo.data.formats.preference import Preference, strings
 from jaxdpo.data.inspect.near_duplicates import Neighbours, Sketchbook, jaccard, runs_of_words, said
 from jaxdpo.data.prepare import Prepared, split_by_prompt
 from jaxdpo.data.sources import read_set

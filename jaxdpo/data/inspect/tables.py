@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxdpo.data.formats.records import printable
 from jaxdpo.data.inspect.near_duplicates import Matches
 from jaxdpo.data.inspect.survey import Odd, Part, Survey, cuts
 from jaxdpo.data.pair_table import LENGTHS
 from jaxdpo.utils.html_report import Table
+from jaxdpo.utils.text import printable
 
 LIMITS = tuple(2**power for power in range(8, 21))
 BAR = 16

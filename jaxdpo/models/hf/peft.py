@@ -20,12 +20,13 @@ import jax
 import numpy as np
 
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import Params
 from jaxdpo.models.hf.folder import read_json, write_json
 from jaxdpo.models.hf.load_save import fold_names
+from jaxdpo.models.hf.lora_targets import Projection, projections
 from jaxdpo.models.hf.safetensors_io import DTYPES, TensorInfo, read_header, write_file
 from jaxdpo.models.hf.tensor_map import weight_table
-from jaxdpo.models.lora import Lora, Projection, by_target, nested, projections
+from jaxdpo.models.lora import Lora, by_target, nested
+from jaxdpo.models.params import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

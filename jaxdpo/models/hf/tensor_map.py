@@ -16,17 +16,9 @@ from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf import mxfp4
 from jaxdpo.models.hf.families import FAMILIES
 from jaxdpo.models.hf.tensor_names import Tensor
+from jaxdpo.models.params import Shape, param_shapes
 
 Sizes = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Shape of a parameter in three parts: stacked axes, what is summed over, what comes out."""
-
-    stack: Sizes
-    inputs: Sizes
-    outputs: Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +100,7 @@ def _rows(tensor: Tensor, held: dict[str, Shape]) -> list[WeightRow]:
         )
         matrix = [math.prod(shape.inputs)] if shape.inputs else []
         matrix = [sum(widths), *matrix] if transposed else [*matrix, sum(widths)]
-        full_shape = (*shape.stack, *shape.inputs, *shape.outputs)
+        full_shape = shape.full
         rows.append(
             WeightRow(
                 path,
@@ -135,79 +127,3 @@ def files_of(row: WeightRow) -> dict[str, Sizes]:
         for name in row.names()
         for ending, shape in (("_blocks", blocks), ("_scales", scales))
     }
-
-
-# ---- the parameters of a model ------------------------------------------------------------------------------------------------
-
-
-def param_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Path -> shape of every parameter; FAMILIES has no part in it."""
-    D, V = (config.hidden_size,), (config.vocab_size,)
-    shapes = {"embed/weight": Shape((), V, D)}
-    if config.positions == "learned":
-        shapes["positions/weight"] = Shape((), (config.max_positions,), D)
-    mlp = {"moe": _moe(config)} if config.num_experts else {"mlp": _mlp(config)}
-    for part, params in {"attn": _attention(config), **mlp, **_norms(config)}.items():
-        for name, shape in params.items():
-            shapes[f"layers/{part}/{name}"] = dataclasses.replace(
-                shape, stack=(config.num_layers, *shape.stack)
-            )
-    shapes |= {f"norm/{name}": shape for name, shape in _norm(config).items()}
-    return shapes if config.tied_head else {**shapes, "head/weight": Shape((), V, D)}
-
-
-def _vector(*sizes: int, stack: Sizes = ()) -> Shape:
-    return Shape(stack, (), sizes)
-
-
-def _norm(config: ModelConfig) -> dict[str, Shape]:
-    names = ("scale", "bias") if config.norm == "layer" else ("scale",)
-    return {name: _vector(config.hidden_size) for name in names}
-
-
-def _norms(config: ModelConfig) -> dict[str, dict[str, Shape]]:
-    parts = ["attn_norm", "mlp_norm"] * config.pre_norm + [
-        "attn_post_norm",
-        "mlp_post_norm",
-    ] * config.post_norm
-    return {part: _norm(config) for part in parts}
-
-
-def _attention(config: ModelConfig) -> dict[str, Shape]:
-    D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-    shapes = {
-        "q": Shape((), (D,), (N, H)),
-        "k": Shape((), (D,), (K, H)),
-        "v": Shape((), (D,), (K, H)),
-        "o": Shape((), (N, H), (D,)),
-    }
-    if config.qkv_bias:
-        shapes |= {"q_bias": _vector(N, H), "k_bias": _vector(K, H), "v_bias": _vector(K, H)}
-    if config.o_bias:
-        shapes |= {"o_bias": _vector(D)}
-    if config.qk_norm == "head":
-        shapes |= {"q_norm": _vector(H), "k_norm": _vector(H)}
-    if config.qk_norm == "all":
-        shapes |= {"q_norm": _vector(N, H), "k_norm": _vector(K, H)}
-    return shapes | ({"sinks": _vector(N)} if config.attention_sinks else {})
-
-
-def _mlp(config: ModelConfig, experts: Sizes = ()) -> dict[str, Shape]:
-    """Weights and biases of an MLP, or of each of the experts."""
-    D, F = config.hidden_size, config.mlp_size
-    shapes = {"up": Shape(experts, (D,), (F,)), "down": Shape(experts, (F,), (D,))}
-    if config.gated:
-        shapes = {"gate": Shape(experts, (D,), (F,)), **shapes}
-    if config.expert_bias if experts else config.mlp_bias:
-        shapes |= {
-            f"{name}_bias": dataclasses.replace(shape, inputs=()) for name, shape in shapes.items()
-        }
-    return shapes
-
-
-def _moe(config: ModelConfig) -> dict[str, Shape]:
-    E = config.num_experts
-    router = {"router": Shape((), (config.hidden_size,), (E,))} | (
-        {"router_bias": _vector(E)} if config.router_bias else {}
-    )
-    return router | _mlp(config, (E,))

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from jaxdpo.data.formats.hh_rlhf import is_hh, parse_hh
-from jaxdpo.data.formats.records import Dropped, Message, Preference
+from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from tests.data.rows import collect, hh, one
 
 

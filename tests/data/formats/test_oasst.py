@@ -5,7 +5,7 @@ import pytest
 
 from jaxdpo.config.data_options import OasstSection
 from jaxdpo.data.formats.oasst import gather_trees, is_oasst, parse_oasst
-from jaxdpo.data.formats.records import Dropped, Message, Preference
+from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from tests.data.rows import Write, collect, outcomes, pairs
 
 

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
+from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.formats.ranked import is_ab, is_ranked, parse_ab, parse_ranked
-from jaxdpo.data.formats.records import Dropped, Message, Preference
 from tests.data.rows import A, B, Q, assistant, one, outcomes, pairs, user
 
 

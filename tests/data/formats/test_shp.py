@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from jaxdpo.config.data_options import ShpSection
-from jaxdpo.data.formats.records import Dropped, Message, Preference
+from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.formats.shp import is_shp, parse_shp
 from tests.data.rows import Write, collect, one
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from jaxdpo.data.formats.records import Dropped, Message, Preference
+from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.formats.trl import parse_preference
 from tests.data.rows import A, B, Q, assistant, one, user
 

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.data.formats.records import Message, Preference
+from jaxdpo.data.formats.preference import Message, Preference
 from jaxdpo.data.inspect.examples import SHOWN, example_of_record, example_of_tokens, show
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.utils.html_report import Example, Passage

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from jaxdpo.data.formats.records import Message, Preference
+from jaxdpo.data.formats.preference import Message, Preference
 from jaxdpo.data.inspect.near_duplicates import (
     Neighbours,
     Sketchbook,

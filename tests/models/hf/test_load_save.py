@@ -17,11 +17,11 @@ import safetensors.numpy
 from jaxdpo.config.schema import MeshSection
 from jaxdpo.distributed.sharding import make_mesh, param_shardings
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import abstract_params, logical_axes
 from jaxdpo.models.hf import mxfp4
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.hf.load_save import fold_names, load_params, save_params, weights_fingerprint
 from jaxdpo.models.hf.tensor_map import files_of, readable_tables, weight_table
+from jaxdpo.models.params import abstract_params, logical_axes
 from tests.families import TINY, tiny
 
 PLAIN = ModelConfig(

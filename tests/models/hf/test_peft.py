@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxdpo.config.schema import LoraSection
+from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.peft import CONFIG, WEIGHTS, adapter_fingerprint, read_peft, write_peft
-from jaxdpo.models.lora import Lora, by_target, lora_of, merge
+from jaxdpo.models.lora import Lora, by_target, merge
 from tests.families import TINY, tiny
 from tests.models.test_lora import random_adapter
 from tests.tiny import params

@@ -9,12 +9,14 @@ import pytest
 
 from jaxdpo.config.schema import LoraSection
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import ForwardOptions, Params, forward, logits
+from jaxdpo.models.decoder import ForwardOptions
+from jaxdpo.models.forward import forward, logits
 from jaxdpo.models.hf.config_json import to_hf
 from jaxdpo.models.hf.folder import write_json
 from jaxdpo.models.hf.load_save import save_params
+from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.peft import read_peft, write_peft
-from jaxdpo.models.lora import lora_of
+from jaxdpo.models.params import Params
 from tests.families import TINY, raw_config, tiny
 from tests.models.test_lora import random_adapter
 from tests.tiny import params

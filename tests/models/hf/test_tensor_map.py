@@ -11,9 +11,9 @@ import pytest
 import safetensors
 
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.decoder import abstract_params
 from jaxdpo.models.hf.config_json import load_model_config, to_hf
 from jaxdpo.models.hf.tensor_map import files_of, readable_tables, weight_table
+from jaxdpo.models.params import abstract_params
 from tests.families import TINY, raw_config, tiny
 
 TRUE_COUNTS = {

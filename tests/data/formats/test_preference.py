@@ -3,15 +3,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdpo.data.formats.records import (
-    DataReport,
-    Dropped,
-    Message,
-    Preference,
-    describe_counts,
-    printable,
-    shared_length,
-)
+from jaxdpo.data.formats.preference import Dropped, Message, Preference, shared_length
+from jaxdpo.data.report import DataReport, describe_counts
+from jaxdpo.utils.text import printable
 
 
 def test_prompt_key_is_fixed_for_ever_and_depends_on_the_prompt_alone() -> None:

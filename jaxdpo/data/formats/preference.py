@@ -4,12 +4,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-import re
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-MAX_EXAMPLES = 5
+from jaxdpo.utils.text import printable
+
 _ROLES_OF_FROM = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
@@ -17,7 +16,6 @@ _ROLES_OF_FROM = {
     "system": "system",
 }
 """Roles of turns that are written as {from, value}."""
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,11 +96,6 @@ def _content(value: Any, place: str) -> str | None:
     return "".join(map(str, texts))
 
 
-def is_unicode(text: str) -> bool:
-    """Whether the text can be encoded: JSON can spell half of a UTF-16 pair ("\\ud83d"), which no tokenizer takes."""
-    return _LONE_SURROGATE.search(text) is None
-
-
 @dataclasses.dataclass(frozen=True)
 class Preference:
     """Two answers to one prompt, the first preferred. The three texts are all strings, or all messages.
@@ -167,84 +160,6 @@ class Dropped:
     data.max_dropped_fraction."""
 
 
-@dataclasses.dataclass
-class DataReport:
-    """Counts of one data set, from the first row read to the pairs that are trained on."""
-
-    name: str
-    format: str = ""
-    rows_read: int = 0
-    parsed: int = 0
-    """Rows that the parser turned into a preference."""
-    kept: int = 0
-    """Pairs that were left after encoding and truncation too."""
-    special_text: int = 0
-    """Rows whose text spells one of the tokenizer's special tokens."""
-    verbatim: int = 0
-    """Rows of plain strings, which no chat template touches."""
-    ignored_columns: tuple[str, ...] = ()
-    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of unusable pairs per reason."""
-    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of pairs that a rule leaves out, per reason."""
-    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """Ids of the first pairs dropped or left out for each reason."""
-
-    def drop(self, dropped: Dropped, pair_id: str) -> None:
-        """Count one pair that is not used."""
-        counts = self.left_out if dropped.by_rule else self.dropped
-        counts[dropped.reason] = counts.get(dropped.reason, 0) + 1
-        examples = self.examples.setdefault(dropped.reason, [])
-        if len(examples) < MAX_EXAMPLES:
-            examples.append(pair_id)
-
-    @property
-    def dropped_fraction(self) -> float:
-        """Share of the pairs that no rule leaves out which are unusable, 0 to 1."""
-        dropped = sum(self.dropped.values())
-        return dropped / max(self.kept + dropped, 1)
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        counts = {
-            name: getattr(self, name)
-            for name in ("rows_read", "parsed", "kept", "special_text", "verbatim")
-        }
-        lost = {"dropped": self._reasons(self.dropped), "left_out": self._reasons(self.left_out)}
-        return {
-            "name": self.name,
-            "format": self.format,
-            **counts,
-            **lost,
-            "ignored_columns": list(self.ignored_columns),
-        }
-
-    def _reasons(self, counts: Mapping[str, int]) -> dict[str, Any]:
-        return {
-            reason: {"count": count, "examples": self.examples[reason]}
-            for reason, count in sorted(counts.items())
-        }
-
-
-def describe_counts(report: Mapping[str, Any]) -> str:
-    """DataReport.to_json() as one line for the console."""
-    lost = _describe_reasons("dropped", report["dropped"]) + _describe_reasons(
-        "left out", report["left_out"]
-    )
-    ignored = (
-        f"; columns not used: {printable(', '.join(report['ignored_columns']))}"
-        if report["ignored_columns"]
-        else ""
-    )
-    counts = f"{report['rows_read']} rows read, {report['parsed']} parsed, {report['kept']} kept"
-    return f"{printable(report['name'])} [{report['format']}]: {counts}{lost}{ignored}"
-
-
-def _describe_reasons(verb: str, reasons: Mapping[str, Any]) -> str:
-    each = ", ".join(f"{item['count']} {printable(reason)}" for reason, item in reasons.items())
-    return f"; {verb} {sum(item['count'] for item in reasons.values())} ({each})" if reasons else ""
-
-
 def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Number of leading items (characters, token ids, messages) that two sequences share."""
     low, high = 0, min(len(a), len(b))
@@ -255,17 +170,3 @@ def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
         else:
             high = middle - 1
     return low
-
-
-def printable(text: str) -> str:
-    """The text with everything that could steer a terminal or reorder a line written as an escape; line breaks stay."""
-    if text.isascii() and text.replace("\n", "").isprintable():
-        return text
-    return "".join(
-        char if _is_harmless(char) else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )
-
-
-def _is_harmless(char: str) -> bool:
-    return char == "\n" or (unicodedata.category(char)[0] != "C" and char not in "\u2028\u2029")
