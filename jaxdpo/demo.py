@@ -32,6 +32,7 @@ from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.sampling import generate
 from jaxdpo.training.loop import train
+from jaxdpo.training.preemption import REQUEUE
 from jaxdpo.utils.console import show_table
 
 VERBS = (
@@ -327,3 +328,12 @@ def _share_patient(answers: list[str]) -> float:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def main() -> int:
+    """The command; returns its exit status: 0 done, 75 stopped by a signal and saved."""
+    return 0 if demo() else REQUEUE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -21,7 +21,8 @@ from jaxdpo.data.tokenize import load_tokenizer
 from jaxdpo.distributed.sharding import num_row_shards
 from jaxdpo.losses import registry
 from jaxdpo.models.hf.config_json import read_config_json
-from jaxdpo.models.hf.folder import fetch_config, read_json
+from jaxdpo.models.hf.folder import read_json
+from jaxdpo.models.hf.hub import fetch_config
 from jaxdpo.planning.aot_compile import Unavailable, compile_step, compiler_devices
 from jaxdpo.planning.batch_shapes import Rows
 from jaxdpo.planning.describe import describe, describe_compiled, describe_remedy, describe_search

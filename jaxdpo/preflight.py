@@ -24,9 +24,9 @@ from jaxdpo.config.schema import Config
 from jaxdpo.data.sources import read_set
 from jaxdpo.data.tokenize import load_tokenizer
 from jaxdpo.distributed import processes
+from jaxdpo.losses.registry import check_loss
 from jaxdpo.models.hf.config_json import load_model_config, read_config_json
 from jaxdpo.models.hf.load_save import open_weights
-from jaxdpo.train import check_loss
 from jaxdpo.training.program import Program
 from jaxdpo.training.resolve import settle_for
 from jaxdpo.training.session import model_folder

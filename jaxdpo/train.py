@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from jaxdpo import demo
 from jaxdpo.config import cli
 from jaxdpo.config.cross_checks import cross_check
 from jaxdpo.config.schema import Config
-from jaxdpo.demo import demo
 from jaxdpo.distributed import processes
 from jaxdpo.losses import registry
 from jaxdpo.training.dry_run import dry_run
@@ -25,11 +25,6 @@ from jaxdpo.training.session import Session
 from jaxdpo.training.startup_checks import Fault
 
 DONE, FAULT = 0, 1
-
-
-def check_loss(config: Config) -> list[str]:
-    """Problems of the loss options, as messages."""
-    return registry.check(config.loss, config.reference)
 
 
 def main(argv: Sequence[str], leave: Callable[[int], object] | None = None) -> int:
@@ -44,9 +39,9 @@ def main(argv: Sequence[str], leave: Callable[[int], object] | None = None) -> i
     try:
         processes.connect()
         if not argv:
-            return DONE if demo() else REQUEUE
+            return demo.main()
         config, given = cli.load(
-            Config, argv, command="train", checks=[cross_check, check_loss], flags=flags
+            Config, argv, command="train", checks=[cross_check, registry.check_loss], flags=flags
         )
         if "--dry-run" in given:
             dry_run(Session.open(config))

@@ -18,6 +18,7 @@ from jaxdpo.config.data_options import DataSection
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import Config, ModelSection
 from jaxdpo.models.config import ModelConfig
+from jaxdpo.models.hf import save_folder
 from jaxdpo.models.hf.config_json import load_model_config, to_hf
 from jaxdpo.models.hf.load_save import load_params, weight_table
 from jaxdpo.models.hf.model_card import Card
@@ -209,7 +210,7 @@ def test_a_tokenizer_object_saves_itself(tmp_path: Path) -> None:
                 json.dumps({"eos_token": "</s>"})
             )
 
-    export.export_model(
+    save_folder.export_model(
         tmp_path / "out",
         MODEL,
         random_params(0),
@@ -263,13 +264,13 @@ def test_a_checkpoint_that_goes_away_meanwhile_is_told(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run in progress deletes its older checkpoints; what is missing then must not count as zeros."""
-    write_config = export.write_json
+    write_config = save_folder.write_json
 
     def delete_first(path: Path, content: Any) -> None:
         shutil.rmtree(run_dir / "checkpoints" / "3", ignore_errors=True)
         write_config(path, content)
 
-    monkeypatch.setattr(export, "write_json", delete_first)
+    monkeypatch.setattr(save_folder, "write_json", delete_first)
     with pytest.raises(
         ValueError, match=r"step=3: was deleted while it was read, by a run that goes on"
     ):

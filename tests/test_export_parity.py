@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jaxdpo.checkpoints.checkpoint import restore_params
-from jaxdpo.export import export_model
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.hf.load_save import load_params
 from jaxdpo.models.hf.model_card import Card
+from jaxdpo.models.hf.save_folder import export_model
 from tests.families import TINY, raw_config, tiny
 from tests.test_export_lora import SCALE, lora_run, run_export
 from tests.tiny import params

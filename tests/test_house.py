@@ -1,90 +1,41 @@
-"""The house rules, checked on the source: floors, rooms of heavy packages, sizes, docstrings, options that are read.
+"""The house rules, checked on the source: rooms and floors, heavy packages, sizes, docstrings.
 
 Each rule is a function from the parsed package to a list of complaints, and is shown a package that breaks it.
 """
 
 import ast
 import sys
-import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-Modules = dict[str, ast.Module]
+from tests.house import ROOT, Modules, functions, imports, modules_of, own_imports, parse
 
 FLOORS = [
-    [
-        "hosts",
-        "signals",
-        "disk",
-        "manifest",
-        "sections",
-        "config",
-        "checks",
-        "options",
-        "sharding",
-        "offload",
-        "collectives",
-        "products",
-        "console",
-        "report",
-    ],
-    ["pairs", "loss_functions", "losses", "logprobs", "optim"],
-    ["models"],
-    ["data"],
-    [
-        "flops",
-        "answers",
-        "step",
-        "checkpoint",
-        "metrics",
-        "sampling",
-        "judges",
-        "evaluation",
-        "reference",
-        "watch",
-    ],
-    [
-        "gate",
-        "runweights",
-        "settle",
-        "program",
-        "session",
-        "runner",
-        "dryrun",
-        "train",
-        "preflight",
-        "runfolder",
-        "modelcard",
-        "hub",
-        "export",
-        "demo",
-        "prefer",
-        "compare",
-        "generate",
-        "loaded",
-        "conversation",
-        "planning",
-        "plan",
-        "pipeline",
-    ],
+    ["config", "utils"],
+    ["distributed", "losses", "data.formats", "data", "data.inspect"],
+    ["models", "models.hf"],
+    ["checkpoints"],
+    ["training"],
+    ["inference", "planning"],
+    ["commands"],
 ]
-"""A module imports from lower floors and from its own (a folder is one room; no cycles). A new module needs a place here."""
+"""Rooms (folders of the package) from the ground up. A module imports from lower floors and from its own, and rooms
+import each other in one direction only. Every file at the top of the package is a command."""
+MAX_FLOORS, MAX_ROOMS = 7, 25
 
-ROOMS = {
-    "orbax": "checkpoint",
-    "tensorstore": "checkpoint",
-    "tensorboardX": "metrics",
-    "rich": "console",
-    "optax": "optim",
-    "safetensors": "models.tensorfile",
-    "transformers": "data.chat",
+HEAVY = {
+    "orbax": "checkpoints.checkpoint",
+    "tensorstore": "checkpoints.checkpoint",
+    "tensorboardX": "training.metric_logger",
+    "rich": "utils.console",
+    "optax": "training.optim",
+    "safetensors": "models.hf.safetensors_io",
+    "transformers": "data.tokenize",
     "datasets": "data.sources",
     "grain": "data.loader",
-    "matplotlib": "report",
+    "matplotlib": "utils.html_report",
 }
 """The one module that may import a heavy package."""
 
@@ -92,75 +43,78 @@ DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "yaml": "pyyaml"}
 """Import names that differ from the name that pip knows."""
 
 
-def parse(folder: Path) -> Modules:
-    """Modules by name without the package's own: "", "config", "models.layers", ..."""
-    trees = {}
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).with_suffix("").parts
-        trees[".".join(part for part in parts if part != "__init__")] = ast.parse(path.read_text())
-    return trees
+def room_of(name: str) -> str:
+    """The innermost folder that a module is in; "commands" for files at the top and for __main__."""
+    parts = name.split(".")
+    return "commands" if len(parts) == 1 or parts[-1] == "__main__" else ".".join(parts[:-1])
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Everything that is imported, as dotted names; `from a import b` gives a.b, whether b is a module or not."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide the floor"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+def modules_by_room(modules: Modules) -> dict[str, list[str]]:
+    """Modules of each room; a room's own docstring (its __init__) is not one."""
+    rooms: dict[str, list[str]] = {}
+    for name in modules:
+        is_package = any(other.startswith(f"{name}.") for other in modules)
+        if name and not is_package:
+            rooms.setdefault(room_of(name), []).append(name)
+    return rooms
 
 
-def own_imports(modules: Modules, name: str) -> set[str]:
-    """Modules of the package that a module imports."""
-    dotted = (
-        item.split(".")[1:] for item in imports(modules[name]) if item.split(".")[0] == "jaxdpo"
-    )
-    found = (
-        next(
-            (
-                ".".join(parts[:n])
-                for n in (len(parts), len(parts) - 1)
-                if ".".join(parts[:n]) in modules
-            ),
-            "",
-        )
-        for parts in dotted
-    )
-    return set(found) - {"", name}
-
-
-def floor_of(name: str) -> int | None:
-    return next(
-        (number for number, rooms in enumerate(FLOORS) if name.split(".")[0] in rooms), None
-    )
+def floor_of(room: str) -> int | None:
+    for number, rooms in enumerate(FLOORS, start=1):
+        if room in rooms:
+            return number
+    return None
 
 
 def floors_are_kept(modules: Modules) -> list[str]:
-    names = [name for name in modules if name]
-    problems = [
-        f"{name} has no floor: add it to FLOORS" for name in names if floor_of(name) is None
-    ]
-    for name in names:
-        for other in own_imports(modules, name):
-            here, there = floor_of(name), floor_of(other)
-            if here is not None and there is not None and there > here:
-                problems.append(f"{name} imports {other} from a higher floor")
+    rooms = modules_by_room(modules)
+    problems = [f"{room} has no floor: add it to FLOORS" for room in rooms if not floor_of(room)]
+    for room, names in rooms.items():
+        for name in names:
+            for other in own_imports(modules, name):
+                here, there = floor_of(room), floor_of(room_of(other))
+                if here and there and there > here:
+                    problems.append(f"{name} imports {other} from a higher floor")
     return problems
 
 
+def rooms_import_in_one_direction(modules: Modules) -> list[str]:
+    graph: dict[str, set[str]] = {}
+    for room, names in modules_by_room(modules).items():
+        if room != "commands":
+            targets = {room_of(other) for name in names for other in own_imports(modules, name)}
+            graph[room] = targets - {room}
+    return [f"rooms import each other: {', '.join(found)}" for found in [cycle_in(graph)] if found]
+
+
+def commands_have_a_main(modules: Modules) -> list[str]:
+    problems = []
+    for name in modules_by_room(modules).get("commands", []):
+        if "main" not in {node.name for node in functions(modules[name])}:
+            problems.append(f"{name} stands at the top and is no command: it has no function main")
+    return problems
+
+
+def generation_needs_no_training(modules: Modules) -> list[str]:
+    found, new = set(), {"generate"} & modules.keys()
+    while new:
+        found |= new
+        new = {other for name in new for other in own_imports(modules, name)} - found
+    return [f"generate imports {name}" for name in sorted(found) if room_of(name) == "training"]
+
+
 def there_are_no_cycles(modules: Modules) -> list[str]:
-    graph = {name: own_imports(modules, name) for name in modules}
+    found = cycle_in({name: own_imports(modules, name) for name in modules})
+    return [f"import cycle among or below: {', '.join(found)}"] if found else []
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes that are left when those that point nowhere are taken away again and again."""
+    graph = dict(graph)
     while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:
         for name in leaves:
             del graph[name]
-    return [f"import cycle among or below: {', '.join(sorted(graph))}"] if graph else []
-
-
-def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    )
+    return sorted(graph)
 
 
 def functions_import_nothing(modules: Modules) -> list[str]:
@@ -172,13 +126,13 @@ def functions_import_nothing(modules: Modules) -> list[str]:
     ]
 
 
-def heavy_packages_stay_in_their_rooms(modules: Modules) -> list[str]:
+def heavy_packages_stay_in_one_module(modules: Modules) -> list[str]:
     used = {name: {item.split(".")[0] for item in imports(tree)} for name, tree in modules.items()}
     problems = [
-        f"{name} imports {pkg}: only {ROOMS[pkg]} may"
+        f"{name} imports {pkg}: only {HEAVY[pkg]} may"
         for name, pkgs in used.items()
-        for pkg in pkgs & ROOMS.keys()
-        if name != ROOMS[pkg]
+        for pkg in pkgs & HEAVY.keys()
+        if name != HEAVY[pkg]
     ]
     return problems + [
         f"{name} imports torch" for name, packages in used.items() if "torch" in packages
@@ -246,142 +200,18 @@ def what_is_public_is_documented(modules: Modules) -> list[str]:
     return undocumented + [text for name, tree in modules.items() for text in missing(tree, name)]
 
 
-def sections(config: ast.Module) -> dict[str, ast.ClassDef]:
-    """The classes of options: by the name under which they hang in Config, and "config" itself."""
-    classes = {node.name: node for node in config.body if isinstance(node, ast.ClassDef)}
-    named = {
-        name: classes[ast.unparse(kind)]
-        for name, kind in fields(classes["Config"]).items()
-        if ast.unparse(kind) in classes
-    }
-    return {**named, "config": classes["Config"]}
-
-
-def fields(section: ast.ClassDef) -> dict[str, ast.expr]:
-    """Name and type of the options of a section."""
-    return {
-        node.target.id: node.annotation
-        for node in section.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
-
-
-def options_are_documented(modules: Modules) -> list[str]:
-    def has_doc(body: list[ast.stmt], index: int) -> bool:
-        after = body[index + 1] if index + 1 < len(body) else None
-        return (
-            isinstance(after, ast.Expr)
-            and isinstance(after.value, ast.Constant)
-            and isinstance(after.value.value, str)
-        )
-
-    found = sections(modules["config"])
-    return [
-        f"{name}.{node.target.id} has no doc below it"
-        for name, section in found.items()
-        for index, node in enumerate(section.body)
-        if isinstance(node, ast.AnnAssign)
-        and isinstance(node.target, ast.Name)
-        and node.target.id not in found
-        if not has_doc(section.body, index)
-    ]
-
-
-def read_attributes(tree: ast.AST, found: dict[str, ast.ClassDef]) -> set[tuple[str, str]]:
-    """(section, attribute) pairs that a tree reads, from `x.section.attribute` or from a name that holds a section.
-
-    A name holds a section where its annotation says so, or where it was assigned from `x.section` or from such a name.
-    """
-    holders = _annotated(tree, found) | {("config", "config")}
-    assigned = [
-        pair
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        for pair in zip(_items(node.targets[0]), _items(node.value), strict=False)
-    ]
-    for _ in range(3):  # a name may be assigned from a name
-        for target, value in assigned:
-            holders |= {
-                (_last(target), section) for name, section in holders if name == _last(value)
-            }
-            if isinstance(value, ast.Attribute) and value.attr in found:
-                holders.add((_last(target), value.attr))
-    reads = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            reads |= {
-                (section, node.attr) for name, section in holders if name == _last(node.value)
-            }
-            if isinstance(node.value, ast.Attribute) and node.value.attr in found:
-                reads.add((node.value.attr, node.attr))
-    return reads
-
-
-def _annotated(tree: ast.AST, found: dict[str, ast.ClassDef]) -> set[tuple[str, str]]:
-    """(name, section) of every argument and attribute whose annotation names a class of options."""
-    of_class = {section.name: name for name, section in found.items()}
-    holders = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
-            name = node.arg if isinstance(node, ast.arg) else _last(node.target)
-            kinds = {part.id for part in ast.walk(node.annotation) if isinstance(part, ast.Name)}
-            holders |= {(name, of_class[kind]) for kind in kinds & of_class.keys()}
-    return holders
-
-
-def _last(node: ast.expr) -> str:
-    """The last name of a dotted expression."""
-    return (
-        node.attr
-        if isinstance(node, ast.Attribute)
-        else node.id
-        if isinstance(node, ast.Name)
-        else ""
-    )
-
-
-def _items(node: ast.expr) -> list[ast.expr]:
-    return node.elts if isinstance(node, ast.Tuple) else [node]
-
-
-def options_are_read(modules: Modules) -> list[str]:
-    found = sections(modules["config"])
-    reads = {
-        read
-        for name, tree in modules.items()
-        if name != "config"
-        for read in read_attributes(tree, found)
-    }
-    for name, section in found.items():
-        for method in functions(section):  # a property that is read reads what it is made of
-            if (name, method.name) in reads:
-                reads |= {
-                    (name, node.attr)
-                    for node in ast.walk(method)
-                    if isinstance(node, ast.Attribute)
-                }
-    options = [
-        (name, field)
-        for name, section in found.items()
-        for field in fields(section)
-        if field not in found
-    ]
-    return [
-        f"{name}.{field} is read nowhere" for name, field in options if (name, field) not in reads
-    ]
-
-
 RULES = [
     floors_are_kept,
+    rooms_import_in_one_direction,
+    commands_have_a_main,
+    generation_needs_no_training,
     there_are_no_cycles,
     functions_import_nothing,
-    heavy_packages_stay_in_their_rooms,
+    heavy_packages_stay_in_one_module,
     imported_packages_are_declared,
     declared_packages_are_imported,
     functions_are_short,
     what_is_public_is_documented,
-    options_are_documented,
-    options_are_read,
 ]
 
 
@@ -394,6 +224,11 @@ def package() -> Modules:
 def test_the_package_keeps(rule: Callable[[Modules], list[str]], package: Modules) -> None:
     problems = rule(package)
     assert not problems, "\n".join(["", *problems])
+
+
+def test_the_house_is_small_enough_to_remember(package: Modules) -> None:
+    commands = [name for name in package if "." not in name and room_of(name) == "commands"]
+    assert len(FLOORS) <= MAX_FLOORS and len(modules_by_room(package)) <= MAX_ROOMS, commands
 
 
 def test_no_source_file_has_more_than_400_lines() -> None:
@@ -410,54 +245,50 @@ def test_no_source_file_has_more_than_400_lines() -> None:
     ] == []
 
 
-CONFIG = '''
-class LossSection:
-    """Loss."""
-    beta: float
-    """Beta."""
-    name: str
-    """Name."""
-    @property
-    def names(self):
-        return [self.name]
-class Config:
-    """All."""
-    seed: int
-    """Seed."""
-    loss: LossSection
-'''
-READER = """
-def f(config, section: LossSection | None):
-    return config.seed, section.beta, section.names
-"""
-
-
-def modules_of(**sources: str) -> Modules:
-    return {
-        name.replace("__", "."): ast.parse(textwrap.dedent(source))
-        for name, source in {"config": CONFIG, **sources}.items()
-    }
-
-
 BROKEN = [
     (
         floors_are_kept,
-        {"losses": "from jaxdpo.models import decoder", "models__decoder": ""},
-        "losses imports models.decoder",
+        {"losses__dpo": "from jaxdpo.models import decoder", "models__decoder": ""},
+        "losses.dpo imports models.decoder from a higher floor",
     ),
-    (floors_are_kept, {"attic": ""}, "attic has no floor"),
+    (
+        floors_are_kept,
+        {"models__decoder": "import jaxdpo.train", "train": ""},
+        "models.decoder imports train from a higher floor",
+    ),
+    (floors_are_kept, {"attic__chest": ""}, "attic has no floor"),
+    (
+        rooms_import_in_one_direction,
+        {
+            "losses__dpo": "import jaxdpo.data.rows",
+            "data__rows": "",
+            "data__table": "from jaxdpo.losses import pairs",
+            "losses__pairs": "",
+        },
+        "rooms import each other: data, losses",
+    ),
+    (commands_have_a_main, {"attic": "def run(): ..."}, "attic stands at the top"),
+    (
+        generation_needs_no_training,
+        {
+            "generate": "import jaxdpo.inference.model",
+            "inference__model": "import jaxdpo.training.step",
+            "training__step": "",
+        },
+        "generate imports training.step",
+    ),
     (
         there_are_no_cycles,
-        {"losses": "import jaxdpo.pairs", "pairs": "from jaxdpo.losses import x"},
-        "losses, pairs",
+        {"losses__a": "import jaxdpo.losses.b", "losses__b": "from jaxdpo.losses.a import x"},
+        "losses.a, losses.b",
     ),
     (functions_import_nothing, {"losses": "def f():\n  if x:\n    import os"}, "losses.f"),
     (
-        heavy_packages_stay_in_their_rooms,
+        heavy_packages_stay_in_one_module,
         {"train": "import orbax.checkpoint"},
-        "only checkpoint may",
+        "only checkpoints.checkpoint may",
     ),
-    (heavy_packages_stay_in_their_rooms, {"train": "from torch import nn"}, "train imports torch"),
+    (heavy_packages_stay_in_one_module, {"train": "from torch import nn"}, "train imports torch"),
     (imported_packages_are_declared, {"train": "import requests"}, "train imports requests"),
     (
         declared_packages_are_imported,
@@ -471,27 +302,6 @@ BROKEN = [
         "train.A.b has no docstring",
     ),
     (what_is_public_is_documented, {"train": "x = 1"}, "train has no docstring"),
-    (options_are_documented, {"config": CONFIG.replace('"""Beta."""', "")}, "loss.beta has no doc"),
-    (
-        options_are_read,
-        {"train": READER.replace("section.beta", "section.betas")},
-        "loss.beta is read nowhere",
-    ),
-    (
-        options_are_read,
-        {"train": READER.replace("section.beta", "other.beta")},
-        "loss.beta is read nowhere",
-    ),
-    (
-        options_are_read,
-        {"train": READER.replace("section.names", "section.beta")},
-        "loss.name is read nowhere",
-    ),
-    (
-        options_are_read,
-        {"train": READER.replace("config.seed", "seed")},
-        "config.seed is read nowhere",
-    ),
 ]
 
 
@@ -500,18 +310,3 @@ def test_a_broken_rule_is_found(
     rule: Callable[[Modules], list[str]], sources: dict[str, str], complaint: str
 ) -> None:
     assert any(complaint in problem for problem in rule(modules_of(**sources)))
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        READER,
-        "def f(config):\n  loss = config.loss\n  return loss.beta, loss.names, config.seed",
-        "def f(config):\n  a, b = config.loss, 1\n  return a.beta, a.name, config.seed",
-        "def f(options): return options.config.loss.beta, options.loss.name, options.config.seed",
-        "def f(x: LossSection, c: Config):\n  self._l, b = x, c\n  return self._l.beta, self._l.name, b.seed",
-        "class A:\n  loss: LossSection\n  def f(self, c: Config): return self.loss.beta, self.loss.name, c.seed",
-    ],
-)
-def test_an_option_may_be_read_in_several_ways(source: str) -> None:
-    assert options_are_read(modules_of(train=source)) == []

@@ -16,6 +16,7 @@ from jaxdpo.config.schema import Config, MeshSection, OptimSection
 from jaxdpo.data.packing import Batch, Packer
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.distributed import offload, sharding
+from jaxdpo.losses import registry
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.hf.config_json import from_hf
@@ -174,7 +175,7 @@ class Stepper:
             else self._shardings.params
         )
         self.reference = (
-            sharding.put(reference, place) if step.needs_reference(setup.loss) else None
+            sharding.put(reference, place) if registry.needs_reference(setup.loss) else None
         )
         where = step.FrozenState(reference=None if self.reference is None else place)
         self.train_step, self.eval_step = step.compile_steps(

@@ -10,7 +10,7 @@ import yaml
 from jaxdpo.config import cli
 from jaxdpo.config.schema import Config
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.hf.folder import fetch_model
+from jaxdpo.models.hf.hub import fetch_model
 from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.lora import Lora, adapter_shapes
@@ -42,12 +42,6 @@ def model_files(run_dir: Path, config: Config) -> Path:
     if (own / "config.json").is_file() or config.model.path is None:
         return own
     return source if source.is_dir() else fetch_model(config.model.path, config.model.revision)
-
-
-def is_local(name: str) -> bool:
-    """Whether a model or data set is named by a path on this machine, not by its name on the hub."""
-    path = Path(name).expanduser()
-    return path.exists() or path.is_absolute() or name.startswith(".")
 
 
 def lora_of_run(config: Config, model: ModelConfig, saved: Mapping[str, Any]) -> Lora:

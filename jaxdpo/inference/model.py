@@ -31,15 +31,15 @@ from jaxdpo.inference.prompts import Prompt
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.hf.config_json import from_hf, read_config_json
-from jaxdpo.models.hf.folder import end_ids, fetch_model, read_json
-from jaxdpo.models.hf.load_save import load_params
+from jaxdpo.models.hf.folder import end_ids, read_json
+from jaxdpo.models.hf.hub import fetch_model
+from jaxdpo.models.hf.load_weights import load_weights
 from jaxdpo.models.hf.peft import CONFIG as ADAPTER_CONFIG
 from jaxdpo.models.hf.peft import read_peft
 from jaxdpo.models.kv_cache import for_decoding
 from jaxdpo.models.params import Params
 from jaxdpo.models.sampling import generate
 from jaxdpo.models.shardings import trained_shardings
-from jaxdpo.training.weights import PolicyWeights
 
 
 class Answer(NamedTuple):
@@ -247,10 +247,9 @@ def _load(
     source: Source, files: _Files, model: ModelConfig, mesh: Mesh, dtype: str
 ) -> tuple[Params, float]:
     """The weights, each device's share on it, and the factor of the adapter among them."""
-    shardings = trained_shardings(model, mesh)
     if source.kind == "run":
         return _load_run(source, model, mesh, dtype)
-    params = load_params(files.model, model, shardings, jnp.dtype(dtype))
+    params = load_weights(files.model, model, mesh, dtype)
     if source.kind == "model":
         return params, 1.0
     found = read_peft(source.folder, model)
@@ -267,8 +266,6 @@ def _load_run(source: Source, model: ModelConfig, mesh: Mesh, dtype: str) -> tup
         return sharding.put(saved, trained_shardings(model, mesh)), 1.0
     lora, folder = lora_of_run(config, model, saved), find_base(config, source.base)
     check_base(config, meta, folder)
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, compute_dtype=dtype)
-    )
-    run = PolicyWeights(config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=None)
-    return (run.base() or {}) | {"lora": sharding.put(saved, run.shardings)}, lora.scale
+    base = load_weights(folder, model, mesh, dtype, config.model.quantize)
+    adapter = sharding.put(saved, trained_shardings(model, mesh, lora))
+    return base | {"lora": adapter}, lora.scale

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.schema import Config
 from jaxdpo.losses import preference as fn
 from jaxdpo.losses.pair_logps import BETA, PairLogps, chosen_nll, given, log_ratios, mean_logps
 
@@ -274,9 +275,9 @@ def check(section: LossSection, reference: str) -> list[str]:
     return problems
 
 
-def pair_losses(pair: PairLogps, section: LossSection) -> dict[str, jax.Array]:
-    """Each chosen loss by name, unweighted: float32 [P]. For reports and for the check against `closed_forms`."""
-    return {name: LOSSES[name].fn(pair, section) for name in section.names}
+def check_loss(config: Config) -> list[str]:
+    """`check` of a whole config, as the commands call it."""
+    return check(config.loss, config.reference)
 
 
 def numerators(pair: PairLogps, section: LossSection) -> Numerators:
@@ -378,3 +379,8 @@ def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}? " if near else ""
     return f"loss.name={name}: no such loss. {hint}Choose from {', '.join(LOSSES)}"
+
+
+def needs_reference(section: LossSection) -> bool:
+    """Whether any chosen loss compares with a reference model."""
+    return any(LOSSES[name].needs_reference for name in section.names)

@@ -63,7 +63,7 @@ def param_shapes(config: ModelConfig) -> dict[str, Shape]:
         num_stacked = sum(axis in ("layer", "expert") for axis in variable.axes)
         stack, rest = variable.shape[:num_stacked], variable.shape[num_stacked:]
         inputs, outputs = rest[: variable.num_inputs], rest[variable.num_inputs :]
-        shapes["/".join(path)] = Shape(stack, inputs, outputs)
+        shapes["/".join(map(str, path))] = Shape(stack, inputs, outputs)
     return shapes
 
 

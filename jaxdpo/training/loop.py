@@ -20,6 +20,7 @@ from jaxdpo.config.schema import Config
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.prepare import summary
 from jaxdpo.distributed import processes
+from jaxdpo.losses.registry import needs_reference
 from jaxdpo.models.hf.folder import copy_model_files
 from jaxdpo.models.params import Params
 from jaxdpo.training.metric_logger import JsonLines, Logger
@@ -34,7 +35,7 @@ from jaxdpo.training.startup_checks import (
     check_processes_agree,
     check_same_run,
 )
-from jaxdpo.training.step import FrozenState, TrainState, move_reference, needs_reference
+from jaxdpo.training.step import FrozenState, TrainState, move_reference
 from jaxdpo.training.watchdog import Watch
 from jaxdpo.utils.compile_cache import keep_compiled_programs
 

@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 
 from jaxdpo.config.schema import Config, LoraSection
 from jaxdpo.distributed import sharding
+from jaxdpo.losses.registry import needs_reference
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.lora_targets import find_targets, lora_of
 from jaxdpo.models.hf.peft import PeftAdapter, read_peft
 from jaxdpo.models.lora import Lora
 from jaxdpo.models.shardings import axis_sizes
-from jaxdpo.training.step import needs_reference
 
 
 class ResolvedConfig(NamedTuple):

@@ -22,7 +22,8 @@ from jaxdpo.distributed import sharding
 from jaxdpo.losses import registry
 from jaxdpo.models.flops import peak_flops, step_flops
 from jaxdpo.models.hf.config_json import load_model_config, read_config_json
-from jaxdpo.models.hf.folder import end_ids, fetch_model
+from jaxdpo.models.hf.folder import end_ids
+from jaxdpo.models.hf.hub import fetch_model
 from jaxdpo.models.hf.peft import PeftAdapter, adapter_fingerprint
 from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.params import Params

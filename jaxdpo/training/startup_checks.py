@@ -12,8 +12,9 @@ from jaxdpo.config import cli
 from jaxdpo.data.packing import Batch
 from jaxdpo.distributed import processes
 from jaxdpo.losses import registry
+from jaxdpo.losses.registry import needs_reference
 from jaxdpo.training.session import Session
-from jaxdpo.training.step import FrozenState, TrainState, needs_reference
+from jaxdpo.training.step import FrozenState, TrainState
 from jaxdpo.utils import files
 
 CLOSED_FORM_TOLERANCE = 1e-3

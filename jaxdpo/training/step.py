@@ -109,11 +109,6 @@ def compile_steps(
     )
 
 
-def needs_reference(section: LossSection) -> bool:
-    """Whether any chosen loss compares with a reference model."""
-    return any(registry.LOSSES[name].needs_reference for name in section.names)
-
-
 def train_step(
     state: TrainState, fixed: FrozenState, batch: Batch, apply: jax.Array, options: StepOptions
 ) -> tuple[TrainState, Sums]:

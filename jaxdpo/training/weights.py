@@ -15,13 +15,14 @@ from jax.sharding import Mesh
 
 from jaxdpo.config.schema import Config
 from jaxdpo.distributed import offload, sharding
-from jaxdpo.models import quantize as quant
+from jaxdpo.losses.registry import needs_reference
+from jaxdpo.models import quantize
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.hf.load_save import load_params
+from jaxdpo.models.hf.load_weights import load_weights
 from jaxdpo.models.lora import Lora, adapter_axes, adapter_shapes, init_adapter
-from jaxdpo.models.params import Params, abstract_params, init_params, logical_axes
-from jaxdpo.models.shardings import trained_shardings
-from jaxdpo.training.step import FrozenState, TrainState, needs_reference
+from jaxdpo.models.params import Params, abstract_params, init_params
+from jaxdpo.models.shardings import base_axes, base_shapes, base_shardings, trained_shardings
+from jaxdpo.training.step import FrozenState, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,10 @@ class PolicyWeights:
     @functools.cached_property
     def fixed_shapes(self) -> FrozenState:
         """Shapes of base and reference."""
-        compute = self._full_shapes(self.config.model.compute_dtype)
-        base = None if self.lora is None else self._quantised_shapes(compute)
+        section = self.config.model
+        base = None
+        if self.lora is not None:
+            base = base_shapes(self.model, section.compute_dtype, section.quantize)
         kind, own = self.reference_kind, {} if self.start is None else {"lora": self.trained}
         references = {
             "adapter_off": own,
@@ -68,9 +71,7 @@ class PolicyWeights:
     @functools.cached_property
     def fixed_shardings(self) -> FrozenState:
         """Where base and reference live; log-probs that were computed before, as the rows of a batch."""
-        axes = logical_axes(self.model)
-        if self.config.model.quantize != "none":
-            axes = quant.quantised_axes(axes)
+        axes = base_axes(self.model, self.config.model.quantize)
         all_axes = (
             axes if self.lora is None else axes | {"lora": adapter_axes(self.model, self.lora)}
         )
@@ -198,36 +199,17 @@ class PolicyWeights:
     def _full_shapes(self, dtype: str) -> Params:
         return abstract_params(self.model, dtype)
 
-    def _quantised_shapes(self, shapes: Params) -> Params:
-        kind = self.config.model.quantize
-        return (
-            shapes
-            if kind == "none"
-            else jax.eval_shape(lambda params: quant.quantised_tree(params, kind), shapes)
-        )
+    def _load_full(self, dtype: str, kind: str = "none") -> Params:
+        """All weights, from the files or from the seed, quantised as `kind` says."""
+        if self.config.model.init == "pretrained":
+            return load_weights(self.folder, self.model, self.mesh, dtype, kind)
 
-    def _load_full(self, dtype: str, quantize: str = "none") -> Params:
-        """All weights, from the files or from the seed; quantised one at a time as they come."""
-        full = trained_shardings(self.model, self.mesh)
-        places = full if quantize == "none" else self.fixed_shardings.base
-        if self.config.model.init == "random":
+        def draw(key: jax.Array) -> Params:
+            params = init_params(self.model, key, dtype)
+            return params if kind == "none" else quantize.quantised_tree(params, kind)
 
-            def draw(key: jax.Array) -> Params:
-                params = init_params(self.model, key, dtype)
-                return params if quantize == "none" else quant.quantised_tree(params, quantize)
-
-            return jax.jit(draw, out_shardings=places)(jax.random.key(self.config.seed))
-        return load_params(
-            self.folder, self.model, full, jnp.dtype(dtype), functools.partial(self._held, quantize)
-        )
-
-    def _held(self, kind: str, path: str, weight: jax.Array) -> Any:
-        """A weight that was just read, as the run holds it."""
-        if kind == "none" or not quant.is_quantised(path):
-            return weight
-        places: Any = self.fixed_shardings.base
-        place = functools.reduce(lambda tree, key: tree[key], path.split("/"), places)
-        return jax.jit(quant.quantise, static_argnums=1, out_shardings=place)(weight, kind)
+        shardings = base_shardings(self.model, self.mesh, dtype, kind)
+        return jax.jit(draw, out_shardings=shardings)(jax.random.key(self.config.seed))
 
 
 def state_shardings(

@@ -119,3 +119,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or data set is named by a path on this machine, not by its name on the hub."""
+    path = Path(name).expanduser()
+    return path.exists() or path.is_absolute() or name.startswith(".")

@@ -26,7 +26,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from jaxdpo import sharding
 from jaxdpo.config import MeshSection
-from jaxdpo.export import export_adapter, export_model
+from jaxdpo.models.hf.save_folder import (export_adapter, export_model)
 from jaxdpo.modelcard import Card
 from jaxdpo.runweights import trained_shardings
 from tests.families import tiny

@@ -20,7 +20,6 @@ from jaxdpo.losses.registry import (
     closed_forms,
     coupled,
     numerators,
-    pair_losses,
     rewards,
     takes_margins,
 )
@@ -54,6 +53,11 @@ DIVERGENT = [
 ]
 SECTIONS = [*PLAIN, *(section for section in DIVERGENT if section.name in ("sigmoid", "ipo"))]
 """Every loss, and the divergences in two forms: they enter the others through the same scores."""
+
+
+def pair_losses(pair: PairLogps, section: LossSection) -> dict[str, jax.Array]:
+    """Each chosen loss by name, unweighted: float32 [P]."""
+    return {name: LOSSES[name].fn(pair, section) for name in section.names}
 
 
 def label(section: LossSection) -> str:

@@ -12,12 +12,12 @@ import pytest
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.export import export_model
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.forward import forward, logits
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.hf.load_save import load_params
 from jaxdpo.models.hf.model_card import Card
+from jaxdpo.models.hf.save_folder import export_model
 from tests.families import TINY
 from tests.theirs import Both, logits_of, make, padded, read
 from tests.tiny import Setup, Stepper, pairs

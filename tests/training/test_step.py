@@ -139,7 +139,7 @@ def ours(loss: str, batch: Batch, **forward_options: Any) -> tuple[dict[str, flo
         total_steps=1,
         chunk=chunk,
     )
-    reference = params(1) if step.needs_reference(LOSSES[loss]) else None
+    reference = params(1) if registry.needs_reference(LOSSES[loss]) else None
     sums, grads = jax.jit(
         lambda policy, reference, batch: step.loss_and_grads(
             policy, step.FrozenState(reference=reference), batch, options

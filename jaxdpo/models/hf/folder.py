@@ -1,13 +1,10 @@
 """The small files of a Hugging Face folder: config.json, generation_config.json, tokenizer and chat template."""
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import hf_hub_download, snapshot_download
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -116,41 +113,3 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, indented, with a newline at the end."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def fetch_model(name: str, revision: str | None) -> Path:
-    """Fetch config, weights and tokenizer of a hub model into the hub's cache, and return their folder.
-
-    Raises:
-        ValueError: the hub cannot be reached and the cache does not hold it, or there is no such model.
-    """
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-    twice = ["original/*", "consolidated*"]  # the same weights in another form
-    with _hub_errors(name):
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=twice
-            )
-        )
-
-
-def fetch_config(name: str, revision: str | None) -> dict[str, Any]:
-    """The parsed config.json of a hub model, and nothing else of it.
-
-    Raises:
-        ValueError: the hub cannot be reached and the cache does not hold it, or there is no such model.
-    """
-    with _hub_errors(name):
-        return read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
-
-
-@contextlib.contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    """Errors of the hub as errors of model.path."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these kinds
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"model.path={name}: neither a folder here nor a model that the hub gives ({reason})"
-        ) from None

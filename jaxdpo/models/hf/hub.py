@@ -6,9 +6,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+
+from jaxdpo.models.hf.folder import read_json
 
 TOKEN = "HF_TOKEN"
 """The environment variable that has the token; nothing ever shows its value."""
@@ -89,3 +92,41 @@ class HubModel:
             raise ValueError(
                 f"push_to={self.name}: the hub cannot be reached or refuses ({type(error).__name__}: {reason})"
             ) from None
+
+
+def fetch_model(name: str, revision: str | None) -> Path:
+    """Fetch config, weights and tokenizer of a hub model into the hub's cache, and return their folder.
+
+    Raises:
+        ValueError: the hub cannot be reached and the cache does not hold it, or there is no such model.
+    """
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+    twice = ["original/*", "consolidated*"]  # the same weights in another form
+    with _hub_errors(name):
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=twice
+            )
+        )
+
+
+def fetch_config(name: str, revision: str | None) -> dict[str, Any]:
+    """The parsed config.json of a hub model, and nothing else of it.
+
+    Raises:
+        ValueError: the hub cannot be reached and the cache does not hold it, or there is no such model.
+    """
+    with _hub_errors(name):
+        return read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Errors of the hub as errors of model.path."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these kinds
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"model.path={name}: neither a folder here nor a model that the hub gives ({reason})"
+        ) from None

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from jaxdpo import __version__
-from jaxdpo.checkpoints.run_dir import is_local
 from jaxdpo.config.schema import Config
 from jaxdpo.losses.registry import LOSSES
 from jaxdpo.models.lora import Lora
+from jaxdpo.utils.files import is_local
 
 CARD_METRICS = ("loss", "rewards/", "logps/", "kl/", "lengths/")
 """Beginnings of the metrics that the model card shows; also with eval/ before."""
