@@ -1,12 +1,15 @@
 """What every test runs under: eight CPU devices, strict types and shapes, no network."""
 
 import atexit
+import json
 import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -48,3 +51,19 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("JAXDPO_DATA names no folder of real data")
     return Path(folder)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """write(name, rows) puts rows into a JSON lines file (or bytes as they are) and returns its path."""
+
+    def put(name: str, content: list[Any] | bytes) -> str:
+        data = (
+            content
+            if isinstance(content, bytes)
+            else b"".join(json.dumps(row).encode() + b"\n" for row in content)
+        )
+        (tmp_path / name).write_bytes(data)
+        return str(tmp_path / name)
+
+    return put

@@ -1,9 +1,6 @@
 """Tiny tokenizers of the kinds that differ at boundaries, built here."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
@@ -86,19 +83,3 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHATML
     return tokenizer
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., str]:
-    """write(name, rows) puts rows into a JSON lines file (or bytes as they are) and returns its path."""
-
-    def put(name: str, content: list[Any] | bytes) -> str:
-        data = (
-            content
-            if isinstance(content, bytes)
-            else b"".join(json.dumps(row).encode() + b"\n" for row in content)
-        )
-        (tmp_path / name).write_bytes(data)
-        return str(tmp_path / name)
-
-    return put

@@ -88,7 +88,7 @@ def test_every_implementation_is_tested() -> None:
         "dense",
         "blocks",
         "splash",
-    }  # tests/models/test_splash.py has the last
+    }  # test_attention_tpu.py has the last
 
 
 @pytest.mark.parametrize("attend", [dense, blocks], ids=["dense", "blocks"])

@@ -147,7 +147,7 @@ def test_the_watchdog_tells_what_every_thread_does(
     stacks = (tmp_path / "stacks-0.txt").read_text()
     assert (
         "no step was finished for" in stacks
-        and "test_watch.py" in stacks
+        and "test_watchdog.py" in stacks
         and "phase start, step 0" in stacks
     )
     assert "train.watchdog_minutes=0.005" in capfd.readouterr().err

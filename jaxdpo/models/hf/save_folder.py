@@ -137,6 +137,7 @@ def _meet(where: str) -> None:
 
 
 def occupied(folder: Path) -> str | None:
+    """Why a folder cannot be written to as a new one; None when it can."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return f"out={folder}: is not a folder. Name one that does not exist yet"
     if folder.exists() and any(folder.iterdir()):
@@ -164,6 +165,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def source_dtype(raw_config: Mapping[str, Any]) -> str:
+    """The dtype that a config.json names; float32 where it names none that an export can write."""
     name = str(raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32").removeprefix(
         "torch."
     )
