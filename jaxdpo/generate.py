@@ -198,7 +198,7 @@ def load(config: GenerateConfig, source: Source) -> LoadedModel:
     """
     mesh, dtype = sharding.make_mesh(config.mesh), config.model.compute_dtype
     if dtype == "auto":
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+        dtype = sharding.default_dtype(mesh)
     return LoadedModel.open(source, config.sampling, mesh, dtype)
 
 

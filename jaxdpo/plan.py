@@ -12,14 +12,12 @@ from typing import Any
 import jax
 
 from jaxdpo.config import cli
-from jaxdpo.config.cross_checks import cross_check
 from jaxdpo.config.schema import Config
 from jaxdpo.config.sections import require, section
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.prepare import prepare
 from jaxdpo.data.tokenize import load_tokenizer
 from jaxdpo.distributed.sharding import num_row_shards
-from jaxdpo.losses import registry
 from jaxdpo.models.hf.config_json import read_config_json
 from jaxdpo.models.hf.folder import read_json
 from jaxdpo.models.hf.hub import fetch_config
@@ -29,7 +27,8 @@ from jaxdpo.planning.describe import describe, describe_compiled, describe_remed
 from jaxdpo.planning.machines import Topology, topology
 from jaxdpo.planning.search import Choice, search
 from jaxdpo.planning.target import Target
-from jaxdpo.training.session import model_folder
+from jaxdpo.training.resolve import validate
+from jaxdpo.training.trainer import model_folder
 
 FITS, FAULT = 0, 1
 UNNEEDED = ("data.train=", "eval.every=", "model.path=null")
@@ -77,9 +76,7 @@ class PlanConfig(Config):
 
 def check(config: PlanConfig) -> list[str]:
     """Problems that involve more than one option, as messages."""
-    problems = [
-        problem for problem in cross_check(config) if not problem.startswith(UNNEEDED)
-    ] + registry.check(config.loss, config.reference)
+    problems = [problem for problem in validate(config) if not problem.startswith(UNNEEDED)]
     if config.topology is None:
         problems.append("topology=null: name a machine, e.g. topology=v5e-16")
     if config.model.path is None and (config.model_config is None or config.read_data):
@@ -108,7 +105,7 @@ def read_model(config: PlanConfig) -> dict[str, Any]:
 
 def usual_pair(config: Config, longest: int) -> tuple[int, int, int]:
     """Prompt, chosen and rejected tokens of a pair that is half as long as it may be."""
-    whole = config.data.max_length or min(1024, longest)
+    whole, _ = config.data.lengths_for(longest)
     prompt = config.data.max_prompt_length or whole // 2
     return max(prompt // 2, 1), max((whole - prompt) // 2, 1), max((whole - prompt) // 2, 1)
 

@@ -19,17 +19,15 @@ from typing import NamedTuple
 import jax
 
 from jaxdpo.config import cli
-from jaxdpo.config.cross_checks import cross_check
 from jaxdpo.config.schema import Config
 from jaxdpo.data.sources import read_set
 from jaxdpo.data.tokenize import load_tokenizer
 from jaxdpo.distributed import processes
-from jaxdpo.losses.registry import check_loss
 from jaxdpo.models.hf.config_json import load_model_config, read_config_json
 from jaxdpo.models.hf.load_save import open_weights
 from jaxdpo.training.program import Program
-from jaxdpo.training.resolve import settle_for
-from jaxdpo.training.session import model_folder
+from jaxdpo.training.resolve import resolve, validate
+from jaxdpo.training.trainer import model_folder
 from jaxdpo.utils import files
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -57,7 +55,7 @@ class Finding(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status."""
-    config, _ = cli.load(Config, argv, command="preflight", checks=[cross_check, check_loss])
+    config, _ = cli.load(Config, argv, command="preflight", checks=[validate])
     try:
         processes.connect()
         jax.devices()
@@ -202,11 +200,11 @@ def open_program(config: Config) -> Program:
     """
     folder = model_folder(config)
     model = load_model_config(folder)
-    settled = settle_for(config, model, read_config_json(folder))
+    resolved = resolve(config, model, read_config_json(folder))
     load_tokenizer(str(folder))
     if config.model.init == "pretrained":
         open_weights(folder, model)
-    return Program.of(settled, model, folder, total_steps=config.train.steps or 1)
+    return Program.of(resolved, model, folder, total_steps=config.train.steps or 1)
 
 
 def data(config: Config, name: str, option: str) -> str:

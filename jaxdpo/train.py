@@ -14,15 +14,14 @@ import jax
 
 from jaxdpo import demo
 from jaxdpo.config import cli
-from jaxdpo.config.cross_checks import cross_check
 from jaxdpo.config.schema import Config
 from jaxdpo.distributed import processes
-from jaxdpo.losses import registry
 from jaxdpo.training.dry_run import dry_run
 from jaxdpo.training.loop import train
 from jaxdpo.training.preemption import REQUEUE
-from jaxdpo.training.session import Session
+from jaxdpo.training.resolve import validate
 from jaxdpo.training.startup_checks import Fault
+from jaxdpo.training.trainer import Trainer
 
 DONE, FAULT = 0, 1
 
@@ -40,11 +39,9 @@ def main(argv: Sequence[str], leave: Callable[[int], object] | None = None) -> i
         processes.connect()
         if not argv:
             return demo.main()
-        config, given = cli.load(
-            Config, argv, command="train", checks=[cross_check, registry.check_loss], flags=flags
-        )
+        config, given = cli.load(Config, argv, command="train", checks=[validate], flags=flags)
         if "--dry-run" in given:
-            dry_run(Session.open(config))
+            dry_run(Trainer.open(config))
             return DONE
         return DONE if train(config, leave) else REQUEUE
     except (ValueError, OSError, Fault) as error:

@@ -18,8 +18,8 @@ from jaxdpo.config.schema import Config, MeshSection
 from jaxdpo.distributed import sharding
 from jaxdpo.training.loop import Run, train
 from jaxdpo.training.metric_logger import TIME_KEYS
-from jaxdpo.training.session import Session
 from jaxdpo.training.step import FrozenState, StepOptions, compile_steps
+from jaxdpo.training.trainer import Trainer
 from tests.tiny import config, rows, write_model, write_rows
 
 TOTAL, STOPPED = 8, 7  # 2 pairs a step: the run is stopped in its second epoch
@@ -131,7 +131,7 @@ def interrupt(some: Config, step: int) -> None:
         stop_after(patch, step)
         assert train(some) is False
     assert restore_params(some.run_dir)[0] == step
-    assert step != STOPPED or Session.open(some).loader.epoch(step) > 1
+    assert step != STOPPED or Trainer.open(some).loader.epoch(step) > 1
 
 
 RUNS: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ from jaxdpo.config.schema import Config
 from jaxdpo.data.packing import Batch
 from jaxdpo.training.loop import Run, Stop, begin
 from jaxdpo.training.metric_logger import Logger
-from jaxdpo.training.session import Session
+from jaxdpo.training.trainer import Trainer
 from jaxdpo.utils.compile_cache import keep_compiled_programs
 
 from .protocol import Channel
@@ -114,7 +114,7 @@ def read_config(args: argparse.Namespace, phase: str) -> Config:
     return cli.load(Config, command, command="train")[0]
 
 
-def open_logger(session: Session) -> Logger:
+def open_logger(session: Trainer) -> Logger:
     """Where the steps of a session are told."""
     config = session.config
     return Logger(config.run_dir, config.log, session.total_steps, None, has_reference=True)
@@ -135,7 +135,7 @@ def main() -> None:
 
     config = read_config(args, "random")
     keep_compiled_programs(config.train.compilation_cache)
-    session = Session.open(config)
+    session = Trainer.open(config)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(Path(config.run_dir), 1, 0))
         run = begin(session, stack.enter_context(open_logger(session)), checkpoints, Stop())
@@ -146,7 +146,7 @@ def main() -> None:
         while (request := channel.receive())["do"] != "quit":
             if request["do"] == "prepare":
                 current.prepare()
-                session = Session.open(read_config(args, "grouped"))
+                session = Trainer.open(read_config(args, "grouped"))
                 run = dataclasses.replace(
                     run,
                     session=session,

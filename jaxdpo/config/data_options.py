@@ -6,6 +6,9 @@ from typing import Literal
 from jaxdpo.config.sections import require
 from jaxdpo.config.sections import section as _section
 
+DEFAULT_MAX_LENGTH = 1024
+"""data.max_length=0, for models with as many positions: TRL's default."""
+
 
 @_section
 class ShpSection:
@@ -91,6 +94,11 @@ class DataSection:
 
     shp: ShpSection = ShpSection()
     oasst: OasstSection = OasstSection()
+
+    def lengths_for(self, max_positions: int) -> tuple[int, int]:
+        """max_length and max_prompt_length for a model with so many positions, in tokens."""
+        max_length = self.max_length or min(DEFAULT_MAX_LENGTH, max_positions)
+        return max_length, self.max_prompt_length or max_length // 2
 
     def __post_init__(self) -> None:
         require(

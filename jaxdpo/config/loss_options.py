@@ -1,5 +1,6 @@
-"""Options of the section `loss`: which losses, and their constants."""
+"""Options of the section `loss`: which losses, and their constants; and the constants' defaults."""
 
+import dataclasses
 from typing import Literal
 
 from jaxdpo.config.sections import require
@@ -97,3 +98,32 @@ class LossSection:
                 f"loss.router_aux_coef={self.router_aux_coef}: must be 0 (off) or positive",
             ),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The constants that one loss computes with. The values here are the defaults of the options of the same names.
+
+    A loss with other defaults says so in its row of LOSSES (losses/registry.py).
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    ipo_length: str = "mean"
+    f_divergence: str = "reverse_kl"
+    alpha_divergence: float = 0.5
+    length_penalty: float = 0.0
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    orpo_lambda: float = 0.1
+    cpo_alpha: float = 1.0
+    dpop_lambda: float = 50.0
+
+    def of(self, section: LossSection) -> "LossOptions":
+        """The section's values, and these where it leaves an option open."""
+        given = {field.name: getattr(section, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{k: v for k, v in given.items() if v is not None})
+
+
+REF_MIXUP_ALPHA = 0.6
+"""Default of loss.ref_mixup_alpha, where loss.ref_sync_every is set: TR-DPO's soft update (2404.09656), as in TRL."""

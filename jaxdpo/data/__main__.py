@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdpo.config import cli
-from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.data_options import DEFAULT_MAX_LENGTH, DataSection
 from jaxdpo.config.sections import STRICT_KEYS
 from jaxdpo.data.formats.preference import Preference, Text
 from jaxdpo.data.inspect import near_duplicates
@@ -34,8 +34,6 @@ from jaxdpo.utils.text import printable
 DONE, FAULT, STOPPED = 0, 1, 130
 UNCUT = 2**24
 """A length in tokens that cuts nothing."""
-USUAL_LENGTH = 1024
-"""What data.max_length=0 means for a model that has so many positions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,7 +198,7 @@ def _look(config: DataConfig) -> None:
 
 def _limits(section: DataSection) -> tuple[int, int]:
     """data.max_length and data.max_prompt_length as a model of enough positions would have them."""
-    length = section.max_length or max(USUAL_LENGTH, section.max_prompt_length + 1)
+    length = section.max_length or max(DEFAULT_MAX_LENGTH, section.max_prompt_length + 1)
     return length, section.max_prompt_length or length // 2
 
 

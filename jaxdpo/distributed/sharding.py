@@ -243,6 +243,16 @@ def _sharding(
     return NamedSharding(mesh, spec)
 
 
+def platform(mesh: Mesh) -> str:
+    """What the devices are: cpu, gpu or tpu."""
+    return mesh.devices.flat[0].platform
+
+
+def default_dtype(mesh: Mesh) -> str:
+    """Compute dtype of model.compute_dtype=auto: GPUs and TPUs are built for bfloat16, few CPUs are."""
+    return "float32" if platform(mesh) == "cpu" else "bfloat16"
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -6,19 +6,12 @@ Legend of suffixes: P pairs. Everything is float32; log-probs are in nats, lengt
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.loss_options import LossOptions
 
-T = TypeVar("T")
-
-BETA = 0.1
-"""loss.beta where it was left alone (simpo has its own)."""
-ALPHA_DIVERGENCE = 0.5
-"""loss.alpha_divergence where it was left alone."""
 LARGEST_EXPONENT = 40.0
 """exp() is capped here: e^40 and its square are finite in float32, and no log-ratio of a healthy run comes near."""
 LARGEST_MEAN_LOGP = -(2.0**-23)
@@ -88,11 +81,6 @@ class PairLogps:
         return cls.of([-3.0], [-5.0], [-2.8], [-3.2], [3.0], [5.0])
 
 
-def given(value: T | None, default: T) -> T:
-    """The option's value, or the default when it was left alone."""
-    return default if value is None else value
-
-
 def log_ratios(pair: PairLogps) -> tuple[jax.Array, jax.Array]:
     """r = log-prob under the policy minus under the reference: (chosen_P, rejected_P), in nats."""
     return (
@@ -101,16 +89,15 @@ def log_ratios(pair: PairLogps) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def scores(pair: PairLogps, section: LossSection) -> tuple[jax.Array, jax.Array]:
+def scores(pair: PairLogps, options: LossOptions) -> tuple[jax.Array, jax.Array]:
     """f'(u) at u = policy / reference for the chosen f-divergence: (chosen_P, rejected_P); the log-ratios for reverse_kl.
 
     f-DPO (2309.16240), as TRL computes it. Exponents are capped at 40 (TRL: at 80 for alpha, not at all for forward_kl).
 
-    >>> [round(score.item(), 4) for score in scores(PairLogps.example(), LossSection(f_divergence="forward_kl"))]
+    >>> [round(score.item(), 4) for score in scores(PairLogps.example(), LossOptions(f_divergence="forward_kl"))]
     [-0.2214, -5.0496]
     """
-    divergence = given(section.f_divergence, "reverse_kl")
-    alpha = given(section.alpha_divergence, ALPHA_DIVERGENCE)
+    divergence, alpha = options.f_divergence, options.alpha_divergence
     chosen_P, rejected_P = log_ratios(pair)
     return _score(divergence, alpha, chosen_P), _score(divergence, alpha, rejected_P)
 
@@ -126,13 +113,13 @@ def _score(divergence: str, alpha: float, ratio_P: jax.Array) -> jax.Array:
     return jnp.expm1(jnp.minimum(power * ratio_P, LARGEST_EXPONENT)) / power
 
 
-def scaled_margin(pair: PairLogps, section: LossSection) -> jax.Array:
+def scaled_margin(pair: PairLogps, options: LossOptions) -> jax.Array:
     """The logit of the log-sigmoid losses, [P]: `logit` of the two sides' scores."""
-    return logit(*scores(pair, section), pair, section)
+    return logit(*scores(pair, options), pair, options)
 
 
 def logit(
-    chosen_P: jax.Array, rejected_P: jax.Array, pair: PairLogps, section: LossSection
+    chosen_P: jax.Array, rejected_P: jax.Array, pair: PairLogps, options: LossOptions
 ) -> jax.Array:
     """beta (chosen - rejected) + length_penalty (|y_w| - |y_l|) - margin, [P].
 
@@ -140,12 +127,12 @@ def logit(
     the longer one already counts as partly won and is pushed less. The third is the offset of ODPO (2402.10571 eq. 8), from the data.
 
     >>> pair = PairLogps.example()
-    >>> round(logit(*log_ratios(pair), pair, LossSection(length_penalty=0.01)).item(), 4)
+    >>> round(logit(*log_ratios(pair), pair, LossOptions(length_penalty=0.01)).item(), 4)
     0.14
     """
-    logit_P = given(section.beta, BETA) * (chosen_P - rejected_P)
-    if section.length_penalty is not None:
-        logit_P += section.length_penalty * (pair.chosen_lengths_P - pair.rejected_lengths_P)
+    logit_P = options.beta * (chosen_P - rejected_P)
+    if options.length_penalty != 0.0:
+        logit_P += options.length_penalty * (pair.chosen_lengths_P - pair.rejected_lengths_P)
     return logit_P if pair.margins_P is None else logit_P - pair.margins_P
 
 

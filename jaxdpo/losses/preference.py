@@ -1,6 +1,6 @@
 """The preference losses: pure functions of a batch's log-probs. docs/losses.md has the table with papers.
 
-Every function takes (pair: PairLogps, section: LossSection) and returns one loss per pair, float32 [P], in nats or in
+Every function takes (pair: PairLogps, options: LossOptions) and returns one loss per pair, float32 [P], in nats or in
 its own unit. Symbols: r = log-ratio to the reference, d = score_w - score_l (r_w - r_l unless loss.f_divergence says
 otherwise), b = beta, e = label_smoothing, s = sigmoid, w = chosen ("winner"), l = rejected. P pairs.
 """
@@ -10,13 +10,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.loss_options import LossOptions
 from jaxdpo.losses.pair_logps import (
-    BETA,
     LARGEST_EXPONENT,
     PairLogps,
     chosen_nll,
-    given,
     log_odds,
     log_ratios,
     logit,
@@ -28,98 +26,89 @@ from jaxdpo.losses.pair_logps import (
     sorted_real,
 )
 
-FLIP = 0.1
-"""loss.label_smoothing of cdpo and robust where it was left alone."""
-EXO_FLIP = 1e-3
-"""loss.label_smoothing of exo_pair where it was left alone."""
-SIMPO_BETA = 2.0
-"""loss.beta of simpo where it was left alone."""
-ORPO_LAMBDA = 0.1
-"""loss.orpo_lambda where it was left alone."""
 
-
-def sigmoid(pair: PairLogps, section: LossSection) -> jax.Array:
+def sigmoid(pair: PairLogps, options: LossOptions) -> jax.Array:
     """-log s(b d). DPO, 2305.18290 eq. 7.
 
-    >>> round(sigmoid(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(sigmoid(PairLogps.example(), LossOptions()).item(), 4)
     0.6163
     """
-    return -jax.nn.log_sigmoid(scaled_margin(pair, section))
+    return -jax.nn.log_sigmoid(scaled_margin(pair, options))
 
 
-def cdpo(pair: PairLogps, section: LossSection) -> jax.Array:
+def cdpo(pair: PairLogps, options: LossOptions) -> jax.Array:
     """-(1-e) log s(b d) - e log s(-b d). Conservative DPO, Mitchell 2023.
 
-    >>> round(cdpo(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(cdpo(PairLogps.example(), LossOptions(label_smoothing=0.1)).item(), 4)
     0.6323
     """
-    return smoothed_log_loss(scaled_margin(pair, section), given(section.label_smoothing, FLIP))
+    return smoothed_log_loss(scaled_margin(pair, options), options.label_smoothing)
 
 
-def robust(pair: PairLogps, section: LossSection) -> jax.Array:
+def robust(pair: PairLogps, options: LossOptions) -> jax.Array:
     """[-(1-e) log s(b d) + e log s(-b d)] / (1-2e): unbiased under labels flipped with probability e; may be negative. 2403.00409.
 
-    >>> round(robust(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(robust(PairLogps.example(), LossOptions(label_smoothing=0.1)).item(), 4)
     0.5963
     """
-    smoothing = given(section.label_smoothing, FLIP)
-    margin_P = scaled_margin(pair, section)
+    smoothing = options.label_smoothing
+    margin_P = scaled_margin(pair, options)
     clean_P, flipped_P = -jax.nn.log_sigmoid(margin_P), -jax.nn.log_sigmoid(-margin_P)
     return ((1.0 - smoothing) * clean_P - smoothing * flipped_P) / (1.0 - 2.0 * smoothing)
 
 
-def hinge(pair: PairLogps, section: LossSection) -> jax.Array:
+def hinge(pair: PairLogps, options: LossOptions) -> jax.Array:
     """max(0, 1 - b d). SLiC 2305.10425, RSO 2309.06657.
 
-    >>> round(hinge(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(hinge(PairLogps.example(), LossOptions()).item(), 4)
     0.84
     """
-    return jax.nn.relu(1.0 - scaled_margin(pair, section))
+    return jax.nn.relu(1.0 - scaled_margin(pair, options))
 
 
-def ipo(pair: PairLogps, section: LossSection) -> jax.Array:
+def ipo(pair: PairLogps, options: LossOptions) -> jax.Array:
     """(d' - 1/(2b))^2, d' from scores per token (ipo_length mean) or per answer (sum). IPO, 2310.12036 eq. 17.
 
-    >>> [round(ipo(PairLogps.example(), LossSection(ipo_length=form)).item(), 4) for form in ("mean", "sum")]
+    >>> [round(ipo(PairLogps.example(), LossOptions(ipo_length=form)).item(), 4) for form in ("mean", "sum")]
     [22.1527, 11.56]
     """
-    chosen_P, rejected_P = scores(pair, section)
-    if given(section.ipo_length, "mean") == "mean":
+    chosen_P, rejected_P = scores(pair, options)
+    if options.ipo_length == "mean":
         chosen_P, rejected_P = per_token(chosen_P, rejected_P, pair)
-    return jnp.square(chosen_P - rejected_P - 1.0 / (2.0 * given(section.beta, BETA)))
+    return jnp.square(chosen_P - rejected_P - 1.0 / (2.0 * options.beta))
 
 
-def sigmoid_norm(pair: PairLogps, section: LossSection) -> jax.Array:
+def sigmoid_norm(pair: PairLogps, options: LossOptions) -> jax.Array:
     """-log s(b (r_w/|y_w| - r_l/|y_l|)): DPO on scores per token. Tulu 3, 2411.15124.
 
-    >>> round(sigmoid_norm(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(sigmoid_norm(PairLogps.example(), LossOptions()).item(), 4)
     0.6786
     """
-    chosen_P, rejected_P = per_token(*scores(pair, section), pair)
-    return -jax.nn.log_sigmoid(given(section.beta, BETA) * (chosen_P - rejected_P))
+    chosen_P, rejected_P = per_token(*scores(pair, options), pair)
+    return -jax.nn.log_sigmoid(options.beta * (chosen_P - rejected_P))
 
 
-def exo_pair(pair: PairLogps, section: LossSection) -> jax.Array:
+def exo_pair(pair: PairLogps, options: LossOptions) -> jax.Array:
     """s(bd)[log s(bd) - log(1-e)] + s(-bd)[log s(-bd) - log e], e > 0: the reverse KL from the labels. EXO, 2402.00856 eq. 16.
 
-    >>> round(exo_pair(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(exo_pair(PairLogps.example(), LossOptions(label_smoothing=0.001)).item(), 4)
     2.4887
     """
-    smoothing = given(section.label_smoothing, EXO_FLIP)
-    margin_P = scaled_margin(pair, section)
+    smoothing = options.label_smoothing
+    margin_P = scaled_margin(pair, options)
     won_P, lost_P = jax.nn.log_sigmoid(margin_P), jax.nn.log_sigmoid(-margin_P)
     return jnp.exp(won_P) * (won_P - math.log1p(-smoothing)) + jnp.exp(lost_P) * (
         lost_P - math.log(smoothing)
     )
 
 
-def nca_pair(pair: PairLogps, section: LossSection) -> jax.Array:
+def nca_pair(pair: PairLogps, options: LossOptions) -> jax.Array:
     """-log s(b r_w) - 1/2 log s(-b r_w) - 1/2 log s(-b r_l). NCA, 2402.05369.
 
-    >>> round(nca_pair(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(nca_pair(PairLogps.example(), LossOptions()).item(), 4)
     1.3484
     """
-    chosen_P, rejected_P = _rewards(pair, section)
+    chosen_P, rejected_P = _rewards(pair, options)
     return (
         -jax.nn.log_sigmoid(chosen_P)
         - 0.5 * jax.nn.log_sigmoid(-chosen_P)
@@ -127,157 +116,151 @@ def nca_pair(pair: PairLogps, section: LossSection) -> jax.Array:
     )
 
 
-def bco_pair(pair: PairLogps, section: LossSection) -> jax.Array:
+def bco_pair(pair: PairLogps, options: LossOptions) -> jax.Array:
     """-log s(b r_w) - log s(-b r_l). BCO, 2404.04656, without its running reward shift.
 
-    >>> round(bco_pair(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(bco_pair(PairLogps.example(), LossOptions()).item(), 4)
     1.3104
     """
-    chosen_P, rejected_P = _rewards(pair, section)
+    chosen_P, rejected_P = _rewards(pair, options)
     return -jax.nn.log_sigmoid(chosen_P) - jax.nn.log_sigmoid(-rejected_P)
 
 
-def sppo_hard(pair: PairLogps, section: LossSection) -> jax.Array:
+def sppo_hard(pair: PairLogps, options: LossOptions) -> jax.Array:
     """(r_w - 1/(2b))^2 + (r_l + 1/(2b))^2. SPPO with win probabilities 1 and 0, 2405.00675 eq. 4.7.
 
-    >>> round(sppo_hard(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(sppo_hard(PairLogps.example(), LossOptions()).item(), 4)
     37.28
     """
     chosen_P, rejected_P = log_ratios(pair)
-    target = 1.0 / (2.0 * given(section.beta, BETA))
+    target = 1.0 / (2.0 * options.beta)
     return jnp.square(chosen_P - target) + jnp.square(rejected_P + target)
 
 
-def aot(pair: PairLogps, section: LossSection) -> jax.Array:
+def aot(pair: PairLogps, options: LossOptions) -> jax.Array:
     """cdpo's form (e = 0 by default) on the differences of the sorted log-ratios w - l of policy and reference. AOT, 2406.05882.
 
     The k-th real slot holds the loss of the k-th smallest values: read it as a batch, not pair by pair.
 
     >>> two = PairLogps.of([-3.0, -2.5], [-5.0, -3.5], [-2.8, -2.3], [-3.2, -2.7])
-    >>> [round(loss, 4) for loss in aot(two, LossSection()).tolist()]
+    >>> [round(loss, 4) for loss in aot(two, LossOptions()).tolist()]
     [0.6636, 0.6163]
     """
     policy_P = sorted_real(pair.chosen_logps_P - pair.rejected_logps_P, pair.mask_P)
     reference_P = sorted_real(pair.ref_chosen_logps_P - pair.ref_rejected_logps_P, pair.mask_P)
-    return _transport(policy_P - reference_P, section)
+    return _transport(policy_P - reference_P, options)
 
 
-def aot_unpaired(pair: PairLogps, section: LossSection) -> jax.Array:
+def aot_unpaired(pair: PairLogps, options: LossOptions) -> jax.Array:
     """cdpo's form (e = 0 by default) on the differences of sorted r_w and sorted r_l: the sides need not be paired. 2406.05882.
 
     >>> two = PairLogps.of([-3.0, -2.5], [-5.0, -3.5], [-2.8, -2.3], [-3.2, -2.7])
-    >>> [round(loss, 4) for loss in aot_unpaired(two, LossSection()).tolist()]
+    >>> [round(loss, 4) for loss in aot_unpaired(two, LossOptions()).tolist()]
     [0.6163, 0.6636]
     """
     chosen_P, rejected_P = log_ratios(pair)
     return _transport(
-        sorted_real(chosen_P, pair.mask_P) - sorted_real(rejected_P, pair.mask_P), section
+        sorted_real(chosen_P, pair.mask_P) - sorted_real(rejected_P, pair.mask_P), options
     )
 
 
-def apo_zero(pair: PairLogps, section: LossSection) -> jax.Array:
+def apo_zero(pair: PairLogps, options: LossOptions) -> jax.Array:
     """1 - s(b r_w) + s(b r_l): raises chosen, lowers rejected. APO, 2408.06266 eq. 7.
 
-    >>> round(apo_zero(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(apo_zero(PairLogps.example(), LossOptions()).item(), 4)
     0.9601
     """
-    chosen_P, rejected_P = _rewards(pair, section)
+    chosen_P, rejected_P = _rewards(pair, options)
     return jax.nn.sigmoid(-chosen_P) + jax.nn.sigmoid(rejected_P)
 
 
-def apo_down(pair: PairLogps, section: LossSection) -> jax.Array:
+def apo_down(pair: PairLogps, options: LossOptions) -> jax.Array:
     """s(b r_w) + 1 - s(b (r_w - r_l)): lowers chosen, and rejected more. APO, 2408.06266 eq. 8.
 
-    >>> round(apo_down(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(apo_down(PairLogps.example(), LossOptions()).item(), 4)
     0.9551
     """
-    chosen_P, rejected_P = _rewards(pair, section)
+    chosen_P, rejected_P = _rewards(pair, options)
     return jax.nn.sigmoid(chosen_P) + jax.nn.sigmoid(rejected_P - chosen_P)
 
 
-def discopop(pair: PairLogps, section: LossSection) -> jax.Array:
+def discopop(pair: PairLogps, options: LossOptions) -> jax.Array:
     """(1-m)(-log s(l)) + m exp(-l), l = b d, m = s(l / tau). DiscoPOP, 2406.08414 eq. 5.
 
-    >>> round(discopop(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(discopop(PairLogps.example(), LossOptions()).item(), 4)
     0.8429
     """
-    margin_P = scaled_margin(pair, section)
-    gate_P = margin_P / given(section.discopop_tau, 0.05)
+    margin_P = scaled_margin(pair, options)
+    gate_P = margin_P / options.discopop_tau
     logistic_P = jax.nn.sigmoid(-gate_P) * -jax.nn.log_sigmoid(margin_P)
     # m exp(-l) as one exponential: at l = -1000 the factors are 0 and infinity.
     exponential_P = jnp.exp(jnp.minimum(jax.nn.log_sigmoid(gate_P) - margin_P, LARGEST_EXPONENT))
     return logistic_P + exponential_P
 
 
-def simpo(pair: PairLogps, section: LossSection) -> jax.Array:
+def simpo(pair: PairLogps, options: LossOptions) -> jax.Array:
     """-log s(b (mean logp_w - mean logp_l) - gamma), no reference; label smoothing as in cdpo (e = 0 by default). 2405.14734 eq. 6.
 
-    >>> round(simpo(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(simpo(PairLogps.example(), LossOptions(beta=2.0)).item(), 4)
     0.9741
     """
     chosen_P, rejected_P = mean_logps(pair)
-    margin_P = given(section.beta, SIMPO_BETA) * (chosen_P - rejected_P) - given(
-        section.simpo_gamma, 0.5
-    )
-    return smoothed_log_loss(margin_P, given(section.label_smoothing, 0.0))
+    margin_P = options.beta * (chosen_P - rejected_P) - options.simpo_gamma
+    return smoothed_log_loss(margin_P, options.label_smoothing)
 
 
-def orpo(pair: PairLogps, section: LossSection) -> jax.Array:
+def orpo(pair: PairLogps, options: LossOptions) -> jax.Array:
     """-lambda log s(log odds_w - log odds_l), odds = p / (1-p) of p = exp(mean logp), no reference. 2403.07691 eq. 6, 7.
 
     The NLL of the chosen answers, ORPO's other term, is added by the table's `nll_weight`.
 
-    >>> round(orpo(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(orpo(PairLogps.example(), LossOptions()).item(), 4)
     0.0693
     """
     chosen_P, rejected_P = mean_logps(pair)
-    return -given(section.orpo_lambda, ORPO_LAMBDA) * jax.nn.log_sigmoid(
-        log_odds(chosen_P) - log_odds(rejected_P)
-    )
+    return -options.orpo_lambda * jax.nn.log_sigmoid(log_odds(chosen_P) - log_odds(rejected_P))
 
 
-def cpo(pair: PairLogps, section: LossSection) -> jax.Array:
+def cpo(pair: PairLogps, options: LossOptions) -> jax.Array:
     """-log s(b (logp_w - logp_l)), no reference; label smoothing as in cdpo (e = 0 by default). 2401.08417.
 
     alpha times the NLL of the chosen answers, CPO's other term, is added by the table's `nll_weight`.
 
-    >>> round(cpo(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(cpo(PairLogps.example(), LossOptions()).item(), 4)
     0.5981
     """
-    margin_P = given(section.beta, BETA) * (pair.chosen_logps_P - pair.rejected_logps_P)
-    return smoothed_log_loss(margin_P, given(section.label_smoothing, 0.0))
+    margin_P = options.beta * (pair.chosen_logps_P - pair.rejected_logps_P)
+    return smoothed_log_loss(margin_P, options.label_smoothing)
 
 
-def dpop(pair: PairLogps, section: LossSection) -> jax.Array:
+def dpop(pair: PairLogps, options: LossOptions) -> jax.Array:
     """-log s(b (d - lambda max(0, -r_w))): holds the chosen answer at or above the reference. DPO-Positive, 2402.13228.
 
-    >>> round(dpop(PairLogps.example(), LossSection()).item(), 4)
+    >>> round(dpop(PairLogps.example(), LossOptions()).item(), 4)
     1.1989
     """
     chosen_P, rejected_P = log_ratios(pair)
-    punished_P = chosen_P - given(section.dpop_lambda, 50.0) * jax.nn.relu(-chosen_P)
-    return -jax.nn.log_sigmoid(logit(punished_P, rejected_P, pair, section))
+    punished_P = chosen_P - options.dpop_lambda * jax.nn.relu(-chosen_P)
+    return -jax.nn.log_sigmoid(logit(punished_P, rejected_P, pair, options))
 
 
-def sft(pair: PairLogps, section: LossSection) -> jax.Array:
+def sft(pair: PairLogps, options: LossOptions) -> jax.Array:
     """-logp_w: the NLL of the chosen answer. Its sum over pairs is divided by the chosen tokens of the whole batch.
 
-    >>> sft(PairLogps.example(), LossSection()).item()
+    >>> sft(PairLogps.example(), LossOptions()).item()
     3.0
     """
-    del section
+    del options
     return chosen_nll(pair)
 
 
-def _rewards(pair: PairLogps, section: LossSection) -> tuple[jax.Array, jax.Array]:
+def _rewards(pair: PairLogps, options: LossOptions) -> tuple[jax.Array, jax.Array]:
     """b r of both sides."""
     chosen_P, rejected_P = log_ratios(pair)
-    beta = given(section.beta, BETA)
+    beta = options.beta
     return beta * chosen_P, beta * rejected_P
 
 
-def _transport(difference_P: jax.Array, section: LossSection) -> jax.Array:
+def _transport(difference_P: jax.Array, options: LossOptions) -> jax.Array:
     """The log-loss on sorted differences that both forms of AOT share."""
-    return smoothed_log_loss(
-        given(section.beta, BETA) * difference_P, given(section.label_smoothing, 0.0)
-    )
+    return smoothed_log_loss(options.beta * difference_P, options.label_smoothing)

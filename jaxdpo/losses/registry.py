@@ -13,18 +13,19 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.config.loss_options import LossSection
-from jaxdpo.config.schema import Config
+from jaxdpo.config.loss_options import REF_MIXUP_ALPHA, LossOptions, LossSection
 from jaxdpo.losses import preference as fn
-from jaxdpo.losses.pair_logps import BETA, PairLogps, chosen_nll, given, log_ratios, mean_logps
+from jaxdpo.losses.pair_logps import PairLogps, chosen_nll, log_ratios, mean_logps
 
-LossFn = Callable[[PairLogps, LossSection], jax.Array]
-FromSection = Callable[[LossSection], float]
+LossFn = Callable[[PairLogps, LossOptions], jax.Array]
+FromOptions = Callable[[LossOptions], float]
 
 MODIFIERS = ("f_divergence", "alpha_divergence", "ld_alpha", "length_penalty", "wpo")
 """Options that change what a pair's term means: of mixed losses, all terms per pair must accept them or none."""
 
 LN2 = math.log(2.0)
+
+COMMON_DEFAULTS = LossOptions()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +33,11 @@ class Loss:
     """One row of the table."""
 
     fn: LossFn
-    """(pair, section) -> float32 [P]: numerators, one a pair."""
+    """(pair, options) -> float32 [P]: numerators, one a pair."""
     options: frozenset[str]
     """Fields of LossSection that it reads or, for ld_alpha and wpo, lets the step apply."""
+    defaults: LossOptions = COMMON_DEFAULTS
+    """Its constants where the section leaves them open."""
     paper: str
     """arXiv number, or name and year."""
     equation: str
@@ -44,15 +47,15 @@ class Loss:
     """What the sum of `fn` over the global batch is divided by."""
     coupled: bool = False
     """The terms mix pairs of the batch: `fn` must see the whole global batch at once, and pairs cannot be weighted."""
-    closed_form: FromSection | None = None
+    closed_form: FromOptions | None = None
     """Its value where policy and reference agree (without a length penalty); None where that depends on the data."""
-    nll_weight: FromSection | None = None
+    nll_weight: FromOptions | None = None
     """Weight of the chosen answers' NLL per chosen token that is part of the loss."""
     needs_smoothing: bool = False
     """loss.label_smoothing=0 has no meaning for it."""
     reward_kind: Literal["ratio", "sum", "mean"] = "ratio"
     """The reported reward: log-ratio to the reference, log-prob, or mean log-prob per token, times `reward_scale`."""
-    reward_scale: FromSection = lambda section: given(section.beta, BETA)
+    reward_scale: FromOptions = lambda options: options.beta
 
 
 class Numerators(NamedTuple):
@@ -75,13 +78,13 @@ _RATIOS = _options("beta", "ld_alpha", "wpo")
 """Read by the losses on each side's log-ratio; f-divergences hold only for differences, where log Z cancels."""
 
 
-def _ln2(section: LossSection) -> float:
-    del section
+def _ln2(options: LossOptions) -> float:
+    del options
     return LN2
 
 
-def _exo_start(section: LossSection) -> float:
-    smoothing = given(section.label_smoothing, fn.EXO_FLIP)
+def _exo_start(options: LossOptions) -> float:
+    smoothing = options.label_smoothing
     return -LN2 - 0.5 * (math.log(smoothing) + math.log1p(-smoothing))
 
 
@@ -96,6 +99,7 @@ LOSSES: dict[str, Loss] = {
     "cdpo": Loss(
         fn=fn.cdpo,
         options=_MARGIN | _options("label_smoothing"),
+        defaults=LossOptions(label_smoothing=0.1),
         paper="Mitchell 2023",
         equation="-(1-e) log s(b d) - e log s(-b d)",
         closed_form=_ln2,
@@ -103,6 +107,7 @@ LOSSES: dict[str, Loss] = {
     "robust": Loss(
         fn=fn.robust,
         options=_MARGIN | _options("label_smoothing"),
+        defaults=LossOptions(label_smoothing=0.1),
         paper="2403.00409",
         equation="[-(1-e) log s(b d) + e log s(-b d)] / (1-2e)",
         closed_form=_ln2,
@@ -112,14 +117,14 @@ LOSSES: dict[str, Loss] = {
         options=_MARGIN,
         paper="2305.10425, 2309.06657",
         equation="max(0, 1 - b d)",
-        closed_form=lambda section: 1.0,
+        closed_form=lambda options: 1.0,
     ),
     "ipo": Loss(
         fn=fn.ipo,
         options=_PER_TOKEN | _options("ipo_length"),
         paper="2310.12036 eq. 17",
         equation="(d' - 1/(2b))^2",
-        closed_form=lambda section: (0.5 / given(section.beta, BETA)) ** 2,
+        closed_form=lambda options: (0.5 / options.beta) ** 2,
     ),
     "sigmoid_norm": Loss(
         fn=fn.sigmoid_norm,
@@ -131,6 +136,7 @@ LOSSES: dict[str, Loss] = {
     "exo_pair": Loss(
         fn=fn.exo_pair,
         options=_MARGIN | _options("label_smoothing"),
+        defaults=LossOptions(label_smoothing=1e-3),
         paper="2402.00856 eq. 16",
         equation="s(bd)[log s(bd) - log(1-e)] + s(-bd)[log s(-bd) - log e]",
         closed_form=_exo_start,
@@ -141,21 +147,21 @@ LOSSES: dict[str, Loss] = {
         options=_RATIOS,
         paper="2402.05369",
         equation="-log s(b r_w) - 1/2 log s(-b r_w) - 1/2 log s(-b r_l)",
-        closed_form=lambda section: 2.0 * LN2,
+        closed_form=lambda options: 2.0 * LN2,
     ),
     "bco_pair": Loss(
         fn=fn.bco_pair,
         options=_RATIOS,
         paper="2404.04656",
         equation="-log s(b r_w) - log s(-b r_l)",
-        closed_form=lambda section: 2.0 * LN2,
+        closed_form=lambda options: 2.0 * LN2,
     ),
     "sppo_hard": Loss(
         fn=fn.sppo_hard,
         options=_RATIOS,
         paper="2405.00675 eq. 4.7",
         equation="(r_w - 1/(2b))^2 + (r_l + 1/(2b))^2",
-        closed_form=lambda section: 2.0 * (0.5 / given(section.beta, BETA)) ** 2,
+        closed_form=lambda options: 2.0 * (0.5 / options.beta) ** 2,
     ),
     "aot": Loss(
         fn=fn.aot,
@@ -178,21 +184,21 @@ LOSSES: dict[str, Loss] = {
         options=_RATIOS,
         paper="2408.06266 eq. 7",
         equation="1 - s(b r_w) + s(b r_l)",
-        closed_form=lambda section: 1.0,
+        closed_form=lambda options: 1.0,
     ),
     "apo_down": Loss(
         fn=fn.apo_down,
         options=_RATIOS,
         paper="2408.06266 eq. 8",
         equation="s(b r_w) + 1 - s(b (r_w - r_l))",
-        closed_form=lambda section: 1.0,
+        closed_form=lambda options: 1.0,
     ),
     "discopop": Loss(
         fn=fn.discopop,
         options=_MARGIN | _options("discopop_tau"),
         paper="2406.08414 eq. 5",
         equation="(1-m)(-log s(b d)) + m exp(-b d), m = s(b d / tau)",
-        closed_form=lambda section: 0.5 * LN2 + 0.5,
+        closed_form=lambda options: 0.5 * LN2 + 0.5,
     ),
     "dpop": Loss(
         fn=fn.dpop,
@@ -204,11 +210,12 @@ LOSSES: dict[str, Loss] = {
     "simpo": Loss(
         fn=fn.simpo,
         options=_options("beta", "simpo_gamma", "label_smoothing", "wpo"),
+        defaults=LossOptions(beta=2.0),
         paper="2405.14734 eq. 6",
         equation="-log s(b (mean logp_w - mean logp_l) - gamma)",
         needs_reference=False,
         reward_kind="mean",
-        reward_scale=lambda section: given(section.beta, fn.SIMPO_BETA),
+        reward_scale=lambda options: options.beta,
     ),
     "orpo": Loss(
         fn=fn.orpo,
@@ -216,9 +223,9 @@ LOSSES: dict[str, Loss] = {
         paper="2403.07691 eq. 6, 7",
         equation="NLL(y_w) - lambda log s(log odds_w - log odds_l)",
         needs_reference=False,
-        nll_weight=lambda section: 1.0,
+        nll_weight=lambda options: 1.0,
         reward_kind="mean",
-        reward_scale=lambda section: given(section.orpo_lambda, fn.ORPO_LAMBDA),
+        reward_scale=lambda options: options.orpo_lambda,
     ),
     "cpo": Loss(
         fn=fn.cpo,
@@ -226,7 +233,7 @@ LOSSES: dict[str, Loss] = {
         paper="2401.08417",
         equation="-log s(b (logp_w - logp_l)) + alpha NLL(y_w)",
         needs_reference=False,
-        nll_weight=lambda section: given(section.cpo_alpha, 1.0),
+        nll_weight=lambda options: options.cpo_alpha,
         reward_kind="sum",
     ),
     "sft": Loss(
@@ -275,9 +282,44 @@ def check(section: LossSection, reference: str) -> list[str]:
     return problems
 
 
-def check_loss(config: Config) -> list[str]:
-    """`check` of a whole config, as the commands call it."""
-    return check(config.loss, config.reference)
+def resolve(section: LossSection) -> LossSection:
+    """The section with numbers in place of the constants that it leaves open, for config.yaml and checkpoints.
+
+    Constants that switch something on stay open where they are off. So does a constant whose default differs
+    between the chosen losses (`loss_constants` has all of them).
+
+    >>> resolve(LossSection(name="simpo")).beta, resolve(LossSection(name=["sigmoid", "simpo"])).beta
+    (2.0, None)
+    """
+    values = {}
+    for option in dataclasses.fields(LossOptions):
+        is_open = getattr(section, option.name) is None
+        is_on = option.name not in MODIFIERS
+        if option.name == "alpha_divergence":
+            is_on = section.f_divergence == "alpha"
+        readers = [LOSSES[name] for name in section.names if option.name in LOSSES[name].options]
+        defaults = {getattr(row.defaults, option.name) for row in readers}
+        if is_open and is_on and len(defaults) == 1:
+            values[option.name] = defaults.pop()
+    if section.ref_sync_every and section.ref_mixup_alpha is None:
+        values["ref_mixup_alpha"] = REF_MIXUP_ALPHA
+    return dataclasses.replace(section, **values)
+
+
+def loss_constants(section: LossSection) -> dict[str, dict[str, float | str]]:
+    """The constants of each chosen loss, all of them: what a checkpoint's identity notes.
+
+    >>> loss_constants(LossSection(name="dpop", beta=0.3))
+    {'dpop': {'beta': 0.3, 'length_penalty': 0.0, 'dpop_lambda': 50.0}}
+    """
+    constants = {}
+    for name in section.names:
+        row = LOSSES[name]
+        values = dataclasses.asdict(row.defaults.of(section))
+        constants[name] = {
+            option: value for option, value in values.items() if option in row.options
+        }
+    return constants
 
 
 def numerators(pair: PairLogps, section: LossSection) -> Numerators:
@@ -296,12 +338,14 @@ def numerators(pair: PairLogps, section: LossSection) -> Numerators:
         section.names, section.weights or [1.0] * len(section.names), strict=True
     ):
         row = LOSSES[name]
-        term_P = weight * row.fn(pair, section)
+        term_P = weight * row.fn(pair, row.defaults.of(section))
         pairs_P, tokens_P = (
             (pairs_P + term_P, tokens_P) if row.divisor == "pairs" else (pairs_P, tokens_P + term_P)
         )
         if row.nll_weight is not None:
-            tokens_P = tokens_P + weight * row.nll_weight(section) * chosen_nll(pair)
+            tokens_P = tokens_P + weight * row.nll_weight(row.defaults.of(section)) * chosen_nll(
+                pair
+            )
     return Numerators(pairs_P, tokens_P)
 
 
@@ -313,8 +357,12 @@ def closed_forms(section: LossSection) -> dict[str, float]:
     """
     if section.length_penalty:
         return {}
-    known = [(name, LOSSES[name].closed_form) for name in section.names]
-    return {name: form(section) for name, form in known if form is not None}
+    known = {}
+    for name in section.names:
+        row = LOSSES[name]
+        if row.closed_form is not None:
+            known[name] = row.closed_form(row.defaults.of(section))
+    return known
 
 
 def rewards(pair: PairLogps, section: LossSection) -> tuple[jax.Array, jax.Array]:
@@ -334,7 +382,7 @@ def rewards(pair: PairLogps, section: LossSection) -> tuple[jax.Array, jax.Array
         "mean": mean_logps,
     }[row.reward_kind]
     chosen_P, rejected_P = sides(pair)
-    scale = row.reward_scale(section)
+    scale = row.reward_scale(row.defaults.of(section))
     return scale * chosen_P, scale * rejected_P
 
 

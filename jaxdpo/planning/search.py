@@ -81,7 +81,7 @@ def search(target: Target, config: Config, pair_tokens: tuple[int, int, int]) ->
 
 def choices(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> Iterator[Choice]:
     """Every mesh, remat policy and row length that may make sense, whether it fits or not."""
-    shortest = 2 * (config.data.max_length or min(1024, target.model.max_positions))
+    shortest = 2 * config.data.lengths_for(target.model.max_positions)[0]
     sizes = sorted({size for size in ROW_TOKENS if size >= shortest} | {config.data.packed_length})
     remats = [remat for remat in REMATS if remat != "none" or config.model.quantize == "none"]
     for mesh in _meshes(target):

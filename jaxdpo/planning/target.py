@@ -10,7 +10,7 @@ from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.config_json import from_hf
 from jaxdpo.planning.machines import Topology
 from jaxdpo.training.program import Program
-from jaxdpo.training.resolve import settle_for
+from jaxdpo.training.resolve import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +60,15 @@ class Target:
         Raises:
             ValueError: the mesh or an option does not fit the machine or the model.
         """
-        settled = settle_for(config, self.model, self.raw, devices or self.stand_ins())
-        here = settled.config
+        resolved = resolve(config, self.model, self.raw, devices or self.stand_ins())
+        here = resolved.config
         placed = (
             here
             if devices
             else dataclasses.replace(here, train=dataclasses.replace(here.train, offload=[]))
         )
         program = Program.of(
-            settled._replace(config=placed),
+            resolved._replace(config=placed),
             self.model,
             Path(),
             total_steps=config.train.steps or 1000,

@@ -9,13 +9,13 @@ import numpy as np
 from jaxdpo.config import cli
 from jaxdpo.data.tokenize import describe_pair
 from jaxdpo.training.loop import describe
-from jaxdpo.training.session import Session
+from jaxdpo.training.trainer import Trainer
 
 SHOWN_PAIRS = 2
 GIB = 1 << 30
 
 
-def dry_run(session: Session) -> None:
+def dry_run(session: Trainer) -> None:
     """Print config, first pairs, sizes, and memory and time of the compiled step."""
     print(cli.to_yaml(session.config))
     for i in session.loader.pairs_of(1)[:SHOWN_PAIRS]:
@@ -49,7 +49,7 @@ def _memory(analysis: Any) -> list[str]:
     ]
 
 
-def _seconds_per_step(session: Session, program: jax.stages.Compiled) -> float:
+def _seconds_per_step(session: Trainer, program: jax.stages.Compiled) -> float:
     """Time of the second of two steps that change nothing."""
     state, fixed = session.start(session.weights.initial(), session.weights.base())
     on_host, apply = session.loader.batch(1), session.put_scalar(False, np.bool_)

@@ -23,11 +23,11 @@ from jaxdpo.distributed import processes
 from jaxdpo.losses.registry import needs_reference
 from jaxdpo.models.hf.folder import copy_model_files
 from jaxdpo.models.params import Params
+from jaxdpo.training.evaluate import evaluate, sample_answers
 from jaxdpo.training.metric_logger import JsonLines, Logger
 from jaxdpo.training.preemption import Interrupted, Stop, stop_on_signals
 from jaxdpo.training.program import checkpoint_tree
 from jaxdpo.training.reference_cache import CachedLogps
-from jaxdpo.training.session import Session
 from jaxdpo.training.startup_checks import (
     Fault,
     check_closed_form,
@@ -36,6 +36,7 @@ from jaxdpo.training.startup_checks import (
     check_same_run,
 )
 from jaxdpo.training.step import FrozenState, TrainState, move_reference
+from jaxdpo.training.trainer import Trainer
 from jaxdpo.training.watchdog import Watch
 from jaxdpo.utils.compile_cache import keep_compiled_programs
 
@@ -47,7 +48,7 @@ SAVE, STOP = 1, 2  # what a process may want after a step; of several wishes the
 class Run:
     """A run in progress: what the loop changes, and where it reports."""
 
-    session: Session
+    session: Trainer
     logger: Logger
     checkpoints: Checkpoints
     stop: Stop
@@ -157,10 +158,12 @@ class Run:
         """
         self.flush()
         started = time.perf_counter()
-        means = self.session.evaluate(
-            self.state.params, self.fixed, self.cached, lambda: poll("evaluation")
+        means = evaluate(
+            self.session, self.state.params, self.fixed, self.cached, lambda: poll("evaluation")
         )
-        samples = self.session.samples(self.state.params, self.fixed, lambda: poll("samples"))
+        samples = sample_answers(
+            self.session, self.state.params, self.fixed, lambda: poll("samples")
+        )
         for sample in samples:
             self.samples.write({"step": self.step, **sample})
         self.logger.evaluation(self.step, means | {"seconds": time.perf_counter() - started})
@@ -207,7 +210,7 @@ def train(config: Config, leave: Callable[[int], object] | None = None) -> bool:
     """
     keep_compiled_programs(config.train.compilation_cache)
     with stop_on_signals(leave) as stop:
-        session = Session.open(config)
+        session = Trainer.open(config)
         if processes.any_of(stop.requested):
             return False
         check_processes_agree(session)
@@ -240,7 +243,7 @@ def train(config: Config, leave: Callable[[int], object] | None = None) -> bool:
 
 
 def _train(
-    session: Session, logger: Logger, checkpoints: Checkpoints, stop: Stop, watch: Watch
+    session: Trainer, logger: Logger, checkpoints: Checkpoints, stop: Stop, watch: Watch
 ) -> bool:
     try:
         with watch.paused("start"):
@@ -266,7 +269,7 @@ def _train(
     return finished
 
 
-def begin(session: Session, logger: Logger, checkpoints: Checkpoints, stop: Stop) -> Run:
+def begin(session: Trainer, logger: Logger, checkpoints: Checkpoints, stop: Stop) -> Run:
     """Weights onto the devices: the starting policy and its reference, or the newest checkpoint.
 
     A cached reference is computed, or read and verified, before a checkpoint is restored, so that no policy but the first is near it.
@@ -307,7 +310,7 @@ def begin(session: Session, logger: Logger, checkpoints: Checkpoints, stop: Stop
 
 
 def _files(
-    session: Session, step: int | None, sampled_step: int | None
+    session: Trainer, step: int | None, sampled_step: int | None
 ) -> tuple[JsonLines, JsonLines]:
     """samples.jsonl and nonfinite.jsonl, with the rows up to these steps."""
     run_dir = Path(session.config.run_dir).expanduser()
@@ -316,7 +319,7 @@ def _files(
     )
 
 
-def _start_view(session: Session, params: Params | None, base: Params | None) -> Params:
+def _start_view(session: Trainer, params: Params | None, base: Params | None) -> Params:
     """The reference whose log-probs are to be cached; loaded where no policy is at its start."""
     weights = session.weights
     return weights.start_view(weights.initial() if params is None else params, base)
@@ -379,7 +382,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def write_inputs(session: Session, run_dir: Path) -> None:
+def write_inputs(session: Trainer, run_dir: Path) -> None:
     """config.yaml, data_report.json and model/ (config and tokenizer) of the run folder."""
     if not processes.is_first():
         return
@@ -392,7 +395,7 @@ def write_inputs(session: Session, run_dir: Path) -> None:
     copy_model_files(session.folder, run_dir / "model", text)
 
 
-def describe(session: Session) -> list[str]:
+def describe(session: Trainer) -> list[str]:
     """What is about to run, as lines for the console."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
     loader, forward = session.loader, session.options.forward

@@ -41,9 +41,9 @@ class Program:
 
     @classmethod
     def of(
-        cls, settled: ResolvedConfig, model: ModelConfig, folder: Path, *, total_steps: int
+        cls, resolved: ResolvedConfig, model: ModelConfig, folder: Path, *, total_steps: int
     ) -> "Program":
-        """The program of a settled config.
+        """The program of a resolved config.
 
         Args:
             total_steps: length of the learning rate's schedule.
@@ -51,7 +51,7 @@ class Program:
         Raises:
             ValueError: the mesh does not divide the model.
         """
-        config, mesh, lora = settled.config, settled.mesh, settled.lora
+        config, mesh, lora = resolved.config, resolved.mesh, resolved.lora
         forward = _forward(config, mesh, model, 1.0 if lora is None else lora.scale)
         options = StepOptions(
             model=model,
@@ -61,7 +61,7 @@ class Program:
             total_steps=total_steps,
         )
         weights = PolicyWeights(
-            config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=settled.start
+            config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=resolved.start
         )
         shardings = state_shardings(
             model, mesh, lora, moments_wait="moments" in config.train.offload
@@ -134,7 +134,7 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 
 
 def _forward(config: Config, mesh: Mesh, model: ModelConfig, lora_scale: float) -> ForwardOptions:
-    """The forward options, with each `auto` settled for this platform."""
+    """The forward options, with each `auto` resolved for this platform."""
     section = config.model
     return ForwardOptions(
         compute_dtype=section.compute_dtype,

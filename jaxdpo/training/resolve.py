@@ -1,15 +1,23 @@
-"""A run's config with values in place of all that is left open, once the model is known."""
+"""The rules about options, in three steps: validate without I/O, resolve once the model is known, check once the data is read.
+
+validate(config)                  problems that the options alone show, as messages; all commands start with it
+resolve(config, model, raw)       every `auto`, 0 and null gets the value that it stands for
+check(config, data)               losses that the columns of the rows rule out
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
+from jaxdpo.config.cross_checks import cross_check
 from jaxdpo.config.schema import Config, LoraSection
+from jaxdpo.data.prepare import Prepared
 from jaxdpo.distributed import sharding
-from jaxdpo.losses.registry import needs_reference
+from jaxdpo.losses import registry
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.lora_targets import find_targets, lora_of
 from jaxdpo.models.hf.peft import PeftAdapter, read_peft
@@ -33,130 +41,88 @@ class ResolvedConfig(NamedTuple):
         return None if self.found is None else self.found.adapter
 
 
-def settle_for(
-    config: Config, model: ModelConfig, raw: Mapping[str, Any], devices: Sequence[Any] | None = None
+def validate(config: Config) -> list[str]:
+    """Problems of the options among themselves, as messages; empty when there are none."""
+    return cross_check(config) + registry.check(config.loss, config.reference)
+
+
+def resolve(
+    config: Config,
+    model: ModelConfig,
+    raw: Mapping[str, Any],
+    devices: Sequence[Any] | None = None,
 ) -> ResolvedConfig:
-    """The config settled for a model and for devices; by default, for all that are here.
+    """The config with values in place of all that is automatic, for a model and for devices.
+
+    The result is what config.yaml and checkpoints hold: a resume on another machine, or with another version whose
+    defaults differ, cannot change it unseen.
 
     Args:
         raw: the model's config.json.
+        devices: default: all that are here.
 
     Raises:
         ValueError: the mesh or an option does not fit the devices, the model, or the adapter at lora.path.
     """
     mesh = sharding.make_mesh(config.mesh, devices=devices, sizes=axis_sizes(model))
-    config, lora, found = settle_lora(settle(config, mesh, model, raw), model)
+    config = resolve_options(config, mesh, model, raw)
+    config, lora, found = resolve_lora(config, model)
     return ResolvedConfig(config, mesh, lora, found)
 
 
-def settle(config: Config, mesh: Mesh, model: ModelConfig, raw: Mapping[str, Any]) -> Config:
-    """The config with values in place of all that is automatic, so that a resume elsewhere cannot change them unseen.
-
-    Args:
-        raw: the model's config.json.
+def resolve_options(
+    config: Config, mesh: Mesh, model: ModelConfig, raw: Mapping[str, Any]
+) -> Config:
+    """`resolve` for a mesh that is there already, without lora.*.
 
     Raises:
         ValueError: an option does not fit the model.
     """
-    config = settle_router(
-        settle_reference(settle_lengths(settle_dtype(config, mesh), model)), model, raw
-    )
+    config = resolve_dtype(config, mesh)
+    config = _resolve_lengths(config, model)
+    config = _resolve_reference(config)
+    config = _resolve_router(config, model, raw)
+    config = dataclasses.replace(config, loss=registry.resolve(config.loss))
     check_attention(config, mesh, model)
-    check_offload(config)
+    _check_offload(config)
     if config.data.max_length > model.max_positions:
         raise ValueError(
-            f"data.max_length={config.data.max_length}: the model knows {model.max_positions} positions. "
-            f"Use data.max_length={model.max_positions} or less"
+            f"data.max_length={config.data.max_length}: the model knows {model.max_positions} "
+            f"positions. Use data.max_length={model.max_positions} or less"
         )
     return config
 
 
-def settle_dtype(config: Config, mesh: Mesh) -> Config:
-    """The config with the platform's type in place of an automatic one."""
+def resolve_dtype(config: Config, mesh: Mesh) -> Config:
+    """The config with the platform's dtype in place of an automatic one."""
     if config.model.compute_dtype != "auto":
         return config
-    dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+    section = dataclasses.replace(config.model, compute_dtype=sharding.default_dtype(mesh))
+    return dataclasses.replace(config, model=section)
 
 
-def attention_of(config: Config, mesh: Mesh, model: ModelConfig) -> str:
-    """What model.attention=auto means for these devices and this model. A resume elsewhere may compute otherwise."""
-    if config.model.attention != "auto":
-        return config.model.attention
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return "splash" if on_tpu and not _windows_in_shared_rows(config, model) else "blocks"
-
-
-def check_attention(config: Config, mesh: Mesh, model: ModelConfig) -> None:
-    """Refuse an attention that cannot do what it is asked for.
-
-    Raises:
-        ValueError: splash away from TPUs, or with windows that are no intervals of slots.
-    """
-    if config.model.attention != "splash":
-        return
-    if mesh.devices.flat[0].platform != "tpu":
-        raise ValueError(
-            "model.attention=splash: is a TPU's kernel, and these devices are none. Use model.attention=auto"
-        )
-    if _windows_in_shared_rows(config, model):
-        raise ValueError(
-            "model.attention=splash: the model has sliding windows, which shared rows cut into more than one interval. "
-            "Use model.attention=blocks, or data.share_prefix=false"
-        )
-
-
-def _windows_in_shared_rows(config: Config, model: ModelConfig) -> bool:
-    """Whether a window may cut what a chosen answer's token sees, which lies in two runs of slots then."""
-    return (
-        model.sliding_window is not None
-        and config.data.share_prefix
-        and model.sliding_window < config.data.max_length
+def _resolve_lengths(config: Config, model: ModelConfig) -> Config:
+    max_length, max_prompt_length = config.data.lengths_for(model.max_positions)
+    section = dataclasses.replace(
+        config.data, max_length=max_length, max_prompt_length=max_prompt_length
     )
+    return dataclasses.replace(config, data=section)
 
 
-def settle_lengths(config: Config, model: ModelConfig) -> Config:
-    """The config with numbers in place of automatic lengths."""
-    data = config.data
-    max_length = data.max_length or min(1024, model.max_positions)
-    max_prompt_length = data.max_prompt_length or max_length // 2
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(data, max_length=max_length, max_prompt_length=max_prompt_length),
-    )
-
-
-def settle_reference(config: Config) -> Config:
-    """The config with the reference's kind in place of `auto`."""
+def _resolve_reference(config: Config) -> Config:
     if config.reference != "auto":
         return config
-    kind = "adapter_off" if config.lora.enabled else "frozen"
-    return dataclasses.replace(config, reference=kind if needs_reference(config.loss) else "none")
+    kind = "none"
+    if registry.needs_reference(config.loss):
+        kind = "adapter_off" if config.lora.enabled else "frozen"
+    return dataclasses.replace(config, reference=kind)
 
 
-def check_offload(config: Config) -> None:
-    """Refuse to let wait what is not there.
-
-    Args:
-        config: with the reference settled.
-
-    Raises:
-        ValueError: no reference of its own would wait.
-    """
-    if "reference" in config.train.offload and config.reference != "frozen":
-        why = {"adapter_off": "is the policy's own base", "cached": "holds no weights"}.get(
-            config.reference, "does not exist"
-        )
-        raise ValueError(
-            f"train.offload={config.train.offload}: the reference ({config.reference}) {why}. Leave reference out"
-        )
-
-
-def settle_router(config: Config, model: ModelConfig, raw: Mapping[str, Any]) -> Config:
-    """The config with a number for the router's loss where there is a router; config.json speaks for itself where the option is left alone.
+def _resolve_router(config: Config, model: ModelConfig, raw: Mapping[str, Any]) -> Config:
+    """The weight of the load balancing loss; where the option is left alone, config.json decides.
 
     Raises:
-        ValueError: there is no router.
+        ValueError: the option is set, but the model has no experts.
     """
     coef = config.loss.router_aux_coef
     if not model.num_experts:
@@ -164,14 +130,75 @@ def settle_router(config: Config, model: ModelConfig, raw: Mapping[str, Any]) ->
             raise ValueError(f"loss.router_aux_coef={coef}: the model has no experts. Leave it out")
         return config
     if coef is None:
+        # transformers adds the loss only where the router's logits are asked for, and TRL does as transformers.
         coef = model.router_aux_coef if raw.get("output_router_logits") else 0.0
     return dataclasses.replace(config, loss=dataclasses.replace(config.loss, router_aux_coef=coef))
 
 
-def settle_lora(
+def _check_offload(config: Config) -> None:
+    """Refuse to offload a reference that has no weights of its own.
+
+    Raises:
+        ValueError: train.offload names it.
+    """
+    if "reference" not in config.train.offload or config.reference == "frozen":
+        return
+    why = {
+        "adapter_off": "is the policy's own base",
+        "cached": "holds no weights",
+        "none": "does not exist",
+    }[config.reference]
+    raise ValueError(
+        f"train.offload={config.train.offload}: the reference ({config.reference}) {why}. "
+        "Leave reference out"
+    )
+
+
+def attention_of(config: Config, mesh: Mesh, model: ModelConfig) -> str:
+    """What model.attention=auto means for these devices and this model.
+
+    It is not part of the resolved config: a resume on another platform may compute attention otherwise.
+    """
+    if config.model.attention != "auto":
+        return config.model.attention
+    if sharding.platform(mesh) == "tpu" and not _windows_in_shared_prefixes(config, model):
+        return "splash"
+    return "blocks"
+
+
+def check_attention(config: Config, mesh: Mesh, model: ModelConfig) -> None:
+    """Refuse an attention that cannot do what it is asked for.
+
+    Raises:
+        ValueError: splash away from TPUs, or with windows that are no intervals of token positions.
+    """
+    if config.model.attention != "splash":
+        return
+    if sharding.platform(mesh) != "tpu":
+        raise ValueError(
+            "model.attention=splash: is a TPU's kernel, and these devices are none. "
+            "Use model.attention=auto"
+        )
+    if _windows_in_shared_prefixes(config, model):
+        raise ValueError(
+            "model.attention=splash: the model has sliding windows, which a shared prefix cuts into "
+            "more than one interval. Use model.attention=blocks, or data.share_prefix=false"
+        )
+
+
+def _windows_in_shared_prefixes(config: Config, model: ModelConfig) -> bool:
+    """Whether a sliding window may cut what a token of the chosen answer sees into two intervals.
+
+    With a shared prefix (reverse(chosen) | prompt | rejected) its own answer and the prompt are on two sides of it.
+    """
+    window = model.sliding_window
+    return window is not None and config.data.share_prefix and window < config.data.max_length
+
+
+def resolve_lora(
     config: Config, model: ModelConfig
 ) -> tuple[Config, Lora | None, PeftAdapter | None]:
-    """The config with numbers in place of what lora.* leaves open, the adapter that they mean, and the one to start from.
+    """The config with values for what lora.* leaves open, the adapter that they mean, and the one to start from.
 
     Raises:
         ValueError: the options do not fit the model, or the adapter at lora.path.
@@ -179,31 +206,67 @@ def settle_lora(
     section = config.lora
     if not section.enabled:
         return config, None, None
-    found = None if section.path is None else read_peft(Path(section.path).expanduser(), model)
-    if found is None:
-        lora = lora_of(section, model)
+    if section.path is None:
+        found, lora = None, lora_of(section, model)
     else:
+        found = read_peft(Path(section.path).expanduser(), model)
         lora = found.lora
         _check_agreement(section, lora, model)
-    settled = LoraSection(
-        rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=lora.names, path=section.path
+    resolved = LoraSection(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        rslora=lora.rslora,
+        targets=lora.names,
+        path=section.path,
     )
-    return dataclasses.replace(config, lora=settled), lora, found
+    return dataclasses.replace(config, lora=resolved), lora, found
 
 
 def _check_agreement(section: LoraSection, lora: Lora, model: ModelConfig) -> None:
-    """Options that were given beside lora.path must say what the adapter there is."""
-    targets = None if section.targets is None else find_targets(model, section.targets)
-    given = {
-        "rank": (section.rank or lora.rank, lora.rank),
-        "alpha": (lora.alpha if section.alpha is None else section.alpha, lora.alpha),
-        "rslora": (section.rslora or lora.rslora, lora.rslora),
-        "targets": (lora.targets if targets is None else targets, lora.targets),
-    }
-    wrong = {name: values for name, values in given.items() if values[0] != values[1]}
-    lines = [
-        f"lora.{name}={mine}: the adapter in lora.path has {theirs}. Leave it out"
-        for name, (mine, theirs) in wrong.items()
-    ]
-    if lines:
-        raise ValueError("\n".join(lines))
+    """Options that are given beside lora.path must say what the adapter there is."""
+    problems = []
+
+    def compare(name: str, given: Any, found: Any) -> None:
+        if given != found:
+            problems.append(
+                f"lora.{name}={given}: the adapter in lora.path has {found}. Leave it out"
+            )
+
+    if section.rank:
+        compare("rank", section.rank, lora.rank)
+    if section.alpha is not None:
+        compare("alpha", section.alpha, lora.alpha)
+    if section.rslora:
+        compare("rslora", section.rslora, lora.rslora)
+    if section.targets is not None:
+        compare("targets", find_targets(model, section.targets), lora.targets)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def check(config: Config, data: Prepared) -> None:
+    """Refuse columns of the rows that the loss has no use for.
+
+    Raises:
+        ValueError: weights where the loss cannot weigh pairs, or margins where it has no logit.
+    """
+    weighted, with_margins = [], []
+    for name, table in (("data.train", data.train), ("data.eval", data.eval)):
+        if np.unique(table.weights).size > 1:
+            weighted.append(name)
+        if table.margins.any():
+            with_margins.append(name)
+    # A coupled loss compares every pair with every other: which of them a weight should count for is not defined.
+    if weighted and registry.coupled(config.loss):
+        raise ValueError(
+            f"loss.name={config.loss.name}: mixes the pairs of a step, so it cannot weigh them, and the "
+            f"rows of {weighted[0]} differ in their column 'weight'. Remove that column, or use another loss"
+        )
+    if with_margins and not registry.takes_margins(config.loss):
+        taking = ", ".join(
+            name for name, row in registry.LOSSES.items() if "length_penalty" in row.options
+        )
+        raise ValueError(
+            f"loss.name={config.loss.name}: has no logit to take a margin from, and rows of "
+            f"{with_margins[0]} have one in their column 'margin'. Remove that column, or use one of {taking}"
+        )

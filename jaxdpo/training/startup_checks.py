@@ -13,8 +13,8 @@ from jaxdpo.data.packing import Batch
 from jaxdpo.distributed import processes
 from jaxdpo.losses import registry
 from jaxdpo.losses.registry import needs_reference
-from jaxdpo.training.session import Session
 from jaxdpo.training.step import FrozenState, TrainState
+from jaxdpo.training.trainer import Trainer
 from jaxdpo.utils import files
 
 CLOSED_FORM_TOLERANCE = 1e-3
@@ -47,7 +47,7 @@ class Fault(Exception):
     """The run cannot go on; the message says why and what to do."""
 
 
-def check_processes_agree(session: Session) -> None:
+def check_processes_agree(session: Trainer) -> None:
     """Processes that do not run the same steps would wait for each other for ever.
 
     Raises:
@@ -65,7 +65,7 @@ def check_processes_agree(session: Session) -> None:
         )
 
 
-def check_same_run(session: Session, meta: dict[str, Any]) -> None:
+def check_same_run(session: Trainer, meta: dict[str, Any]) -> None:
     """Refuse to resume a run with another config, model or data.
 
     Raises:
@@ -117,7 +117,7 @@ def _is_free(path: str) -> bool:
     )
 
 
-def check_disk(session: Session, checkpoints: Checkpoints, newest: int | None) -> list[str]:
+def check_disk(session: Trainer, checkpoints: Checkpoints, newest: int | None) -> list[str]:
     """Find out now whether checkpoints will fit; warnings.
 
     Raises:
@@ -137,7 +137,7 @@ def check_disk(session: Session, checkpoints: Checkpoints, newest: int | None) -
 
 
 def check_closed_form(
-    session: Session, state: TrainState, fixed: FrozenState, batch: Batch
+    session: Trainer, state: TrainState, fixed: FrozenState, batch: Batch
 ) -> TrainState:
     """Before the first update, policy and reference agree: the loss then has a known value and rewards are 0.
 

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdpo.config.loss_options import LossSection
+from jaxdpo.config.loss_options import REF_MIXUP_ALPHA, LossSection
 from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.packing import Batch
 from jaxdpo.distributed import offload
 from jaxdpo.distributed.sharding import replicated, rows, summed_over_data
 from jaxdpo.losses import registry
-from jaxdpo.losses.pair_logps import PairLogps, given
+from jaxdpo.losses.pair_logps import PairLogps
 from jaxdpo.models.params import Params
 from jaxdpo.training import optim
 from jaxdpo.training.completion_logps import (
@@ -33,9 +33,6 @@ from jaxdpo.training.completion_logps import (
 )
 
 Sums = dict[str, jax.Array]
-
-TR_ALPHA = 0.6
-"""loss.ref_mixup_alpha where it was left alone."""
 
 
 class TrainState(NamedTuple):
@@ -164,7 +161,8 @@ def _mix(reference: Params, params: Params, share: float) -> Params:
 
 def move_reference(reference: Params, params: Params, section: LossSection) -> Params:
     """TR-DPO (2404.09656): reference <- a * policy + (1 - a) * reference. The reference given is donated."""
-    return _mix(reference, params, given(section.ref_mixup_alpha, TR_ALPHA))
+    share = REF_MIXUP_ALPHA if section.ref_mixup_alpha is None else section.ref_mixup_alpha
+    return _mix(reference, params, share)
 
 
 def eval_step(params: Params, fixed: FrozenState, batch: Batch, options: StepOptions) -> Sums:
@@ -311,7 +309,7 @@ def _loss_sums(
         )
         sums |= {
             "router/balance": uneven,
-            "loss_slots": given(section.router_aux_coef, 0.0) * uneven,
+            "loss_slots": (section.router_aux_coef or 0.0) * uneven,
         }
     return sums | _totals(batch)
 

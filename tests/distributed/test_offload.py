@@ -11,8 +11,8 @@ import pytest
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import OptimSection
 from jaxdpo.training.loop import train
-from jaxdpo.training.session import Session
 from jaxdpo.training.step import move_reference
+from jaxdpo.training.trainer import Trainer
 from tests.runs import (
     STOPPED,
     final_params,
@@ -157,4 +157,4 @@ def test_a_reference_that_is_not_there_cannot_wait(
     folder: Path, changes: dict[str, object], why: str
 ) -> None:
     with pytest.raises(ValueError, match=why):
-        Session.open(config(folder, train__offload=["reference"], **changes))
+        Trainer.open(config(folder, train__offload=["reference"], **changes))

@@ -57,7 +57,8 @@ SECTIONS = [*PLAIN, *(section for section in DIVERGENT if section.name in ("sigm
 
 def pair_losses(pair: PairLogps, section: LossSection) -> dict[str, jax.Array]:
     """Each chosen loss by name, unweighted: float32 [P]."""
-    return {name: LOSSES[name].fn(pair, section) for name in section.names}
+    rows = {name: LOSSES[name] for name in section.names}
+    return {name: row.fn(pair, row.defaults.of(section)) for name, row in rows.items()}
 
 
 def label(section: LossSection) -> str:

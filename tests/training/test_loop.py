@@ -19,7 +19,7 @@ from jaxdpo.data.loader import Loader
 from jaxdpo.training import loop
 from jaxdpo.training.loop import Fault, train
 from jaxdpo.training.metric_logger import TIME_KEYS
-from jaxdpo.training.session import Session
+from jaxdpo.training.trainer import Trainer
 from tests.runs import TOTAL, folder_with_inputs, metrics, settings, use_one_device, whole
 
 
@@ -91,7 +91,7 @@ def test_the_metrics_of_a_run(shared: Path) -> None:
         steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and steps[0]["rewards/chosen"] == 0
     )
     assert evaluations[0]["eval/kl/token_exact"] == 0 < evaluations[-1]["eval/kl/token_exact"]
-    session = Session.open(settings(shared, shared / "plain"))
+    session = Trainer.open(settings(shared, shared / "plain"))
     pairs = len(session.data.train)
     assert steps[-1]["epoch"] == pytest.approx(
         1 + (TOTAL - session.loader.steps_per_epoch) * 2 / pairs
@@ -149,7 +149,7 @@ def test_updates_that_are_not_finite_are_skipped_and_told(
     assert [row["nonfinite"] for row in found] == [0, 0, 1, 1, 0, 1, 0, 0]
     assert [row["loss"] is None for row in found] == [bool(row["nonfinite"]) for row in found]
     told = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
-    session = Session.open(some)
+    session = Trainer.open(some)
     wanted = {
         step: [str(session.data.train.ids[i]) for i in session.loader.pairs_of(step)]
         for step in (3, 4, 6)
@@ -199,13 +199,13 @@ def test_a_learning_rate_that_blows_up_stops_the_run(shared: Path, tmp_path: Pat
 def test_a_reference_that_differs_stops_the_run_before_it_starts(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float
 ) -> None:
-    start = Session.start
+    start = Trainer.start
 
-    def start_apart(self: Session, *weights: Any) -> Any:
+    def start_apart(self: Trainer, *weights: Any) -> Any:
         state, fixed = start(self, *weights)
         return state, jax.tree.map(lambda w: w + jnp.float32(size) * jnp.sign(w), fixed)
 
-    monkeypatch.setattr(Session, "start", start_apart)
+    monkeypatch.setattr(Trainer, "start", start_apart)
     with pytest.raises(
         Fault,
         match=r"policy and reference should agree before the first step, but loss is .*, not 0.693147",

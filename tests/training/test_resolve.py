@@ -1,4 +1,4 @@
-"""What a config leaves open is settled once the model is known, and what does not fit the model is refused."""
+"""What a config leaves open is resolved once the model is known, and what does not fit the model is refused."""
 
 import dataclasses
 from pathlib import Path
@@ -13,24 +13,24 @@ from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import Config, LoraSection, ModelSection
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.peft import write_peft
-from jaxdpo.training.resolve import attention_of, check_attention, settle, settle_lora
+from jaxdpo.training.resolve import attention_of, check_attention, resolve_lora, resolve_options
 from tests.families import tiny
 from tests.models.test_lora import random_adapter
 from tests.tiny import mesh, model
 
 
-def settled(config: Config, some: ModelConfig | None = None, **raw: Any) -> Config:
-    return settle(config, mesh(), some or model(), raw)
+def resolved(config: Config, some: ModelConfig | None = None, **raw: Any) -> Config:
+    return resolve_options(config, mesh(), some or model(), raw)
 
 
 def test_what_is_automatic_gets_values() -> None:
-    config = settled(Config())
+    config = resolved(Config())
     assert (config.model.compute_dtype, config.data.max_length, config.data.max_prompt_length) == (
         "float32",
         512,
         256,
     )
-    assert settled(config) == config
+    assert resolved(config) == config
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_what_is_automatic_gets_values() -> None:
     ],
 )
 def test_the_reference_follows_from_what_is_trained(config: Config, kind: str) -> None:
-    assert settled(config).reference == kind
+    assert resolved(config).reference == kind
 
 
 def test_the_routers_weight_is_that_of_the_model_where_it_says_so() -> None:
@@ -53,39 +53,39 @@ def test_the_routers_weight_is_that_of_the_model_where_it_says_so() -> None:
         dataclasses.replace(tiny("mixtral"), router_aux_coef=0.02),
         LossSection(router_aux_coef=0.5),
     )
-    assert settled(Config(), moe).loss.router_aux_coef == 0.0
-    assert settled(Config(), moe, output_router_logits=True).loss.router_aux_coef == 0.02
-    assert settled(Config(loss=aux), moe, output_router_logits=True).loss.router_aux_coef == 0.5
-    assert settled(Config()).loss.router_aux_coef is None
+    assert resolved(Config(), moe).loss.router_aux_coef == 0.0
+    assert resolved(Config(), moe, output_router_logits=True).loss.router_aux_coef == 0.02
+    assert resolved(Config(loss=aux), moe, output_router_logits=True).loss.router_aux_coef == 0.5
+    assert resolved(Config()).loss.router_aux_coef is None
     with pytest.raises(ValueError, match=r"loss.router_aux_coef=0.5: the model has no experts"):
-        settled(Config(loss=aux))
+        resolved(Config(loss=aux))
 
 
 def test_lengths_beyond_the_models_positions_are_refused() -> None:
     config = Config()
     with pytest.raises(ValueError, match=r"data.max_length=600: the model knows 512 positions"):
-        settled(dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=600)))
+        resolved(dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=600)))
 
 
-def test_lora_is_settled_from_the_options_or_from_an_adapter(tmp_path: Path) -> None:
-    config, lora, found = settle_lora(Config(lora=LoraSection(rank=4, targets="q_proj")), model())
+def test_lora_is_resolved_from_the_options_or_from_an_adapter(tmp_path: Path) -> None:
+    config, lora, found = resolve_lora(Config(lora=LoraSection(rank=4, targets="q_proj")), model())
     assert (
         config.lora == LoraSection(rank=4, alpha=16.0, targets=["q"])
         and lora is not None
         and found is None
     )
     write_peft(tmp_path, model(), random_adapter(model(), lora), lora, base="some/base")
-    config, again, found = settle_lora(Config(lora=LoraSection(path=str(tmp_path))), model())
+    config, again, found = resolve_lora(Config(lora=LoraSection(path=str(tmp_path))), model())
     assert (
         config.lora == LoraSection(rank=4, alpha=16, targets=["q"], path=str(tmp_path))
         and again == lora
     )
     assert found is not None and found.base == "some/base"
-    assert settle_lora(config, model())[0] == config
-    assert settle_lora(Config(), model()) == (Config(), None, None)
+    assert resolve_lora(config, model())[0] == config
+    assert resolve_lora(Config(), model()) == (Config(), None, None)
     wrong = LoraSection(path=str(tmp_path), rank=8, alpha=1.0, rslora=True, targets=["v"])
     with pytest.raises(ValueError) as caught:
-        settle_lora(Config(lora=wrong), model())
+        resolve_lora(Config(lora=wrong), model())
     assert [line.split("=")[0] for line in str(caught.value).split("\n")] == [
         "lora.rank",
         "lora.alpha",
@@ -106,9 +106,9 @@ def test_the_platform_chooses_the_type() -> None:
         devices = Devices()
 
     some: Any = OnGpu()
-    assert settle(Config(), some, model(), {}).model.compute_dtype == "bfloat16"
+    assert resolve_options(Config(), some, model(), {}).model.compute_dtype == "bfloat16"
     assert (
-        settle(
+        resolve_options(
             Config(model=ModelSection(compute_dtype="float32")), some, model(), {}
         ).model.compute_dtype
         == "float32"

@@ -23,7 +23,7 @@ from jaxdpo.distributed import sharding
 from jaxdpo.models.hf.peft import write_peft
 from jaxdpo.models.lora import Lora
 from jaxdpo.training.loop import train
-from jaxdpo.training.session import Session
+from jaxdpo.training.trainer import Trainer
 from jaxdpo.training.weights import PolicyWeights
 from tests.models.test_lora import random_adapter
 from tests.runs import (
@@ -158,7 +158,7 @@ def test_a_moved_reference_is_saved_and_restored(
     assert train(some) is True and same_bits(tmp_path / "kept", theirs)
     other = settings(shared, tmp_path / "lost", **RUNS["tr"])
     forget = restoring(
-        lambda tree: tree.update(reference=Session.open(other).reference_again(None))
+        lambda tree: tree.update(reference=Trainer.open(other).reference_again(None))
     )  # what is there without it
     forget(monkeypatch)
     assert train(other) is True and not same_bits(tmp_path / "lost", theirs)
@@ -285,7 +285,7 @@ def test_a_reference_is_the_same_after_a_resume_whatever_the_types(
         some = settings(
             shared, tmp_path, model__param_dtype=param_dtype, model__compute_dtype=compute_dtype
         )
-        session = Session.open(some)
+        session = Trainer.open(some)
         _, fixed = session.start(session.weights.initial(), None)
         for a, b in zip(
             jax.tree.leaves(fixed.reference),
@@ -331,7 +331,7 @@ def test_another_type_of_products_is_refused_although_both_say_auto(
     def as_on_a_gpu(some: Config, mesh: object) -> Config:
         return replaced(some, model={"compute_dtype": "bfloat16"})
 
-    monkeypatch.setattr("jaxdpo.training.resolve.settle_dtype", as_on_a_gpu)
+    monkeypatch.setattr("jaxdpo.training.resolve.resolve_dtype", as_on_a_gpu)
     with pytest.raises(
         ValueError, match=r"model.compute_dtype: float32 in the checkpoint, bfloat16 now"
     ):
@@ -378,7 +378,7 @@ def test_other_data_or_models_are_refused(
             train(halfway)
     finally:
         path.write_bytes(before)
-    Session.open(halfway)
+    Trainer.open(halfway)
 
 
 def test_another_adapter_to_start_from_is_refused(shared: Path, tmp_path: Path) -> None:
@@ -433,9 +433,9 @@ def test_pair_weights_are_refused_by_losses_that_mix_pairs(shared: Path, tmp_pat
         ValueError,
         match=r"loss.name=aot: .* the rows of data.train differ in their column 'weight'",
     ):
-        Session.open(settings(shared, tmp_path, data__train=[weighted], loss__name="aot"))
-    Session.open(settings(shared, tmp_path, data__train=[weighted]))
-    Session.open(settings(shared, tmp_path, loss__name="aot"))
+        Trainer.open(settings(shared, tmp_path, data__train=[weighted], loss__name="aot"))
+    Trainer.open(settings(shared, tmp_path, data__train=[weighted]))
+    Trainer.open(settings(shared, tmp_path, loss__name="aot"))
 
 
 def test_margins_are_trained_on_or_refused(shared: Path, tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_margins_are_trained_on_or_refused(shared: Path, tmp_path: Path) -> None
         ValueError,
         match=r"loss.name=ipo: has no logit to take a margin from, and rows of data.train have one",
     ):
-        Session.open(settings(shared, tmp_path, data__train=[wide], loss__name="ipo"))
+        Trainer.open(settings(shared, tmp_path, data__train=[wide], loss__name="ipo"))
     assert train(settings(shared, tmp_path, data__train=[wide])) is True
     first = next(row for row in untimed(tmp_path) if row.get("step") == 1 and "loss" in row)
     assert first["loss"] == pytest.approx(np.log1p(np.exp(0.5)), rel=1e-5), (

@@ -101,11 +101,12 @@ def run_card(
         adapter: whether it alone is exported.
     """
     loss = config.loss
+    first = LOSSES[loss.names[0]]
     settings = {
         "loss": ", ".join(loss.names)
         if loss.weights is None
         else ", ".join(map("{} x {}".format, loss.weights, loss.names)),
-        "beta": LOSSES[loss.names[0]].reward_scale(loss) if loss.beta is None else loss.beta,
+        "beta": first.reward_scale(first.defaults.of(loss)),
         "steps": step,
         "pairs per step": config.train.batch_size,
         "learning rate": config.optim.learning_rate,

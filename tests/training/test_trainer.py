@@ -16,8 +16,8 @@ from jaxdpo.models.params import Params
 from jaxdpo.training import step
 from jaxdpo.training.loop import train
 from jaxdpo.training.reference_cache import CachedLogps
-from jaxdpo.training.session import Session
 from jaxdpo.training.step import FrozenState, TrainState
+from jaxdpo.training.trainer import Trainer
 from tests.models.test_lora import random_adapter
 from tests.runs import MAKE_MESH, folder_with_inputs, metrics, settings, use_one_device
 from tests.tiny import host, model, write_model
@@ -68,7 +68,7 @@ def options(shared: Path, start: str, kind: str, **changes: Any) -> Any:
 class Opened:
     """A session at its start, as the runner has it."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Trainer):
         self.session, weights = session, session.weights
         params, base = weights.initial(), weights.base()
         self.cached: CachedLogps | None = None
@@ -88,7 +88,7 @@ class Opened:
 @functools.cache
 def five_steps(shared: Path, start: str, kind: str) -> tuple[Params, list[dict[str, Any]]]:
     """Gradients of the first step, and the metrics of five."""
-    opened = Opened(Session.open(options(shared, start, kind, optim__max_grad_norm=0.0)))
+    opened = Opened(Trainer.open(options(shared, start, kind, optim__max_grad_norm=0.0)))
     session, state, grads, rows = opened.session, opened.state, {}, []
     for number in range(1, 6):
         apply = session.put_scalar(True, np.bool_)
@@ -129,7 +129,7 @@ def test_the_comparison_sees_a_reference_that_is_off(shared: Path) -> None:
         five_steps(shared, "lora", "adapter_off")[1],
     )
     assert abs(with_it[4]["loss"] - without[4]["loss"]) > 1e-4
-    opened = Opened(Session.open(options(shared, "from an adapter", "adapter_off")))
+    opened = Opened(Trainer.open(options(shared, "from an adapter", "adapter_off")))
     session, bare = opened.session, opened.fixed._replace(reference={})
     _, eval_step = step.compile_steps(
         session.options,
@@ -159,7 +159,7 @@ def test_gradient_norms_are_told_by_factor(shared: Path, start: str) -> None:
 
 @pytest.mark.parametrize("kind", ["frozen", "cached", "none", "auto"])
 def test_a_loss_without_a_reference_holds_none(shared: Path, kind: str) -> None:
-    session = Session.open(options(shared, "lora", kind, loss__name="simpo"))
+    session = Trainer.open(options(shared, "lora", kind, loss__name="simpo"))
     opened = Opened(session)
     assert opened.fixed.reference is None and opened.cached is None
     batch = session.loader.batch(1)
@@ -171,7 +171,7 @@ def test_a_loss_without_a_reference_holds_none(shared: Path, kind: str) -> None:
 
 @functools.cache
 def simpo(shared: Path) -> float:
-    session = Session.open(options(shared, "full", "none", loss__name="simpo"))
+    session = Trainer.open(options(shared, "full", "none", loss__name="simpo"))
     opened = Opened(session)
     found = session.eval_step(
         opened.state.params, opened.fixed, session.put_batch(session.loader.batch(1))
@@ -182,7 +182,7 @@ def simpo(shared: Path) -> float:
 # --- what is held ---
 
 
-def compiled(session: Session) -> Any:
+def compiled(session: Trainer) -> Any:
     """The program of the first step."""
     batch = session.loader.batch(1)
     state = TrainState(**session.abstract_state(with_reference=False))
@@ -190,7 +190,7 @@ def compiled(session: Session) -> Any:
     return session.train_step.lower(state, session.abstract_fixed(batch), *arguments).compile()
 
 
-def held_bytes(session: Session) -> int:
+def held_bytes(session: Trainer) -> int:
     """Bytes that a step takes as arguments."""
     return compiled(session).memory_analysis().argument_size_in_bytes
 
@@ -201,7 +201,7 @@ def num_bytes(tree: Any) -> int:
 
 def test_adapter_off_holds_the_base_once_and_cached_frees_the_reference(shared: Path) -> None:
     sessions = {
-        (start, kind): Session.open(options(shared, start, kind))
+        (start, kind): Trainer.open(options(shared, start, kind))
         for start, kinds in KINDS.items()
         for kind in kinds
     }
@@ -230,7 +230,7 @@ def test_the_reference_leaves_memory_when_its_log_probs_are_known(
         return sum(array.shape == (64, 32) for array in jax.live_arrays())
 
     session, before, most = (
-        Session.open(settings_in(options(shared, "full", "cached"), tmp_path)),
+        Trainer.open(settings_in(options(shared, "full", "cached"), tmp_path)),
         embeddings(),
         0,
     )
@@ -256,7 +256,7 @@ def test_the_base_gets_no_gradient(shared: Path, tmp_path: Path) -> None:
         some = options(
             shared, start, kind, model__path=str(tmp_path / "wide"), model__init="random"
         )
-        session = Session.open(some)
+        session = Trainer.open(some)
         model_bytes = 4 * session.weights.num_all()
         room[start] = compiled(session).memory_analysis().temp_size_in_bytes
     assert room["lora"] < 0.4 * model_bytes < 0.9 * model_bytes < room["full"]
@@ -264,7 +264,7 @@ def test_the_base_gets_no_gradient(shared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 def test_random_weights_can_be_a_base(shared: Path, kind: str) -> None:
-    session = Session.open(
+    session = Trainer.open(
         options(shared, "lora", "adapter_off", model__init="random", model__quantize=kind)
     )
     base = session.weights.base()
@@ -275,7 +275,7 @@ def test_random_weights_can_be_a_base(shared: Path, kind: str) -> None:
 
 
 def test_the_base_is_neither_changed_nor_given_away(shared: Path) -> None:
-    opened = Opened(Session.open(options(shared, "lora", "adapter_off")))
+    opened = Opened(Trainer.open(options(shared, "lora", "adapter_off")))
     session, before = opened.session, jax.device_get(opened.fixed.base)
     apply = session.put_scalar(True, np.bool_)
     session.train_step(
@@ -289,7 +289,7 @@ def test_the_base_is_neither_changed_nor_given_away(shared: Path) -> None:
 
 
 def test_the_base_has_the_type_of_products_and_the_adapter_float32(shared: Path) -> None:
-    session = Session.open(options(shared, "lora", "frozen", model__compute_dtype="bfloat16"))
+    session = Trainer.open(options(shared, "lora", "frozen", model__compute_dtype="bfloat16"))
     opened = Opened(session)
     assert {
         leaf.dtype.name for leaf in jax.tree.leaves((opened.fixed.base, opened.fixed.reference))
@@ -308,7 +308,7 @@ def test_a_quantised_base_is_loaded_as_its_shapes_say(
     shared: Path, kind: str, share: float
 ) -> None:
     session, plain = (
-        Session.open(options(shared, "lora", "adapter_off", model__quantize=name))
+        Trainer.open(options(shared, "lora", "adapter_off", model__quantize=name))
         for name in (kind, "none")
     )
     base, plain_base = session.weights.base(), plain.weights.fixed_shapes.base
@@ -404,11 +404,11 @@ def test_the_log_says_which_adapter_is_the_reference(
 def test_an_adapter_of_another_base_is_refused_or_warned_of(shared: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "other", num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"lora.path=.*: is not an adapter for this model"):
-        Session.open(
+        Trainer.open(
             options(shared, "from an adapter", "auto", model__path=str(tmp_path / "other"))
         )
     write_model(tmp_path / "namesake")
-    (told,) = Session.open(
+    (told,) = Trainer.open(
         options(shared, "from an adapter", "auto", model__path=str(tmp_path / "namesake"))
     ).warnings
     assert "this adapter says that it was trained on model, not on model.path=" in told
