@@ -93,6 +93,15 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
+def test_modules_that_contributing_names_by_their_room_exist() -> None:
+    package = ROOT / "jaxdpo"
+    rooms = "|".join(path.name for path in package.iterdir() if path.is_dir())
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(rf"`((?:{rooms})/[\w/]+\.py)`", text)
+    assert len(named) > 5
+    assert [name for name in named if not (package / name).is_file()] == []
+
+
 def test_options_that_are_named_exist(page: Path) -> None:
     options = {name for name, *_ in fields(Config)}
     sections = "|".join({name.partition(".")[0] for name in options if "." in name})
