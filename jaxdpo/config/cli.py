@@ -285,17 +285,18 @@ def help_text(schema: type, command: str, switches: dict[str, str]) -> str:
         )
         lines += [
             "",
-            f"  {name}={shown}   ({_type_name(hint)})",
+            f"  {name}={shown}   ({type_name(hint)})",
             textwrap.fill(doc, 120, initial_indent="      ", subsequent_indent="      "),
         ]
     return "\n".join(lines)
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """An option's type as --help and docs/options.md show it."""
     if hint is type(None):
         return "null"
     if getattr(hint, "__args__", None) and getattr(hint, "__origin__", None) is not list:
-        return " | ".join(arg if isinstance(arg, str) else _type_name(arg) for arg in hint.__args__)
+        return " | ".join(arg if isinstance(arg, str) else type_name(arg) for arg in hint.__args__)
     return str(hint) if getattr(hint, "__origin__", None) is list else hint.__name__
 
 
