@@ -1,4 +1,4 @@
-"""The steps of a run with the shapes and places of all that they take: enough to compile them, without weights or data."""
+"""The train and evaluation steps of a run, with shapes and shardings of their arguments: enough to compile them without weights or data."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from jaxdpo.training.weights import PolicyWeights, state_shardings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What is computed, on which devices, and where everything lives."""
+    """The jitted steps of a run, the devices that they run on, and the shardings of everything that they take."""
 
     config: Config
     """Resolved: no `auto` in it but for what depends on the platform alone."""
@@ -80,55 +80,54 @@ class Program:
         )
 
     def abstract_state(self, with_reference: bool) -> dict[str, Any]:
-        """Shapes, types and shardings of what a checkpoint holds."""
+        """Shapes, dtypes and shardings of what a checkpoint holds."""
         shapes = jax.eval_shape(
             lambda params: init_state(params, self.config.optim), self.weights.trained
         )
-        tree = checkpoint_tree(shapes, shapes.params if with_reference else None)
-        return _placed(
-            tree,
-            checkpoint_tree(
-                self.shardings, self.weights.fixed_shardings.reference if with_reference else None
-            ),
+        if not with_reference:
+            return _abstract(checkpoint_tree(shapes), checkpoint_tree(self.shardings))
+        reference_shardings = self.weights.fixed_shardings.reference
+        return _abstract(
+            checkpoint_tree(shapes, shapes.params),
+            checkpoint_tree(self.shardings, reference_shardings),
         )
 
     def abstract_fixed(self, batch: Batch) -> FrozenState:
-        """Shapes, types and shardings of what a step on `batch` takes beside the state."""
+        """Shapes, dtypes and shardings of what a step on `batch` takes beside the state."""
         shapes = self.weights.fixed_shapes
         if self.weights.reference_kind == "cached":
-            shapes = shapes._replace(
-                ref_logps=jax.ShapeDtypeStruct(batch.lengths_MBP2.shape, np.float32)
-            )
-        return _placed(shapes, self.weights.fixed_shardings)
+            ref_logps: Any = jax.ShapeDtypeStruct(batch.lengths_MBP2.shape, np.float32)
+            shapes = shapes._replace(ref_logps=ref_logps)
+        return _abstract(shapes, self.weights.fixed_shardings)
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
         """The train step for batches of this shape, traced but not yet compiled.
 
         Args:
-            batch: arrays, or only their shapes and types.
+            batch: arrays, or only their shapes and dtypes.
         """
-        where = sharding.rows(self.mesh, 1)
-        rows = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), batch
-        )
-        apply = jax.ShapeDtypeStruct((), np.bool_, sharding=sharding.replicated(self.mesh))
+        by_sequence, everywhere = sharding.rows(self.mesh, 1), sharding.replicated(self.mesh)
         return self.train_step.lower(
             TrainState(**self.abstract_state(with_reference=False)),
             self.abstract_fixed(batch),
-            rows,
-            apply,
+            _abstract(batch, jax.tree.map(lambda _: by_sequence, batch)),
+            jax.ShapeDtypeStruct((), np.bool_, sharding=everywhere),
         )
 
 
-def checkpoint_tree(state: TrainState, moving_reference: Params | None) -> dict[str, Any]:
+def checkpoint_tree(state: TrainState, moving_reference: Params | None = None) -> dict[str, Any]:
     """The state as nested dict; the reference is part of it only where it moves (TR-DPO)."""
-    return state._asdict() | ({} if moving_reference is None else {"reference": moving_reference})
+    tree = state._asdict()
+    if moving_reference is not None:
+        tree["reference"] = moving_reference
+    return tree
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
+def _abstract(arrays: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of arrays (or of such shapes), with shardings."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
+        arrays,
         shardings,
     )
 

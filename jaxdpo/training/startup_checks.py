@@ -1,7 +1,7 @@
-"""What a run has to pass before its first step: the same run on all processes and as before, room for checkpoints, a right reference."""
+"""Startup checks, before the first step: the same run on all processes and as before, room for checkpoints, a right reference."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -47,16 +47,16 @@ class Fault(Exception):
     """The run cannot go on; the message says why and what to do."""
 
 
-def check_processes_agree(session: Trainer) -> None:
+def check_processes_agree(trainer: Trainer) -> None:
     """Processes that do not run the same steps would wait for each other for ever.
 
     Raises:
         ValueError: with what is not the same on all of them.
     """
-    known = session.identity | {
-        "config": json.dumps(cli.to_dict(session.config), sort_keys=True),
-        "number of steps": str(session.total_steps),
-        "validation pairs": session.data.eval.fingerprint(),
+    known = trainer.identity | {
+        "config": json.dumps(cli.to_dict(trainer.config), sort_keys=True),
+        "number of steps": str(trainer.total_steps),
+        "validation pairs": trainer.data.eval.fingerprint(),
     }
     if found := processes.differing(known):
         raise ValueError(
@@ -65,23 +65,28 @@ def check_processes_agree(session: Trainer) -> None:
         )
 
 
-def check_same_run(session: Trainer, meta: dict[str, Any]) -> None:
+def check_same_run(trainer: Trainer, meta: dict[str, Any]) -> None:
     """Refuse to resume a run with another config, model or data.
+
+    Args:
+        meta: of the checkpoint.
 
     Raises:
         ValueError: with every difference.
     """
-    changed = changed_fields(meta["config"], cli.to_dict(session.config))
-    lines = [f"{path}: {old} in the checkpoint, {new} now" for path, old, new in changed]
-    lines += [
-        f"{key}: not what the checkpoint was trained with (hash {before[:12]}, now {now[:12]})"
-        for key, now in session.identity.items()
-        if (before := meta["identity"].get(key, "none")) != now
-    ]
+    lines = []
+    for path, old, new in changed_fields(meta["config"], cli.to_dict(trainer.config)):
+        lines.append(f"  {path}: {old} in the checkpoint, {new} now")
+    for key, now in trainer.identity.items():
+        before = meta["identity"].get(key, "none")
+        if before != now:
+            hashes = f"hash {before[:12]}, now {now[:12]}"
+            lines.append(f"  {key}: not what the checkpoint was trained with ({hashes})")
     if lines:
-        listed = "\n".join(f"  {line}" for line in lines)
         raise ValueError(
-            f"run_dir={session.config.run_dir}: holds checkpoints of a different run:\n{listed}\nSet these back, or use another run_dir"
+            f"run_dir={trainer.config.run_dir}: holds checkpoints of a different run:\n"
+            + "\n".join(lines)
+            + "\nSet these back, or use another run_dir"
         )
 
 
@@ -95,12 +100,14 @@ def changed_fields(saved: Tree, current: Tree) -> list[tuple[str, Any, Any]]:
     Returns:
         (path, saved value, current value) of each, by path; "(absent)" stands for an option that one side lacks.
     """
-    old, new = dict(_flat(saved)), dict(_flat(json.loads(json.dumps(current))))
-    pairs = [
-        (path, old.get(path, "(absent)"), new.get(path, "(absent)"))
-        for path in sorted(old.keys() | new.keys())
-    ]
-    return [(path, a, b) for path, a, b in pairs if a != b and not _is_free(path)]
+    old = dict(_flat(saved))
+    new = dict(_flat(json.loads(json.dumps(current))))  # as the checkpoint's went through JSON
+    changed = []
+    for path in sorted(old.keys() | new.keys()):
+        before, now = old.get(path, "(absent)"), new.get(path, "(absent)")
+        if before != now and not _is_free(path):
+            changed.append((path, before, now))
+    return changed
 
 
 def _flat(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -112,37 +119,44 @@ def _flat(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_free(path: str) -> bool:
-    return any(
-        path.startswith(free) if free.endswith(".") else path == free for free in FREE_FIELDS
-    )
+    """Whether FREE_FIELDS has the option, or its section."""
+    for field in FREE_FIELDS:
+        if path == field or (field.endswith(".") and path.startswith(field)):
+            return True
+    return False
 
 
-def check_disk(session: Trainer, checkpoints: Checkpoints, newest: int | None) -> list[str]:
-    """Find out now whether checkpoints will fit; warnings.
+def check_disk(trainer: Trainer, checkpoints: Checkpoints, newest: int | None) -> list[str]:
+    """Find out now whether checkpoints will fit; returns warnings.
+
+    Args:
+        newest: step of the newest checkpoint.
 
     Raises:
         ValueError: the next one will not.
     """
-    if newest == session.total_steps:
+    if newest == trainer.total_steps:
         return []
-    section = session.config.checkpoint
-    size = num_bytes(
-        session.abstract_state(with_reference=bool(session.config.loss.ref_sync_every))
-    )
+    section = trainer.config.checkpoint
+    moves = bool(trainer.config.loss.ref_sync_every)
+    size = num_bytes(trainer.abstract_state(with_reference=moves))
+    # While a checkpoint is written, those that it will replace are still there.
     num_more = max(1, section.keep + section.keep_best + 1 - checkpoints.count())
     warning = processes.on_first(
-        lambda: files.check_room(checkpoints.folder, session.config.run_dir, size, num_more)
+        lambda: files.check_room(checkpoints.folder, trainer.config.run_dir, size, num_more)
     )
     return [] if warning is None else [warning]
 
 
 def check_closed_form(
-    session: Trainer, state: TrainState, fixed: FrozenState, batch: Batch
+    trainer: Trainer, state: TrainState, fixed: FrozenState, batch: Batch
 ) -> TrainState:
-    """Before the first update, policy and reference agree: the loss then has a known value and rewards are 0.
+    """The ln 2 check: before the first update policy and reference agree, so the loss has a known value and rewards are 0.
+
+    The known value is ln 2 for DPO; see `closed_form` in the losses' registry. The first step is computed and not applied.
 
     Args:
-        state: given up to the step.
+        state: donated to the step.
         fixed, batch: what the first step takes.
 
     Returns:
@@ -151,32 +165,40 @@ def check_closed_form(
     Raises:
         Fault: they differ, so the run would train on something else than it should.
     """
-    section = session.config.loss
-    if not needs_reference(section):
+    if not needs_reference(trainer.config.loss):
         return state
-    apply = session.put_scalar(False, np.bool_)
-    state, metrics = session.train_step(state, fixed, session.put_batch(batch), apply)
+    apply = trainer.put_scalar(False, np.bool_)
+    state, metrics = trainer.train_step(state, fixed, trainer.put_batch(batch), apply)
     values = {key: value.item() for key, value in jax.device_get(metrics).items()}
-    forms, weights = registry.closed_forms(section), section.weights or [1.0] * len(section.names)
-    expected = (
-        sum(weight * forms[name] for name, weight in zip(section.names, weights, strict=True))
-        if len(forms) == len(weights)
-        else None
-    )
-    known = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}
-    if expected is not None and not section.wpo and not session.data.train.margins.any():
-        balance = (section.router_aux_coef or 0.0) * values.get("router/balance", 0.0)
-        known = {"loss": expected + balance} | known
-    near = {
-        key: abs(values[key] - value) <= CLOSED_FORM_TOLERANCE * max(1.0, abs(value))
-        for key, value in known.items()
-    }
-    off = [
-        f"{key} is {values[key]:.6g}, not {known[key]:.6g}" for key in known if not near[key]
-    ]  # a NaN is near nothing
-    if off:
+    wrong = []
+    for key, known in _known_metrics(trainer, values).items():
+        is_near = abs(values[key] - known) <= CLOSED_FORM_TOLERANCE * max(1.0, abs(known))
+        if not is_near:  # a NaN is near nothing
+            wrong.append(f"{key} is {values[key]:.6g}, not {known:.6g}")
+    if wrong:
         raise Fault(
-            f"policy and reference should agree before the first step, but {', '.join(off)}. Likely causes: weights that hold NaN or "
-            "overflow in model.compute_dtype (try float32), or memory damaged on this machine. Nothing was trained"
+            f"policy and reference should agree before the first step, but {', '.join(wrong)}. "
+            "Likely causes: weights that hold NaN or overflow in model.compute_dtype (try float32), "
+            "or memory damaged on this machine. Nothing was trained"
         )
     return state
+
+
+def _known_metrics(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:
+    """What metrics must be where policy and reference agree.
+
+    Args:
+        values: the metrics that were measured: the router's balance, a part of the loss, is not known beforehand.
+    """
+    section = trainer.config.loss
+    known = {}
+    forms = registry.closed_forms(section)
+    depends_on_data = section.wpo or bool(trainer.data.train.margins.any())
+    if len(forms) == len(section.names) and not depends_on_data:
+        weights = section.weights or [1.0] * len(section.names)
+        loss = (section.router_aux_coef or 0.0) * values.get("router/balance", 0.0)
+        for name, weight in zip(section.names, weights, strict=True):
+            loss += weight * forms[name]
+        known["loss"] = loss
+    known["rewards/chosen"] = known["rewards/rejected"] = 0.0
+    return known

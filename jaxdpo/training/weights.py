@@ -1,7 +1,7 @@
-"""The weights of a run: what is trained, what stays as it is under it, and what the reference has of its own.
+"""The weights of a run: those that are trained, the frozen base under an adapter, and the reference's own.
 
-Full fine-tuning trains all weights. With LoRA an adapter is trained over a base, which is held once, perhaps in few bits, and which the
-reference shares (reference=adapter_off).
+Full fine-tuning trains all weights. With LoRA an adapter is trained over a frozen base, which is stored once, perhaps
+quantised, and which the reference shares (reference=adapter_off).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxdpo.training.step import FrozenState, TrainState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyWeights:
-    """Shapes and places of a run's weights, and their values at its start; every method that loads does so anew."""
+    """Shapes and shardings of a run's weights, and their values at its start; every method that loads does so anew."""
 
     config: Config
     """Resolved: no `auto` in it."""
@@ -42,55 +42,52 @@ class PolicyWeights:
 
     @functools.cached_property
     def trained(self) -> Params:
-        """Shapes of what is trained: nested dict of jax.ShapeDtypeStruct."""
-        return (
-            abstract_params(self.model, self.config.model.param_dtype)
-            if self.lora is None
-            else adapter_shapes(self.model, self.lora)
-        )
+        """Shapes of the trained weights: nested dict of jax.ShapeDtypeStruct."""
+        if self.lora is None:
+            return abstract_params(self.model, self.config.model.param_dtype)
+        return adapter_shapes(self.model, self.lora)
 
     @functools.cached_property
     def shardings(self) -> Params:
-        """Where what is trained lives."""
+        """Shardings of the trained weights."""
         return trained_shardings(self.model, self.mesh, self.lora)
 
     @functools.cached_property
     def fixed_shapes(self) -> FrozenState:
         """Shapes of base and reference."""
         section = self.config.model
+        start = {} if self.start is None else {"lora": self.trained}
         base = None
         if self.lora is not None:
             base = base_shapes(self.model, section.compute_dtype, section.quantize)
-        kind, own = self.reference_kind, {} if self.start is None else {"lora": self.trained}
-        references = {
-            "adapter_off": own,
-            "frozen": self._full_shapes(self.reference_dtype) if base is None else base | own,
-        }
-        return FrozenState(base, references.get(kind))
+        reference = None
+        if self.reference_kind == "adapter_off":
+            reference = start
+        elif self.reference_kind == "frozen" and base is not None:
+            reference = base | start
+        elif self.reference_kind == "frozen":
+            reference = abstract_params(self.model, self.reference_dtype)
+        return FrozenState(base, reference)
 
     @functools.cached_property
     def fixed_shardings(self) -> FrozenState:
-        """Where base and reference live; log-probs that were computed before, as the rows of a batch."""
+        """Shardings of base and reference; those of cached log-probs, which lie as the batch does."""
         axes = base_axes(self.model, self.config.model.quantize)
-        all_axes = (
-            axes if self.lora is None else axes | {"lora": adapter_axes(self.model, self.lora)}
-        )
-        shapes = self.fixed_shapes
+        if self.lora is not None:
+            axes = axes | {"lora": adapter_axes(self.model, self.lora)}
 
-        def place(tree: Params | None) -> Params | None:
-            return (
-                None
-                if tree is None
-                else sharding.param_shardings(self.mesh, {key: all_axes[key] for key in tree}, tree)
-            )
+        def shard(shapes: Params | None) -> Params | None:
+            if shapes is None:
+                return None
+            return sharding.param_shardings(self.mesh, {key: axes[key] for key in shapes}, shapes)
 
-        cached: Any = sharding.rows(self.mesh, 1) if self.reference_kind == "cached" else None
-        reference = place(shapes.reference)
-        return FrozenState(
-            place(shapes.base),
-            offload.waiting(reference) if "reference" in self.config.train.offload else reference,
-            cached,
-        )
+        reference = shard(self.fixed_shapes.reference)
+        if self.offloads_reference:
+            reference = offload.waiting(reference)
+        ref_logps: Any = None
+        if self.reference_kind == "cached":
+            ref_logps = sharding.rows(self.mesh, 1)
+        return FrozenState(shard(self.fixed_shapes.base), reference, ref_logps)
 
     @property
     def reference_kind(self) -> str:
@@ -99,23 +96,29 @@ class PolicyWeights:
 
     @property
     def reference_dtype(self) -> str:
-        """Type of a frozen reference: what products take anyway, but for a reference that moves by small amounts (TR-DPO)."""
-        return (
-            self.config.model.param_dtype
-            if self.config.loss.ref_sync_every
-            else self.config.model.compute_dtype
-        )
+        """Dtype of a frozen reference: the compute dtype, to which its weights are cast anyway.
+
+        A moving one (TR-DPO) is stored as the trained weights are: bfloat16 would lose small moves.
+        """
+        section = self.config.model
+        return section.param_dtype if self.config.loss.ref_sync_every else section.compute_dtype
+
+    @property
+    def offloads_reference(self) -> bool:
+        """Whether the reference is stored in the hosts' memory."""
+        return "reference" in self.config.train.offload
 
     def num_trained(self) -> int:
-        """Number of weights that are trained."""
+        """Number of trained weights."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.trained))
 
     def num_all(self) -> int:
         """Number of weights of the model, adapters aside."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self._full_shapes("float32")))
+        shapes = abstract_params(self.model, "float32")
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
     def initial(self) -> Params:
-        """What is trained, as it is before the first step.
+        """The trained weights before the first step.
 
         Raises:
             ValueError: the weights cannot be used.
@@ -123,34 +126,30 @@ class PolicyWeights:
         if self.lora is None:
             return self._load_full(self.config.model.param_dtype)
         if self.start is not None:
-            return self._put_start(self.start)
-        key = jax.random.fold_in(
-            jax.random.key(self.config.seed), 1
-        )  # apart from that of random weights
-        return jax.jit(lambda key: init_adapter(self.trained, key), out_shardings=self.shardings)(
-            key
-        )
+            return sharding.put(self.start, self.shardings)
+        # Another key than that of random weights, which are drawn from the seed itself.
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+        init = jax.jit(lambda key: init_adapter(self.trained, key), out_shardings=self.shardings)
+        return init(key)
 
     def base(self) -> Params | None:
-        """The weights under the adapter; None without one.
+        """The frozen weights under the adapter; None without one.
 
         Raises:
             ValueError: as `initial`.
         """
-        return (
-            None
-            if self.lora is None
-            else self._load_full(self.config.model.compute_dtype, self.config.model.quantize)
-        )
+        if self.lora is None:
+            return None
+        return self._load_full(self.config.model.compute_dtype, self.config.model.quantize)
 
     def start_view(self, params: Params, base: Params | None) -> Params:
         """The model that the policy starts as, in the decoder's form, made of the weights given.
 
         Args:
-            params: of `initial`; with LoRA not looked at, as the start is the base or the base with the adapter at lora.path.
+            params: of `initial`; not read with LoRA, where the start is the base or the base with the adapter at lora.path.
             base: of `base`.
         """
-        return params if base is None else base | self._own()
+        return params if base is None else base | self._start_adapter()
 
     def reference(self, params: Params, base: Params | None, *, shared: bool) -> Params | None:
         """FrozenState.reference, from what start_view takes; None where no reference runs.
@@ -159,45 +158,35 @@ class PolicyWeights:
             shared: whether the policy goes on with `params`, so that a frozen reference must be a copy.
         """
         if self.reference_kind == "adapter_off":
-            return self._own()
+            return self._start_adapter()
         if self.reference_kind != "frozen":
             return None
         if base is not None:
-            return self._copy(base | self._own())
-        stays = not shared and "reference" not in self.config.train.offload
-        return (
-            params
-            if stays and self.config.model.param_dtype == self.reference_dtype
-            else self._copy(params, self.reference_dtype)
-        )
+            return self._copy(base | self._start_adapter())
+        has_right_dtype = self.config.model.param_dtype == self.reference_dtype
+        if has_right_dtype and not shared and not self.offloads_reference:
+            return params
+        return self._copy(params, self.reference_dtype)
 
-    def _own(self) -> Params:
-        """What the reference has over LoRA's base."""
-        return {} if self.start is None else {"lora": self._put_start(self.start)}
+    def _start_adapter(self) -> Params:
+        """What the reference has over LoRA's base: the adapter at lora.path, if there is one."""
+        return {} if self.start is None else {"lora": sharding.put(self.start, self.shardings)}
 
     def _copy(self, tree: Params, dtype: str | None = None) -> Params:
-        """A copy where a frozen reference lives."""
-        places = self.fixed_shardings.reference
-        if (
-            "reference" in self.config.train.offload
-        ):  # one weight at a time, as the devices may not have room for all
-            return jax.tree.map(
-                lambda w, where: jax.block_until_ready(
-                    jax.device_put(jnp.array(w, dtype or w.dtype, copy=True), where)
-                ),
-                tree,
-                places,
-            )
-        return jax.jit(
-            lambda tree: jax.tree.map(lambda w: jnp.array(w, dtype or w.dtype, copy=True), tree),
-            out_shardings=places,
-        )(tree)
+        """A copy with the shardings of the reference."""
+        shardings = self.fixed_shardings.reference
 
-    def _put_start(self, start: Params) -> Params:
-        return sharding.put(start, self.shardings)
+        def copy(weight: jax.Array) -> jax.Array:
+            return jnp.array(weight, dtype or weight.dtype, copy=True)
 
-    def _full_shapes(self, dtype: str) -> Params:
-        return abstract_params(self.model, dtype)
+        if not self.offloads_reference:
+            return jax.jit(lambda tree: jax.tree.map(copy, tree), out_shardings=shardings)(tree)
+        # One weight at a time: the devices may have no room for all of them.
+        return jax.tree.map(
+            lambda weight, target: jax.block_until_ready(jax.device_put(copy(weight), target)),
+            tree,
+            shardings,
+        )
 
     def _load_full(self, dtype: str, kind: str = "none") -> Params:
         """All weights, from the files or from the seed, quantised as `kind` says."""
@@ -215,17 +204,16 @@ class PolicyWeights:
 def state_shardings(
     model: ModelConfig, mesh: Mesh, lora: Lora | None = None, *, moments_wait: bool = False
 ) -> Any:
-    """Where each part of the state lives; moments with their weights, or on the hosts of these devices.
+    """Shardings of each part of the state, a TrainState of them.
+
+    Args:
+        moments_wait: whether AdamW's moments are offloaded to the hosts; else they lie with their weights.
 
     Raises:
         ValueError: the mesh does not divide the weights.
     """
-    params, everywhere = trained_shardings(model, mesh, lora), sharding.replicated(mesh)
+    params = trained_shardings(model, mesh, lora)
     moments = offload.waiting(params) if moments_wait else params
-    leaves: Any = (
-        params,
-        {"count": everywhere, "mu": moments, "nu": moments},
-        everywhere,
-        everywhere,
-    )
-    return TrainState(*leaves)
+    everywhere: Any = sharding.replicated(mesh)
+    opt: Any = {"count": everywhere, "mu": moments, "nu": moments}
+    return TrainState(params, opt, everywhere, everywhere)
