@@ -42,7 +42,8 @@ from jaxdpo.models.params import abstract_params
 from jaxdpo.models.shardings import axis_sizes
 from jaxdpo.planning.hlo_collectives import Collective, collectives
 from jaxdpo.training.completion_logps import StepOptions
-from jaxdpo.training.step import FrozenState, compile_steps, init_state
+from jaxdpo.training.state import FrozenState, init_state
+from jaxdpo.training.step import compile_steps
 from jaxdpo.training.weights import state_shardings
 
 TOKENS, PAIRS = 16_384, 16

@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmarks.forks import Forked, Server
 from benchmarks.kill_and_resume import different_arrays, different_rows
-from jaxdpo.checkpoints.checkpoint import restore_params
+from jaxdpo.checkpoints.restore import restore_params
 from jaxdpo.utils.manifest import find_damage
 from tests.runs import folder_with_inputs
 
@@ -49,11 +49,11 @@ ENVIRONMENT = os.environ | {
 }
 
 MUTATIONS = {
-    "moments": "import jax\nfrom jaxdpo.checkpoint import Checkpoints\nrestore = Checkpoints.restore\n"
+    "moments": "import jax\nfrom jaxdpo.checkpoints.checkpoint import Checkpoints\nrestore = Checkpoints.restore\n"
     "def forget(self, abstract):\n    step, tree, meta = restore(self, abstract)\n"
     "    tree['opt'] = tree['opt'] | {name: jax.tree.map(lambda x: x * 0, tree['opt'][name]) for name in ('mu', 'nu')}\n"
     "    return step, tree, meta\nCheckpoints.restore = forget",
-    "optimizer's count": "from jaxdpo.checkpoint import Checkpoints\nrestore = Checkpoints.restore\n"
+    "optimizer's count": "from jaxdpo.checkpoints.checkpoint import Checkpoints\nrestore = Checkpoints.restore\n"
     "def forget(self, abstract):\n    step, tree, meta = restore(self, abstract)\n"
     "    tree['opt'] = tree['opt'] | {'count': tree['opt']['count'] * 0}\n"
     "    return step, tree, meta\nCheckpoints.restore = forget",

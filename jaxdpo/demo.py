@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdpo.checkpoints.checkpoint import restore_params
+from jaxdpo.checkpoints.restore import restore_params
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import (

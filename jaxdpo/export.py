@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxdpo.checkpoints.checkpoint import open_params
+from jaxdpo.checkpoints.restore import open_params
 from jaxdpo.checkpoints.run_dir import (
     check_base,
     find_base,

@@ -1,6 +1,7 @@
-"""What loading and exporting hold in memory, each measured in a process of its own: python -m tests.memory <what> <folder>.
+"""Peak memory of loading and exporting: python -m tests.memory <what> <folder>, a process each.
 
-The devices of a CPU are host memory too, so that a load may hold the model once, and an export from files none of it.
+The devices of a CPU are host memory too, so a load may hold the model once, and an export from
+files none of it.
 """
 
 import json
@@ -53,7 +54,7 @@ class Drawn:
 
 
 def make(folder: Path) -> None:
-    """A model of 159M weights in bfloat16 files, and a run that trained them all, and one that trained an adapter."""
+    """A model of 159M weights in bfloat16 files, a run that trained them all, and a LoRA run."""
     (folder / "model").mkdir(parents=True)
     write_json(folder / "model" / "config.json", HF | SIZES | {"dtype": "bfloat16"})
     model = load_model_config(folder / "model")

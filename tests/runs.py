@@ -13,12 +13,15 @@ from typing import Any
 import jax
 import pytest
 
-from jaxdpo.checkpoints.checkpoint import restore_params
+from jaxdpo.checkpoints.restore import restore_params
 from jaxdpo.config.schema import Config, MeshSection
 from jaxdpo.distributed import sharding
-from jaxdpo.training.loop import Run, train
+from jaxdpo.training.completion_logps import StepOptions
+from jaxdpo.training.loop import train
 from jaxdpo.training.metric_logger import TIME_KEYS
-from jaxdpo.training.step import FrozenState, StepOptions, compile_steps
+from jaxdpo.training.run import Run
+from jaxdpo.training.state import FrozenState
+from jaxdpo.training.step import compile_steps
 from jaxdpo.training.trainer import Trainer
 from tests.tiny import config, rows, write_model, write_rows
 

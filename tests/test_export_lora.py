@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from jaxdpo import export
-from jaxdpo.checkpoints.checkpoint import Checkpoints, restore_params
+from jaxdpo.checkpoints.checkpoint import Checkpoints
+from jaxdpo.checkpoints.restore import restore_params
 from jaxdpo.config import cli as options
 from jaxdpo.config.schema import Config, LoraSection, ModelSection
 from jaxdpo.models.decoder import ForwardOptions
@@ -215,7 +216,7 @@ def test_a_base_that_changed_is_refused(
     save_params(tmp_path / "base", tiny("llama"), params(1, tiny("llama")), "float32")
     assert run_export(run, tmp_path / "out", f"form={form}") == 1
     assert (
-        f"base={tmp_path / 'base'}: has other weights than the adapter was trained over (hash "
+        f"base={tmp_path / 'base'}: has other weights than the adapter was trained on (hash "
         in capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxdpo.checkpoints.checkpoint import restore_params
+from jaxdpo.checkpoints.restore import restore_params
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.hf.load_save import load_params
 from jaxdpo.models.hf.model_card import Card

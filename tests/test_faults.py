@@ -1,4 +1,7 @@
-"""The short form of benchmarks/faults.py: a few of each fault, done to real processes; and disks that are full or cannot be written."""
+"""The short form of benchmarks/faults.py: a few of each fault, done to real processes.
+
+Also disks that are full or cannot be written.
+"""
 
 import contextlib
 import random
@@ -42,7 +45,7 @@ def stopped(runs: Runs, server: Server) -> Path:
     return runs.folder / "stopped"
 
 
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(runs: Runs) -> None:
+def test_resume_after_sigkill_at_any_moment_ends_with_the_same_bits(runs: Runs) -> None:
     found = faults.lane(
         runs,
         runs.folder / "killed",
@@ -53,14 +56,14 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(runs: Runs) -> None:
     assert found["failures"] == [] and [event["code"] for event in found["events"]] == [-9] * 5
 
 
-def test_a_signal_at_any_moment_loses_nothing(runs: Runs) -> None:
+def test_sigterm_at_any_moment_loses_nothing(runs: Runs) -> None:
     kinds = ["before the first step", "evaluation", "save", "generation", "step"]
     found = faults.lane(runs, runs.folder / "stopped-often", signal.SIGTERM, kinds, 2)
     assert found["failures"] == [], found["events"]
 
 
 @pytest.mark.parametrize("lost", MUTATIONS)
-def test_the_suite_sees_what_is_left_out(
+def test_the_suite_notices_what_a_resume_leaves_out(
     runs: Runs, stopped: Path, server: Server, lost: str, tmp_path: Path
 ) -> None:
     shutil.copytree(stopped, tmp_path / "run")
@@ -72,18 +75,18 @@ def test_no_flipped_bit_is_silent(stopped: Path) -> None:
     assert faults.flips(stopped, 60, 3)["silent"] == []
 
 
-def test_broken_files_and_junk_are_told_and_survived(
+def test_broken_files_and_junk_are_reported_and_survived(
     runs: Runs, stopped: Path, server: Server
 ) -> None:
     assert faults.broken_files(runs, stopped, server, every=True)["failures"] == []
 
 
-def test_a_wish_for_a_checkpoint_is_granted(runs: Runs, server: Server, tmp_path: Path) -> None:
+def test_a_requested_checkpoint_is_saved(runs: Runs, server: Server, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "save").touch()
     process = runs.start(
-        run, server, "from jaxdpo import runner\nrunner._due = lambda step, every: False"
+        run, server, "from jaxdpo.training import loop\nloop.is_due = lambda step, every: False"
     )  # no save is due by itself
     until = time.monotonic() + faults.PATIENCE
     while not faults.newest(run) and process.poll() is None:
@@ -156,7 +159,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(
     assert f"resuming after step {kept}" in faults.told(run) and runs.differences(run) == []
 
 
-def test_a_disk_that_cannot_be_written_is_told(
+def test_a_disk_that_cannot_be_written_is_reported(
     runs: Runs, server: Server, small_disk: Path, tmp_path: Path
 ) -> None:
     (small_disk / "run").mkdir()

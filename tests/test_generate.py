@@ -243,7 +243,7 @@ def test_an_adapter_answers_over_its_base(
     capsys.readouterr()
     write_model(tmp_path / "other", seed=1)
     assert command(asked, f"model.path={run}", f"model.base={tmp_path}/other")[0] == 1
-    assert "has other weights than the adapter was trained over" in capsys.readouterr().err
+    assert "has other weights than the adapter was trained on" in capsys.readouterr().err
 
 
 def test_several_models_answer_side_by_side(

@@ -13,7 +13,7 @@ import jax
 import pytest
 import yaml
 
-from jaxdpo.checkpoints.checkpoint import restore_params
+from jaxdpo.checkpoints.restore import restore_params
 from jaxdpo.train import main
 from tests.runs import folder_with_inputs, metrics, stop_after, untimed, use_one_device
 from tests.tiny import params, rows, write_rows
@@ -204,8 +204,8 @@ def test_dry_run_shows_everything_up_to_the_first_step(
     assert not (tmp_path / "run").exists()
     assert "learning_rate: 0.001" in out and "--- rows.jsonl:" in out and "13 rows read" in out
     for text in (
-        f"model: llama, {sum(leaf.size for leaf in jax.tree.leaves(params())):,} parameters, float32 products",
-        "first step: (1, 1, 64) microbatches x rows x tokens",
+        f"model: llama, {sum(leaf.size for leaf in jax.tree.leaves(params())):,} parameters, float32 matmuls",
+        "first step: (1, 1, 64) microbatches x packed sequences x tokens",
         "compile: ",
         "memory of a device: ",
         "time: ",

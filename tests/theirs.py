@@ -1,4 +1,4 @@
-"""The tiny models of every family in transformers, with weights so far from neutral that every part matters."""
+"""Tiny models of every family in transformers, with weights that make every part matter."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,9 +17,8 @@ from tests.families import TINY, raw_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-torch.set_num_threads(
-    1
-)  # these models are too small to share out, and threads that wait for each other take turns with other tests
+# These models are too small for more, and waiting threads take turns with other tests.
+torch.set_num_threads(1)
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -93,14 +92,14 @@ def padded(rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
 
 
 def logits_of(model: Any, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Logits float32 [T, V] of each row, by a model of transformers. Causal attention never sees the padding."""
+    """Logits float32 [T, V] of each row; causal attention never sees the padding."""
     with torch.no_grad():
         batch = model(padded(rows)[0]).logits.numpy()
     return [logits[: len(row)] for logits, row in zip(batch, rows, strict=True)]
 
 
 def read(folder: Path, **more: Any) -> Any:
-    """The model in a folder, as transformers reads it (ready for evaluation), and what else is asked for."""
+    """The model in a folder, as transformers reads it (ready for evaluation)."""
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", **more
     )
@@ -113,7 +112,7 @@ def raw_of(case: str) -> dict[str, Any]:
 
 
 def make(folder: Path, case: str) -> Both:
-    """A random model, made by transformers from a config.json of the hub's form, saved by it, and read by us."""
+    """A random model, made and saved by transformers from a hub config.json, and read by us."""
     raw = raw_of(case)
     (folder / "hub").mkdir()
     write_json(folder / "hub" / "config.json", raw)

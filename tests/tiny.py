@@ -1,4 +1,4 @@
-"""Tiny things that the tests share: a model, pairs, meshes and steps; a Hugging Face folder, rows and a run's config."""
+"""Tiny things that the tests share: a model, pairs, meshes, steps, model folders and configs."""
 
 import dataclasses
 import functools
@@ -23,6 +23,8 @@ from jaxdpo.models.hf.config_json import from_hf
 from jaxdpo.models.hf.load_save import save_params
 from jaxdpo.models.params import Params, abstract_params
 from jaxdpo.training import step
+from jaxdpo.training.completion_logps import StepOptions
+from jaxdpo.training.state import FrozenState, init_state
 from jaxdpo.training.weights import state_shardings
 
 HF: dict[str, Any] = {
@@ -42,7 +44,7 @@ HF: dict[str, Any] = {
     "initializer_range": 0.1,
     "eos_token_id": 0,
 }
-"""config.json of the tiny model; weights are five times larger than usual, so that every part matters."""
+"""config.json of the tiny model; weights are five times larger than usual: every part matters."""
 
 
 def model(**changes: Any) -> ModelConfig:
@@ -52,7 +54,7 @@ def model(**changes: Any) -> ModelConfig:
 
 @functools.cache
 def params(seed: int = 0, config: ModelConfig | None = None) -> Params:
-    """Random weights as numpy arrays (safe from donation): norms multiply by about 1, the rest is wide."""
+    """Random weights as numpy arrays (safe from donation): norms near 1, the rest wide."""
     config = config or model()
     rng, one = np.random.default_rng(seed), np.float32(config.norm != "rms_offset")
 
@@ -122,7 +124,7 @@ def pack(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How a few steps are computed; each field is something that must not change the result, but for loss and optim."""
+    """How a few steps are computed; only loss and optim may change the result."""
 
     loss: LossSection = dataclasses.field(default_factory=LossSection)
     optim: OptimSection = dataclasses.field(
@@ -140,7 +142,7 @@ class Setup:
     total_steps: int = 10
     offload: tuple[str, ...] = ()
 
-    def options(self) -> step.StepOptions:
+    def options(self) -> StepOptions:
         """The step's options."""
         forward = ForwardOptions(
             compute_dtype=self.compute_dtype,
@@ -148,7 +150,7 @@ class Setup:
             remat=self.remat,
             mesh=mesh(*self.mesh),
         )
-        return step.StepOptions(
+        return StepOptions(
             model=self.config,
             loss=self.loss,
             optim=self.optim,
@@ -177,7 +179,7 @@ class Stepper:
         self.reference = (
             sharding.put(reference, place) if registry.needs_reference(setup.loss) else None
         )
-        where = step.FrozenState(reference=None if self.reference is None else place)
+        where = FrozenState(reference=None if self.reference is None else place)
         self.train_step, self.eval_step = step.compile_steps(
             setup.options(), self.mesh, self._shardings, where
         )
@@ -185,13 +187,13 @@ class Stepper:
 
     def reset(self, policy: Params | None = None) -> None:
         """Begin again, with the first weights or with others."""
-        state = step.init_state(self._policy if policy is None else policy, self.setup.optim)
+        state = init_state(self._policy if policy is None else policy, self.setup.optim)
         self.state = sharding.put(jax.tree.map(np.asarray, state), self._shardings)
 
     @property
-    def fixed(self) -> step.FrozenState:
+    def frozen(self) -> FrozenState:
         """The reference as the steps take it."""
-        return step.FrozenState(reference=self.reference)
+        return FrozenState(reference=self.reference)
 
     def put(self, batch: Batch) -> Batch:
         """The batch on the devices."""
@@ -210,12 +212,12 @@ class Stepper:
 
     def train(self, batch: Batch, apply: bool = True) -> dict[str, float]:
         """One step; its metrics."""
-        self.state, metrics = self.train_step(self.state, self.fixed, batch, np.asarray(apply))
+        self.state, metrics = self.train_step(self.state, self.frozen, batch, np.asarray(apply))
         return host(metrics)
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """The evaluation's means."""
-        return host(step.averages(self.eval_step(self.state.params, self.fixed, batch)))
+        return host(step.averages(self.eval_step(self.state.params, self.frozen, batch)))
 
 
 def host(metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -224,7 +226,7 @@ def host(metrics: dict[str, jax.Array]) -> dict[str, float]:
 
 
 def write_model(folder: Path, seed: int | None = 0, **changes: Any) -> ModelConfig:
-    """A Hugging Face folder whose tokens are the words w1 to w63; weights too unless seed is None."""
+    """A Hugging Face folder with the tokens w1 to w63; without weights where seed is None."""
     config = model(**changes)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {"<|end|>": 0} | {f"w{i}": i for i in range(1, config.vocab_size)}
@@ -274,7 +276,11 @@ def write_rows(path: Path, some: Sequence[dict[str, Any]]) -> str:
 
 
 def config(folder: Path, **changes: Any) -> Config:
-    """A short run in `folder` on its model/ and rows.jsonl, one device; changes are written section__field=value."""
+    """A short run in `folder` on its model/ and rows.jsonl, one device.
+
+    Args:
+        changes: section__field=value.
+    """
     values: dict[str, Any] = {
         "run_dir": str(folder / "run"),
         "model": {"path": str(folder / "model")},

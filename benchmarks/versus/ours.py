@@ -22,8 +22,10 @@ from jaxdpo.checkpoints.checkpoint import Checkpoints
 from jaxdpo.config import cli
 from jaxdpo.config.schema import Config
 from jaxdpo.data.packing import Batch
-from jaxdpo.training.loop import Run, Stop, begin
 from jaxdpo.training.metric_logger import Logger
+from jaxdpo.training.preemption import Stop
+from jaxdpo.training.resume import start_or_resume
+from jaxdpo.training.run import Run
 from jaxdpo.training.trainer import Trainer
 from jaxdpo.utils.compile_cache import keep_compiled_programs
 
@@ -60,22 +62,22 @@ class Phase:
         self.run = run
         self.num_steps = num_steps
         self.next_step = 1
-        self._apply = run.session.put_scalar(True, np.bool_)
-        self._batches: Iterator[Batch] = run.session.loader.stream(1, 1)
+        self._apply = run.trainer.put_scalar(True, np.bool_)
+        self._batches: Iterator[Batch] = run.trainer.loader.stream(1, 1)
 
     def prepare(self) -> None:
         """Compile the program of every row length that the steps need, by a step of each that changes nothing."""
-        session, run, seen = self.run.session, self.run, set()
+        trainer, run, seen = self.run.trainer, self.run, set()
         for step in range(self.next_step, self.num_steps + 1):
-            batch = session.loader.batch(step)
+            batch = trainer.loader.batch(step)
             if (shape := batch.tokens_MBT.shape) not in seen:
                 seen.add(shape)
-                apply = session.put_scalar(False, np.bool_)
-                run.state, metrics = session.train_step(
-                    run.state, run.fixed_for(step, batch), session.put_batch(batch), apply
+                apply = trainer.put_scalar(False, np.bool_)
+                run.state, metrics = trainer.train_step(
+                    run.state, run.frozen_for(step, batch), trainer.put_batch(batch), apply
                 )
                 jax.device_get(metrics)
-        self._batches = session.loader.stream(self.next_step, self.num_steps)
+        self._batches = trainer.loader.stream(self.next_step, self.num_steps)
 
     def round(self, steps: int) -> tuple[float, list[float]]:
         """Train; returns seconds and each step's mean log-prob of the chosen answers."""
@@ -114,10 +116,10 @@ def read_config(args: argparse.Namespace, phase: str) -> Config:
     return cli.load(Config, command, command="train")[0]
 
 
-def open_logger(session: Trainer) -> Logger:
-    """Where the steps of a session are told."""
-    config = session.config
-    return Logger(config.run_dir, config.log, session.total_steps, None, has_reference=True)
+def open_logger(trainer: Trainer) -> Logger:
+    """Where the steps of a trainer are told."""
+    config = trainer.config
+    return Logger(config.run_dir, config.log, trainer.total_steps, None, has_reference=True)
 
 
 def main() -> None:
@@ -135,10 +137,12 @@ def main() -> None:
 
     config = read_config(args, "random")
     keep_compiled_programs(config.train.compilation_cache)
-    session = Trainer.open(config)
+    trainer = Trainer.open(config)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(Path(config.run_dir), 1, 0))
-        run = begin(session, stack.enter_context(open_logger(session)), checkpoints, Stop())
+        run = start_or_resume(
+            trainer, stack.enter_context(open_logger(trainer)), checkpoints, Stop()
+        )
         current = Phase(run, len(plan["phases"]["random"]))
         _, logps = current.round(1)
         phases = {"random": current}
@@ -146,18 +150,18 @@ def main() -> None:
         while (request := channel.receive())["do"] != "quit":
             if request["do"] == "prepare":
                 current.prepare()
-                session = Trainer.open(read_config(args, "grouped"))
+                trainer = Trainer.open(read_config(args, "grouped"))
                 run = dataclasses.replace(
                     run,
-                    session=session,
-                    logger=stack.enter_context(open_logger(session)),
+                    trainer=trainer,
+                    logger=stack.enter_context(open_logger(trainer)),
                     step=0,
                     tokens=0,
                 )
                 current = phases["grouped"] = Phase(run, len(plan["phases"]["grouped"]))
                 current.prepare()
                 packed_lengths = {
-                    name: phase.run.session.loader.packer.packed_lengths
+                    name: phase.run.trainer.loader.packer.packed_lengths
                     for name, phase in phases.items()
                 }
                 channel.send(event="prepared", packed_lengths=packed_lengths, **compiles.report())

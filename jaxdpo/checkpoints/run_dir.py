@@ -1,4 +1,4 @@
-"""A run folder as others read it: its config, its model's small files, and the base that its adapter belongs to."""
+"""A finished run as others read it: its config, its model's files, and its adapter's base."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +15,9 @@ from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.lora import Lora, adapter_shapes
 
+MAX_LINES = 10
+"""Differences that an error lists."""
+
 
 def read_run_config(run_dir: Path) -> Config:
     """The config that a run was started with.
@@ -25,15 +28,15 @@ def read_run_config(run_dir: Path) -> Config:
     path = run_dir / "config.yaml"
     config, problems = cli.validate(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
     if problems or config is None:
-        raise ValueError(
-            f"{path}: is not a config of this version of jaxdpo:\n"
-            + "\n".join(f"  {line}" for line in problems)
-        )
+        listed = "\n".join(f"  {line}" for line in problems)
+        raise ValueError(f"{path}: is not a config of this version of jaxdpo:\n{listed}")
     return config
 
 
 def model_files(run_dir: Path, config: Config) -> Path:
-    """The folder with config.json and tokenizer of a run: its own copy <run>/model, else where it was started from.
+    """The folder with config.json and tokenizer of a run.
+
+    That is its own copy <run>/model, else the model that it was started from.
 
     Raises:
         ValueError: neither exists.
@@ -45,47 +48,41 @@ def model_files(run_dir: Path, config: Config) -> Path:
 
 
 def lora_of_run(config: Config, model: ModelConfig, saved: Mapping[str, Any]) -> Lora:
-    """What the adapter in a run's checkpoint is, its weights aside.
+    """Rank, scale and targets of the adapter in a run's checkpoint.
 
     Args:
-        saved: the adapter, arrays of any kind.
+        saved: the adapter's weights, arrays of any kind.
 
     Raises:
-        ValueError: the checkpoint holds something else than the adapter that the run's config names.
+        ValueError: the checkpoint holds something else than the adapter of the run's config.
     """
     lora = lora_of(config.lora, model)
-    shapes = [_shapes(tree) for tree in (adapter_shapes(model, lora), saved)]
-    if shapes[0] != shapes[1]:
-        differing = sorted(
-            path
-            for path in shapes[0].keys() | shapes[1].keys()
-            if shapes[0].get(path) != shapes[1].get(path)
-        )
-        lines = [
-            f"{path}: must be {_show(shapes[0].get(path))}, is {_show(shapes[1].get(path))}"
-            for path in differing
-        ]
-        listed = "\n".join(f"  {line}" for line in lines[:10] + ["..."] * (len(lines) > 10))
+    wanted, found = _shapes(adapter_shapes(model, lora)), _shapes(saved)
+    lines = []
+    for path in sorted(wanted.keys() | found.keys()):
+        must, is_ = wanted.get(path, "absent"), found.get(path, "absent")
+        if must != is_:
+            lines.append(f"  {path}: must be {must}, is {is_}")
+    if lines:
+        listed = "\n".join(lines[:MAX_LINES])
+        if len(lines) > MAX_LINES:
+            listed += "\n  ..."
         raise ValueError(
-            f"the checkpoint does not hold the adapter of its config.yaml; another version or run saved it:\n{listed}"
+            "the checkpoint does not hold the adapter of its config.yaml; "
+            f"another version or run saved it:\n{listed}"
         )
     return lora
 
 
-def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
-
-
-def _show(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
+def _shapes(tree: Mapping[str, Any]) -> dict[str, str]:
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        shapes[jax.tree_util.keystr(path, simple=True, separator="/")] = str(list(leaf.shape))
+    return shapes
 
 
 def check_base(config: Config, meta: Mapping[str, Any], folder: Path) -> None:
-    """Make sure that a folder's weights are those that a run's adapter was trained over.
+    """Check that a folder's weights are the base that a run's adapter was trained on.
 
     Args:
         meta: of the run's checkpoint.
@@ -95,21 +92,26 @@ def check_base(config: Config, meta: Mapping[str, Any], folder: Path) -> None:
     """
     if config.model.init == "random":
         raise ValueError(
-            "model.init=random: the run's base was drawn at random and lies in no file, so its adapter is of no use elsewhere"
+            "model.init=random: the run's base was drawn at random and is stored nowhere, "
+            "so its adapter is of no use elsewhere"
         )
     known = meta.get("identity", {}).get("weights")
     if known is None:
         raise ValueError(
-            "the checkpoint does not say which base its adapter belongs to: it is of an older version. Train again to export"
+            "the checkpoint does not say which base its adapter belongs to: "
+            "it is of an older version. Train again to export"
         )
-    if (now := weights_fingerprint(folder)) != known:
+    now = weights_fingerprint(folder)
+    if now != known:
         raise ValueError(
-            f"base={folder}: has other weights than the adapter was trained over (hash {_short(known)}, here {_short(now)}). "
+            f"base={folder}: has other weights than the adapter was trained on "
+            f"(hash {_short(known)}, here {_short(now)}). "
             "Name the model as it was: base=<folder or hub id>"
         )
 
 
 def _short(fingerprint: str) -> str:
+    """Enough of a hash to compare by eye."""
     return fingerprint.split(":")[-1][:12]
 
 
@@ -122,9 +124,10 @@ def find_base(config: Config, name: str | None) -> Path:
     Raises:
         ValueError: it is not here and not on the hub.
     """
-    wanted, revision = (
-        (config.model.path or "", config.model.revision) if name is None else (name, None)
-    )
+    wanted, revision = name, None
+    if name is None:
+        wanted, revision = config.model.path, config.model.revision
+    wanted = wanted or ""
     folder = Path(wanted).expanduser()
     if folder.is_dir():
         return folder
@@ -132,5 +135,6 @@ def find_base(config: Config, name: str | None) -> Path:
         return fetch_model(wanted, revision)
     except ValueError as error:
         raise ValueError(
-            f"the base under the run's adapter is missing. Say where it is: base=<folder or hub id>. {error}"
+            "the base under the run's adapter is missing. "
+            f"Say where it is: base=<folder or hub id>. {error}"
         ) from None

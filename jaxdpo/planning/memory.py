@@ -15,7 +15,7 @@ import jax
 from jaxdpo.models.logprobs import chunk_size
 from jaxdpo.planning.batch_shapes import Rows
 from jaxdpo.training.program import Program
-from jaxdpo.training.step import FrozenState
+from jaxdpo.training.state import FrozenState
 
 FLOAT32 = 4
 REFERENCE, MOMENTS = "reference", "optimizer moments"

@@ -1,6 +1,9 @@
-"""Log-probs of a batch's answers under one model: what the losses, the cached reference and evaluation are made from.
+"""Log-probs of a batch's completions ("answers") under one model.
 
-Dimension names: M microbatches, B rows, T slots, S scored tokens, P pair places of a row.
+The losses, the cached reference and evaluation are all computed from them.
+
+Dimension names: M microbatches, B packed sequences, T token positions, S loss tokens (tokens of
+completions, gathered), P pairs of a sequence, D model, V vocabulary. Sides: 0 chosen, 1 rejected.
 """
 
 import dataclasses
@@ -42,71 +45,83 @@ class StepOptions:
     forward: ForwardOptions
     total_steps: int
     chunk: int | None = None
-    """Scored tokens whose logits exist at once. Default: logprobs.chunk_size."""
+    """Loss tokens whose logits exist at once. Default: logprobs.chunk_size."""
 
 
 class CompletionLogps(NamedTuple):
-    """One model's log-probs of a microbatch's answers; float32 [B, P, 2] (chosen, rejected), nats."""
+    """One model's log-probs of a microbatch's completions; float32 [B, P, 2], nats."""
 
     logps: jax.Array
-    """Sums over tokens; with loss.ld_alpha, tokens beyond the shorter answer count that much."""
+    """Sums over tokens; loss.ld_alpha weights the tokens beyond the shorter completion."""
     plain_logps: jax.Array
-    """Sums in which every token counts fully."""
+    """Sums over tokens without these weights."""
     collisions: jax.Array | None
-    """Sums of log sum_v p(v)^2, for WPO."""
+    """Sums over tokens of log sum_v p(v)^2, for WPO."""
     balance: jax.Array | None
-    """Mixtures of experts: how unevenly the microbatch's tokens were spread (moe.balance_loss); scalar."""
+    """Mixture of experts: load balancing loss of the microbatch (moe.balance_loss); scalar."""
 
 
 class CompletionTokens(NamedTuple):
-    """The scored tokens of a microbatch under one model, padded to whole chunks.
+    """The loss tokens of a microbatch under one model, padded to a multiple of the chunk.
 
-    B are rows or, where devices share the slots of a row, the shares.
+    B are sequences or, under context parallelism, the shares of sequences.
     """
 
     head_VD: jax.Array
     hidden_BSD: jax.Array
     targets_BS: jax.Array
     sides_BS: jax.Array
+    """Pair and side of each token as 2 * pair + side; -1 is padding."""
     common_BS: jax.Array
+    """1 up to the length of the pair's shorter completion, 0 beyond it (loss.ld_alpha)."""
     balance: jax.Array | None
     """As in CompletionLogps."""
     chunks: jax.Array
-    """Chunks to compute."""
+    """Chunks that hold a loss token; int32 scalar."""
     head: Head
 
     @classmethod
     def of(cls, params: Params, micro: Batch, options: StepOptions) -> "CompletionTokens":
         """Run the model on a microbatch (arrays without their leading M)."""
         model, forward = options.model, options.forward
-        slots = (micro.tokens_MBT, micro.positions_MBT, micro.k_start_MBT, micro.k_end_MBT)
-        hidden_BTD, load = forward_moe(params, model, *slots, forward, real_slots(micro))
-        hidden_BTD, tokens = _by_share(hidden_BTD, micro, forward.mesh)
-        num_tokens = tokens[0].shape[-1]
-        chunk = min(
-            options.chunk or chunk_size(model.vocab_size, num_tokens, forward.on_cpu), num_tokens
+        sequences = (micro.tokens_MBT, micro.positions_MBT, micro.k_start_MBT, micro.k_end_MBT)
+        hidden_BTD, load = forward_moe(params, model, *sequences, forward, token_mask(micro))
+        hidden_BTD, loss_tokens = _by_share(hidden_BTD, micro, forward.mesh)
+        slots_BS, targets_BS, common_BS, sides_BS = loss_tokens
+        num_tokens = slots_BS.shape[-1]
+        chunk = options.chunk or chunk_size(model.vocab_size, num_tokens, forward.on_cpu)
+        chunk = min(chunk, num_tokens)
+        padding = ((0, 0), (0, -num_tokens % chunk))
+        slots_BS, targets_BS, common_BS = (
+            jnp.pad(x, padding) for x in (slots_BS, targets_BS, common_BS)
         )
-        behind = ((0, 0), (0, -num_tokens % chunk))
-        slots_BS, targets_BS, common_BS = (jnp.pad(x, behind) for x in tokens[:3])
-        sides_BS = jnp.pad(tokens[3], behind, constant_values=-1)
+        sides_BS = jnp.pad(sides_BS, padding, constant_values=-1)
         balance = None if load is None else balance_loss(load)
+        # Gathered before the LM head: prompts and padding need no logits.
+        hidden_BSD = gather_hidden(hidden_BTD, slots_BS)
+        chunks = num_chunks(sides_BS, chunk)
         head = Head(chunk, forward.dtype, model.logit_softcap, forward.mesh)
-        hidden_BSD, chunks = gather_hidden(hidden_BTD, slots_BS), num_chunks(sides_BS, chunk)
         return cls(
-            head_weight(params), hidden_BSD, targets_BS, sides_BS, common_BS, balance, chunks, head
+            head_VD=head_weight(params),
+            hidden_BSD=hidden_BSD,
+            targets_BS=targets_BS,
+            sides_BS=sides_BS,
+            common_BS=common_BS,
+            balance=balance,
+            chunks=chunks,
+            head=head,
         )
 
-    def answers(self, micro: Batch, section: LossSection) -> CompletionLogps:
-        """The log-probs of the microbatch's answers."""
-        num_rows, num_places = micro.weights_MBP.shape
+    def logps(self, micro: Batch, section: LossSection) -> CompletionLogps:
+        """The log-probs of the microbatch's completions."""
+        B, P = micro.weights_MBP.shape
 
         def by_side(values_BS: jax.Array) -> jax.Array:
-            sums = sum_by_side(values_BS, self.sides_BS, num_places)
-            return (
-                sums
-                if sums.shape[0] == num_rows
-                else sums.reshape(num_rows, -1, num_places, 2).sum(1)
-            )
+            sums = sum_by_side(values_BS, self.sides_BS, P)
+            if sums.shape[0] == B:
+                return sums
+            # Context parallelism: add up the shares of each sequence.
+            return sums.reshape(B, -1, P, 2).sum(1)
 
         logps_BS: Any = token_logps(
             self.hidden_BSD, self.head_VD, self.targets_BS, self.chunks, self.head
@@ -116,12 +131,13 @@ class CompletionTokens(NamedTuple):
             logps = by_side(logps_BS * jnp.where(self.common_BS > 0, 1.0, section.ld_alpha))
         collisions = None
         if section.wpo:
+            # WPO's weights are constants: stopped here, they cost no backward pass.
             hidden, weight = jax.lax.stop_gradient((self.hidden_BSD, self.head_VD))
             collisions = by_side(token_collisions(hidden, weight, self.chunks, self.head))
         return CompletionLogps(logps, plain_logps, collisions, self.balance)
 
     def exact_kl(self, reference: "CompletionTokens") -> jax.Array:
-        """Sum over all answer tokens of the exact KL(self || reference) of their distributions, nats."""
+        """Sum over all loss tokens of KL(self || reference), over the full vocabulary; nats."""
         kl_BS = token_kl(
             self.hidden_BSD,
             self.head_VD,
@@ -136,7 +152,11 @@ class CompletionTokens(NamedTuple):
 def _by_share(
     hidden_BTD: jax.Array, micro: Batch, mesh: Mesh | None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Hidden states and scored tokens (slots, targets, common, sides), each device's share of a row as a row of its own."""
+    """Hidden states and loss tokens (slots, targets, common, sides) by context parallelism's share.
+
+    Each device's share of a sequence becomes a sequence of its own, so that the LM head runs where
+    the hidden states are and none of them are sent.
+    """
     tokens = (micro.slots_MBS, micro.targets_MBS, micro.common_MBS, micro.sides_MBS)
     shares = 1 if mesh is None else mesh.shape["context"]
     if shares == 1:
@@ -149,33 +169,33 @@ def _by_share(
     slots_BS, targets_BS, common_BS, sides_BS = (
         jnp.take_along_axis(jnp.repeat(x, shares, axis=0), order_BS, axis=1) for x in tokens
     )
-    return hidden_BTD, (
-        jnp.where(own_BS, slots_BS % (T // shares), 0),
-        targets_BS,
-        common_BS,
-        jnp.where(own_BS, sides_BS, -1),
-    )
+    # The tokens of other shares become padding.
+    slots_BS = jnp.where(own_BS, slots_BS % (T // shares), 0)
+    sides_BS = jnp.where(own_BS, sides_BS, -1)
+    return hidden_BTD, (slots_BS, targets_BS, common_BS, sides_BS)
 
 
-def answers(params: Params, micro: Batch, options: StepOptions) -> CompletionLogps:
-    """The answers' log-probs under one model, for one microbatch (arrays without their leading M)."""
-    return CompletionTokens.of(params, micro, options).answers(micro, options.loss)
+def completion_logps(params: Params, micro: Batch, options: StepOptions) -> CompletionLogps:
+    """The completions' log-probs of one microbatch (arrays without their leading M)."""
+    return CompletionTokens.of(params, micro, options).logps(micro, options.loss)
 
 
-def all_answers(params: Params, batch: Batch, options: StepOptions) -> CompletionLogps:
-    """The same for every microbatch: [M, B, P, 2]."""
-    return jax.lax.map(lambda micro: answers(params, micro, options), batch)
+def all_completion_logps(params: Params, batch: Batch, options: StepOptions) -> CompletionLogps:
+    """The completions' log-probs of every microbatch: [M, B, P, 2]."""
+    return jax.lax.map(lambda micro: completion_logps(params, micro, options), batch)
 
 
 def reference_logps(params: Params, batch: Batch, options: StepOptions) -> jax.Array:
-    """All that the losses see of a reference: float32 [M, B, P, 2]."""
-    return jax.lax.map(lambda micro: answers(params, micro, options).logps, batch)
+    """All that the losses need of a reference: float32 [M, B, P, 2], nats."""
+    return jax.lax.map(lambda micro: completion_logps(params, micro, options).logps, batch)
 
 
-def real_slots(batch: Batch) -> jax.Array:
-    """Which slots hold a token; bool [..., B, T]. A row's last token ends an answer, one slot behind the one that predicts it."""
-    last = jnp.max(jnp.where(batch.sides_MBS >= 0, batch.slots_MBS + 1, -1), axis=-1, keepdims=True)
-    return (
-        jax.lax.broadcasted_iota(jnp.int32, batch.tokens_MBT.shape, batch.tokens_MBT.ndim - 1)
-        <= last
-    )
+def token_mask(batch: Batch) -> jax.Array:
+    """Which positions hold a token and not padding; bool [..., B, T].
+
+    A sequence ends with the last token of a completion, one position behind that which predicts it.
+    """
+    ends = jnp.where(batch.sides_MBS >= 0, batch.slots_MBS + 1, -1)
+    last = jnp.max(ends, axis=-1, keepdims=True)
+    shape = batch.tokens_MBT.shape
+    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) <= last

@@ -11,7 +11,8 @@ from jaxdpo.data.tokenize import decode_answer
 from jaxdpo.models.params import Params
 from jaxdpo.models.sampling import generate
 from jaxdpo.training.reference_cache import CachedLogps
-from jaxdpo.training.step import FrozenState, averages
+from jaxdpo.training.state import FrozenState
+from jaxdpo.training.step_metrics import averages
 from jaxdpo.training.trainer import Trainer
 
 

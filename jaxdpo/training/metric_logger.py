@@ -1,7 +1,14 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the console, and a warning when a number leaves its healthy range.
+"""Where the metrics of a run go: metrics.jsonl (JSONL), TensorBoard, the console, and warnings.
 
-metrics.jsonl is the record: one JSON object a line, floats written so that they read back as the same bits. A resumed
-run cuts the rows beyond the step it resumes from, so that the file never tells a step twice.
+JsonLines writes files of JSON objects, Logger sends each row of metrics to all sinks (TensorBoard:
+Logger._write), Health warns when a metric leaves its healthy range. The names are TRL's.
+
+One more metric a step: computed on the devices, add it in step_metrics.metric_sums; known to the
+host (times, counts), add it in Run._log (run.py). It needs nothing here, unless the console should
+show it (CONSOLE_KEYS) or it depends on the clock (TIME_KEYS).
+
+metrics.jsonl is the record: one JSON object a line, floats that read back as the same bits. A
+resumed run first cuts the rows beyond the step it resumes from, so that no step is in it twice.
 """
 
 import functools
@@ -29,7 +36,7 @@ TIME_KEYS = frozenset(
         "eval/seconds",
     }
 )
-"""Keys of metrics.jsonl that depend on the clock: the only ones that may differ between two runs of the same command."""
+"""Metrics that depend on the clock: the only ones that may differ when a command is run twice."""
 
 CONSOLE_KEYS = {
     "loss": "loss",
@@ -39,20 +46,20 @@ CONSOLE_KEYS = {
     "grad_norm": "grad",
     "pairs_per_second": "pairs/s",
 }
-"""What of a row the console shows, and under which name."""
+"""Metric -> its name on the console, which shows these only."""
 
 LINES_PER_RUN = 20
-"""How many steps of a run are told where no progress bar can be drawn."""
+"""Lines about steps on a console that is no terminal and so has no progress bar."""
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with a "step"; every line reaches the system as it is written.
+    """A JSONL file: one object a line, each with a "step"; unbuffered.
 
-    Of several processes the first one writes, and for the others every method does nothing.
+    Of several processes the first one writes; for the others every method does nothing.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None):
-        """Open for appending, keeping of an earlier run the rows up to `resume_step` (None: no rows)."""
+        """Open for appending after the rows of an earlier run up to `resume_step` (None: none)."""
         self._path, self._on = path, processes.is_first()
         if self._on:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,65 +67,64 @@ class JsonLines:
 
     @functools.cached_property
     def _file(self) -> BinaryIO:
-        """Made by the first row, so that a run without any leaves no file. Unbuffered: what a full disk refused is not tried again."""
+        # Created with the first row, so that a run without rows leaves no file. Unbuffered, as a
+        # buffer that a full disk refused would be written again, in parts, when it is closed.
         return self._path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row. Numbers that are not finite become null, as JSON has none.
+        """Append one row. NaN and infinities become null, as JSON has none.
 
         Raises:
             OSError: with the file's name; the disk is full.
         """
         if not self._on:
             return
-        line = (
-            json.dumps({key: _finite_or_none(value) for key, value in row.items()}, allow_nan=False)
-            + "\n"
-        )
+        row = {key: _finite_or_none(value) for key, value in row.items()}
+        line = json.dumps(row, allow_nan=False) + "\n"
         try:
             left = memoryview(line.encode())
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            told = f"a row could not be written ({error.strerror}). Checkpoints are intact, and the same command resumes from the newest"
-            raise OSError(error.errno, told, str(self._path)) from error
+            message = (
+                f"a row could not be written ({error.strerror}). Checkpoints are intact, "
+                "and the same command resumes from the newest"
+            )
+            raise OSError(error.errno, message, str(self._path)) from error
 
     def sync(self) -> None:
-        """Return when every row is on the disk, safe from a power cut."""
+        """Return when every row is on the disk, safe from a power failure."""
         if self._on:
             os.fsync(self._file.fileno())
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row, as it was written."""
-        lines = (
-            self._path.read_text(encoding="utf-8").splitlines()
-            if self._on and self._path.exists()
-            else []
-        )
+        if not self._on or not self._path.exists():
+            return []
+        lines = self._path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
     def close(self) -> None:
-        """Close the file, if a row has made one."""
+        """Close the file, if a row has created it."""
         if "_file" in self.__dict__:
             self._file.close()
 
 
 def _cut(path: Path, resume_step: int | None) -> None:
+    """Drop the rows beyond a step (None: all), and a row that a kill left unfinished."""
     if not path.exists():
         return
-    lines = (
-        path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if resume_step is not None
-        else []
-    )
-    kept = [line for line in lines if resume_step is not None and _step_of(line) <= resume_step]
-    whole = path.with_name(path.name + ".cut")
-    whole.write_text("".join(kept), encoding="utf-8")
-    whole.replace(path)
+    kept = []
+    if resume_step is not None:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= resume_step]
+    draft = path.with_name(path.name + ".cut")
+    draft.write_text("".join(kept), encoding="utf-8")
+    draft.replace(path)
 
 
 def _step_of(line: str) -> float:
-    """The step of a row; infinity for a line that a kill left half written."""
+    """The step of a row; infinity for an unfinished row."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except ValueError:
@@ -135,19 +141,22 @@ def _finite_or_none(value: Any) -> Any:
 
 
 class Health:
-    """Watches the rows of a run and explains, once each, what is out of its healthy range."""
+    """Watches the metrics of a run and explains, once each, those outside their healthy range."""
 
     PATIENCE = 20
-    """Steps in a row with the chosen answers below the reference before it is said."""
+    """Consecutive steps with a negative reward of the chosen completions before it is warned about:
+    small batches dip below 0 for a few steps in healthy runs."""
     WINDOW = 10
-    """Steps over which the accuracy is averaged."""
+    """Steps over which the accuracy is averaged; that of one small batch is often 1."""
+    TOO_EASY = 0.95
+    """Accuracy that preference data, whose labels people disagree on, do not allow so early."""
 
     def __init__(self, total_steps: int, has_reference: bool):
         self._early = total_steps // 10
         self._has_reference = has_reference
         self._below = 0
         self._accuracies: deque[float] = deque(maxlen=self.WINDOW)
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def check(self, step: int, row: Mapping[str, Any]) -> list[str]:
         """Warnings that this row gives rise to; each kind is given once in a run."""
@@ -156,18 +165,23 @@ class Health:
             "chosen-below": self._chosen_below_reference(row),
             "too-easy": self._too_easy(step, row),
         }
-        fresh = {kind: text for kind, text in found.items() if text and kind not in self._said}
-        self._said |= fresh.keys()
-        return list(fresh.values())
+        new = {kind: text for kind, text in found.items() if text and kind not in self._warned}
+        self._warned |= new.keys()
+        return list(new.values())
 
     def _non_finite(self, step: int, row: Mapping[str, Any]) -> str | None:
-        bad = [key for key in ("loss", "grad_norm") if not math.isfinite(row.get(key, 0.0))]
+        """NaN or infinity in loss or gradient."""
+        bad = []
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(row.get(key, 0.0)):
+                bad.append(f"{key} is {row[key]}")
         if not bad:
             return None
         return (
-            f"step {step}: {' and '.join(f'{key} is {row[key]}' for key in bad)}; an update from it would destroy the weights. "
-            "Usual causes: a learning rate that is too high, damaged weights, an overflow in bfloat16. "
-            "Lower optim.learning_rate, add optim.warmup_steps, or set model.compute_dtype=float32"
+            f"step {step}: {' and '.join(bad)}; an update from it would destroy the weights. "
+            "Usual causes: a learning rate that is too high, damaged weights, an overflow in "
+            "bfloat16. Lower optim.learning_rate, add optim.warmup_steps, or set "
+            "model.compute_dtype=float32"
         )
 
     def _chosen_below_reference(self, row: Mapping[str, Any]) -> str | None:
@@ -176,25 +190,27 @@ class Health:
         if self._below < self.PATIENCE:
             return None
         return (
-            f"for {self._below} steps the chosen answers have been less likely than under the reference (rewards/chosen {reward:.3g}). "
-            "The loss only asks for a gap between both answers, and lowering both is one way to widen it. "
-            "If answers get worse: mix in the sft loss (loss.name=[sigmoid,sft]), try dpop or apo_zero, or lower optim.learning_rate"
+            f"for {self._below} steps the chosen answers have been less likely than under the "
+            f"reference (rewards/chosen {reward:.3g}). The loss only asks for a gap between both "
+            "answers, and lowering both is one way to widen it. If answers get worse: mix in the "
+            "sft loss (loss.name=[sigmoid,sft]), try dpop or apo_zero, or lower optim.learning_rate"
         )
 
     def _too_easy(self, step: int, row: Mapping[str, Any]) -> str | None:
         self._accuracies.append(row.get("rewards/accuracies", 0.0))
         mean = sum(self._accuracies) / len(self._accuracies)
-        if step > self._early or len(self._accuracies) < self.WINDOW or mean <= 0.95:
+        if step > self._early or len(self._accuracies) < self.WINDOW or mean <= self.TOO_EASY:
             return None
         return (
-            f"accuracy is {mean:.2f} within the first tenth of the run: something easy tells chosen from rejected, such as length, "
-            "a marker or the source. Compare lengths/chosen with lengths/rejected and read a few pairs (--dry-run); "
-            "stop earlier or lower optim.learning_rate if that is what the policy should not learn"
+            f"accuracy is {mean:.2f} within the first tenth of the run: something easy tells "
+            "chosen from rejected, such as length, a marker or the source. Compare lengths/chosen "
+            "with lengths/rejected and read a few pairs (--dry-run); stop earlier or lower "
+            "optim.learning_rate if that is what the policy should not learn"
         )
 
 
 class Logger:
-    """Sends rows of numbers to metrics.jsonl, TensorBoard and the console; a context manager."""
+    """Sends rows of metrics to metrics.jsonl, TensorBoard and the console; a context manager."""
 
     def __init__(
         self,
@@ -210,28 +226,30 @@ class Logger:
 
         Args:
             run_dir: the run's folder; created if needed.
-            log: cadence and sinks.
+            log: how often to log, and where.
             total_steps: number of the last step.
-            resume_step: step of the restored checkpoint; later rows are cut. None: a new run, all rows are cut.
-            has_reference: whether rewards compare with a reference, so that a negative one tells something.
-            console: where text goes. Default: standard output.
+            resume_step: step of the restored checkpoint; later rows are cut. None: a new run, all
+                rows are cut.
+            has_reference: whether rewards compare with a reference: a negative one then means less
+                likely than under it.
+            console: where text goes. Default: standard output, of the first process only.
         """
         folder = Path(run_dir).expanduser()
-        self._log, self._total = log, total_steps
+        self._log = log
+        self._total = total_steps
         self._rows = JsonLines(folder / "metrics.jsonl", resume_step)
-        first = 0 if resume_step is None else resume_step + 1
-        self._board = (
-            SummaryWriter(str(folder / "tensorboard"), purge_step=first)
-            if log.tensorboard and processes.is_first()
-            else None
-        )
+        self._tensorboard = None
+        if log.tensorboard and processes.is_first():
+            # TensorBoard then ignores what an interrupted run wrote from this step on.
+            first = 0 if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self._health = Health(total_steps, has_reference)
-        self._console = console or (stdout() if processes.is_first() else Console(quiet=True))
-        self._progress = (
-            progress_bar(self._console, total_steps, resume_step or 0)
-            if self._console.is_terminal
-            else None
-        )
+        if console is None:
+            console = stdout() if processes.is_first() else Console(quiet=True)
+        self._console = console
+        self._progress = None
+        if console.is_terminal:
+            self._progress = progress_bar(console, total_steps, resume_step or 0)
 
     def __enter__(self) -> "Logger":
         return self
@@ -240,7 +258,7 @@ class Logger:
         self.close()
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """Take the numbers of update `step`, in order and of every update; writes those that `log.every` asks for."""
+        """Take the metrics of update `step`, in order, of every update; writes each `log.every`-th."""
         row = {key: _plain(value) for key, value in row.items()}
         if step % self._log.every == 0 or step in (1, self._total):
             self._write(step, row)
@@ -249,50 +267,52 @@ class Logger:
             self.warn(text)
 
     def evaluation(self, step: int, row: Mapping[str, Any]) -> None:
-        """Write the numbers of an evaluation after update `step`; keys come bare and are written as eval/<key>."""
+        """Write the metrics of an evaluation after update `step`, as eval/<key>."""
         row = {key: _plain(value) for key, value in row.items()}
         self._write(step, {f"eval/{key}": value for key, value in row.items()})
         self.info(f"eval {step}/{self._total}  {_summary(row)}")
 
     def evaluated(self, step: int) -> bool:
-        """Whether the rows hold an evaluation after update `step`."""
+        """Whether an evaluation after update `step` was written."""
         return any(row["step"] == step and "eval/loss" in row for row in self._rows.rows())
 
     def warn(self, text: str) -> None:
-        """Tell something that the user should act on."""
+        """Show something that the user should act on."""
         say(self._console, f"warning: {text}", "yellow")
 
     def info(self, text: str) -> None:
-        """Tell something."""
+        """Show a line."""
         say(self._console, text)
 
     def flush(self) -> None:
-        """Return when all rows are on the disk. Called before a checkpoint, which must not be ahead of its metrics."""
+        """Return when all rows are on the disk: a checkpoint must not be ahead of its metrics."""
         self._rows.sync()
-        if self._board is not None:
-            self._board.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
 
     def close(self) -> None:
-        """Close the files and take the progress bar down."""
+        """Close the files and remove the progress bar."""
         if self._progress is not None:
             self._progress.stop()
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         self._rows.close()
 
     def _write(self, step: int, row: Mapping[str, Any]) -> None:
         self._rows.write({"step": step, **row})
-        if self._board is not None:
+        if self._tensorboard is not None:
             for key, value in row.items():
                 if isinstance(value, (int, float)) and math.isfinite(value):
-                    self._board.add_scalar(key, value, step)
+                    self._tensorboard.add_scalar(key, value, step)
 
     def _show(self, step: int, row: Mapping[str, Any]) -> None:
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=step, summary=_summary(row))
+            task = self._progress.task_ids[0]
+            self._progress.update(task, completed=step, summary=_summary(row))
         elif step % max(1, self._total // LINES_PER_RUN) == 0 or step in (1, self._total):
             self.info(f"step {step}/{self._total}  {_summary(row)}")
 
 
 def _summary(row: Mapping[str, Any]) -> str:
+    """The console's metrics on one line."""
     return "  ".join(f"{name} {row[key]:.4g}" for key, name in CONSOLE_KEYS.items() if key in row)

@@ -17,7 +17,8 @@ from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.params import Params
 from jaxdpo.training.completion_logps import StepOptions
 from jaxdpo.training.resolve import ResolvedConfig, attention_of
-from jaxdpo.training.step import FrozenState, TrainState, compile_steps, init_state
+from jaxdpo.training.state import FrozenState, TrainState, init_state
+from jaxdpo.training.step import compile_steps
 from jaxdpo.training.weights import PolicyWeights, state_shardings
 
 

@@ -1,10 +1,12 @@
-"""reference=cached: the reference's log-probs of a run's pairs, computed once and kept in the run folder.
+"""reference=cached: the reference's log-probs of a run's pairs, precomputed into the run folder.
 
-    <run>/reference_cache/<set>-<fingerprint>/identity.json       what the fingerprint is made of
-                                              00003-<digest>.npy   float32 [pairs, 2] of some batches, and its own sha256
+    <run>/reference_cache/<set>-<fingerprint>/identity.json     what the fingerprint is made of
+                                              00003-<digest>.npy part 3 and its own sha256:
+                                                                 float32 [pairs, 2], some batches
 
-A part is written as soon as it is computed, so an interrupted computation goes on where it was. A part whose bytes do not have the digest
-of its name is computed again. Of several processes the first one reads and writes, and the others get from it what it has read.
+A part is written as soon as it is computed, so an interrupted computation resumes where it was. A
+part whose bytes do not have the digest in its name is computed again. Of several processes the
+first one reads and writes, and sends the others what it has read.
 """
 
 import hashlib
@@ -21,18 +23,23 @@ from jaxdpo.distributed import processes
 from jaxdpo.training.preemption import Interrupted
 
 BATCHES_PER_PART = 16
-_DIGITS = 32
+"""What an interruption may lose at most: seconds of work, in files of a few kilobytes."""
+DIGEST_DIGITS = 32
+"""Hexadecimal digits of a sha256 in file names: 128 bits."""
 
 
 class CachedLogps(NamedTuple):
-    """float32 [N, 2] (chosen, rejected) by place in the table of pairs; NaN for pairs that the run never meets."""
+    """float32 [N, 2] (chosen, rejected), nats, by index of the pair in its table.
+
+    NaN for pairs that the run never trains or evaluates on.
+    """
 
     train: np.ndarray
     eval: np.ndarray
 
     @staticmethod
     def laid_out(logps: np.ndarray, index_MBP: np.ndarray) -> np.ndarray:
-        """The log-probs of a step's pairs [n, 2], where its batch has them: [M, B, P, 2], 0 in empty places."""
+        """The log-probs [n, 2] of a step's pairs as its batch packs them: [M, B, P, 2], 0 padded."""
         return np.where(index_MBP[..., None] >= 0, logps[index_MBP], np.float32(0))
 
 
@@ -44,65 +51,61 @@ def cached_logps(
     batches: Sequence[np.ndarray],
     compute: Callable[[np.ndarray], np.ndarray],
     *,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     stopping: Callable[[], bool],
 ) -> np.ndarray:
-    """Log-probs of a set of pairs: what is on disk and intact, and the rest computed.
+    """Log-probs of a set of pairs: read from disk where intact, else computed and written.
 
     Args:
         run_dir: the run's folder.
         name: of the set.
-        identity: all that the log-probs depend on, the pairs among it.
+        identity: everything that the log-probs depend on, the pairs included.
         num_pairs: pairs of the set.
-        batches: places of the pairs that are computed together.
-        compute: places of a batch's pairs -> float32 [n, 2].
-        tell: takes what happens.
-        stopping: asked by all processes before each batch.
+        batches: indices of the pairs that are computed together.
+        compute: indices of a batch's pairs -> float32 [n, 2].
+        log: takes lines for the console.
+        stopping: whether SIGTERM came; called by all processes before each batch.
 
     Returns:
-        float32 [num_pairs, 2].
+        float32 [num_pairs, 2], nats.
 
     Raises:
-        Interrupted: `stopping` said so; the parts that are complete are kept.
+        Interrupted: `stopping` said so; complete parts stay on disk.
     """
-    identity = dict(identity) | {"batches a part": str(BATCHES_PER_PART)}
-    identity |= {
-        "batches": _digest(
-            b"".join(np.append(-1, batch).astype(np.int64).tobytes() for batch in batches)
-        )
+    folder = run_dir / "reference_cache"
+    # Batches too: which pairs are packed together may change the last bits of their log-probs.
+    separated = b"".join(np.append(-1, batch).astype(np.int64).tobytes() for batch in batches)
+    identity = dict(identity) | {
+        "batches a part": str(BATCHES_PER_PART),
+        "batches": _digest(separated),
     }
-    folder = (
-        run_dir
-        / "reference_cache"
-        / f"{name}-{_digest(json.dumps(identity, sort_keys=True).encode())}"
-    )
+    folder /= f"{name}-{_digest(json.dumps(identity, sort_keys=True).encode())}"
+
     table = np.full((num_pairs, 2), np.nan, np.float32)
-    parts = [
-        batches[first : first + BATCHES_PER_PART]
-        for first in range(0, len(batches), BATCHES_PER_PART)
-    ]
-    missing = 0
-    for number, part in enumerate(parts):
-        places = np.concatenate(part)
-        logps = _shared(
-            _read(folder, number, len(places), tell) if processes.is_first() else None, len(places)
-        )
+    num_parts = -(-len(batches) // BATCHES_PER_PART)
+    num_computed = 0
+    for number in range(num_parts):
+        part = batches[number * BATCHES_PER_PART : (number + 1) * BATCHES_PER_PART]
+        pairs = np.concatenate(part)
+        logps = _read(folder, number, len(pairs), log) if processes.is_first() else None
+        logps = _from_first(logps, len(pairs))
         if logps is None:
-            missing += 1
-            tell(f"reference log-probs of {name}: computing part {number + 1} of {len(parts)}")
+            num_computed += 1
+            log(f"reference log-probs of {name}: computing part {number + 1} of {num_parts}")
             logps = _computed(part, compute, stopping)
             if processes.is_first():
                 _write(folder, number, logps, identity)
-        table[places] = logps
-    if parts:
-        tell(
-            f"reference log-probs of {name}: {len(parts) - missing} parts read and verified, {missing} computed; in {folder}"
+        table[pairs] = logps
+    if num_parts:
+        log(
+            f"reference log-probs of {name}: {num_parts - num_computed} parts read and verified, "
+            f"{num_computed} computed; in {folder}"
         )
     return table
 
 
-def _shared(logps: np.ndarray | None, count: int) -> np.ndarray | None:
-    """What the first process has read, for all."""
+def _from_first(logps: np.ndarray | None, count: int) -> np.ndarray | None:
+    """What the first process has read, on all processes."""
     if not processes.from_first(logps is not None):
         return None
     return processes.array_from_first(np.empty((count, 2), np.float32) if logps is None else logps)
@@ -113,16 +116,17 @@ def _computed(
     compute: Callable[[np.ndarray], np.ndarray],
     stopping: Callable[[], bool],
 ) -> np.ndarray:
-    found = []
+    """The log-probs of a part's batches, float32 [pairs, 2]."""
+    logps = []
     for batch in part:
         if stopping():
             raise Interrupted
-        found.append(compute(batch))
-    return np.concatenate(found)
+        logps.append(compute(batch))
+    return np.concatenate(logps)
 
 
-def _read(folder: Path, number: int, count: int, tell: Callable[[str], None]) -> np.ndarray | None:
-    """A part that is intact; None, and those that are not removed, when there is none."""
+def _read(folder: Path, number: int, count: int, log: Callable[[str], None]) -> np.ndarray | None:
+    """A part if an intact file holds it; damaged files of it are deleted."""
     for path in sorted(folder.glob(f"{number:05d}-*.npy")):
         data = path.read_bytes()
         if path.stem == _stem(number, data):
@@ -131,7 +135,7 @@ def _read(folder: Path, number: int, count: int, tell: Callable[[str], None]) ->
                 f"{path}: {logps.shape}, {logps.dtype}"
             )
             return logps
-        tell(f"{path} is damaged: it is computed again")
+        log(f"{path} is damaged: it is computed again")
         path.unlink()
     return None
 
@@ -150,8 +154,9 @@ def _write(folder: Path, number: int, logps: np.ndarray, identity: Mapping[str, 
 
 
 def _stem(number: int, data: bytes) -> str:
+    """Name of the file of a part, without its suffix."""
     return f"{number:05d}-{_digest(data)}"
 
 
 def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:_DIGITS]
+    return hashlib.sha256(data).hexdigest()[:DIGEST_DIGITS]

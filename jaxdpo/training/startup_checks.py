@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdpo.checkpoints.checkpoint import Checkpoints, Tree, num_bytes
+from jaxdpo.checkpoints.arrays import Tree, num_bytes
+from jaxdpo.checkpoints.checkpoint import Checkpoints
 from jaxdpo.config import cli
 from jaxdpo.data.packing import Batch
 from jaxdpo.distributed import processes
 from jaxdpo.losses import registry
 from jaxdpo.losses.registry import needs_reference
-from jaxdpo.training.step import FrozenState, TrainState
+from jaxdpo.training.state import FrozenState, TrainState
 from jaxdpo.training.trainer import Trainer
 from jaxdpo.utils import files
 

@@ -28,7 +28,7 @@ from jaxdpo.training.identity import reference_identity, run_identity
 from jaxdpo.training.program import Program
 from jaxdpo.training.reference_cache import CachedLogps, cached_logps
 from jaxdpo.training.resolve import check, resolve
-from jaxdpo.training.step import FrozenState, TrainState
+from jaxdpo.training.state import FrozenState, TrainState
 from jaxdpo.training.weights import PolicyWeights
 
 
@@ -149,7 +149,7 @@ class Trainer(Program):
                 len(table),
                 batches,
                 functools.partial(compute, table),
-                tell=tell,
+                log=tell,
                 stopping=stopping,
             )
 

@@ -22,7 +22,7 @@ from jaxdpo.models.hf.load_weights import load_weights
 from jaxdpo.models.lora import Lora, adapter_axes, adapter_shapes, init_adapter
 from jaxdpo.models.params import Params, abstract_params, init_params
 from jaxdpo.models.shardings import base_axes, base_shapes, base_shardings, trained_shardings
-from jaxdpo.training.step import FrozenState, TrainState
+from jaxdpo.training.state import FrozenState, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

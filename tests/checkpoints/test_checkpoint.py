@@ -1,15 +1,13 @@
-import dataclasses
 import errno
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,80 +16,28 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxdpo.checkpoints import checkpoint
-from jaxdpo.checkpoints.checkpoint import Checkpoints, open_params, restore_params
-from jaxdpo.config.schema import Config
-from jaxdpo.training.startup_checks import FREE_FIELDS, changed_fields
+from jaxdpo.checkpoints.checkpoint import Checkpoints
+from jaxdpo.checkpoints.restore import restore_params
 from jaxdpo.utils.manifest import find_damage
+from tests.checkpoints.states import (
+    P,
+    abstract,
+    assert_same_bits,
+    flip_a_bit,
+    folders,
+    largest_file,
+    make_state,
+    mesh_of,
+    save_steps,
+)
 
-P = jax.sharding.PartitionSpec
 ROOT = Path(__file__).parents[2]
 
 
-def mesh_of(*shape: int) -> jax.sharding.Mesh:
-    return jax.make_mesh(
-        shape, ("x", "y")[: len(shape)], axis_types=(jax.sharding.AxisType.Auto,) * len(shape)
-    )
-
-
-def make_state(seed: int = 0) -> dict:
-    """A state like that of a run: float32, bfloat16 and integers, with values that rounding would change."""
-    key = jax.random.key(seed)
-    weights = jax.random.normal(key, (16, 8)) * 1e-3
-    return {
-        "params": {
-            "layers": {"w": weights, "scale": jnp.asarray(weights[0], jnp.bfloat16)},
-            "embed": weights * 3,
-        },
-        "opt": {"count": jnp.int32(7), "mu": {"w": weights / 3}, "nu": {"w": weights**2}},
-        "key": jax.random.key_data(key),
-        "step": jnp.int32(seed),
-    }
-
-
-def abstract(state: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), state
-    )
-
-
-def assert_same_bits(a: dict, b: dict) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for path, x in jax.tree_util.tree_leaves_with_path(a):
-        y: Any = b
-        for part in path:
-            y = y[part.key]
-        assert x.dtype == y.dtype, path
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
-
-
-def save_steps(
-    run: Path, losses: dict[int, float | None], keep: int = 10, keep_best: int = 0
-) -> None:
-    with Checkpoints(run, keep, keep_best) as checkpoints:
-        for step, loss in losses.items():
-            checkpoints.save(step, make_state(step), {"config": {"seed": step}}, loss)
-
-
-def folders(run: Path) -> set[str]:
-    return {path.name for path in (run / "checkpoints").iterdir()}
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def largest_file(folder: Path) -> Path:
-    return max(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
-
-
-def test_a_restored_state_has_the_same_bits_types_and_meta(tmp_path: Path) -> None:
+def test_a_restored_checkpoint_has_the_same_bits_types_and_meta(tmp_path: Path) -> None:
     state, meta = (
         make_state(3),
-        {"config": {"optim": {"b1": 0.9}}, "position": 48, "rate": 0.1 + 0.2},
+        {"config": {"optim": {"b1": 0.9}}, "counters": 48, "rate": 0.1 + 0.2},
     )
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state, meta, eval_loss=0.5)
@@ -166,7 +112,9 @@ def test_saving_a_saved_step_again_changes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints/1/manifest.json").read_bytes() == before
 
 
-def test_folders_that_are_no_checkpoints_are_ignored_and_never_deleted(tmp_path: Path) -> None:
+def test_folders_that_are_no_checkpoints_are_quarantined_or_ignored_and_never_deleted(
+    tmp_path: Path,
+) -> None:
     save_steps(tmp_path, {2: None})
     for name in ("300", "-1", "notes", "3"):
         (tmp_path / "checkpoints" / name).mkdir()
@@ -189,7 +137,9 @@ def test_what_an_interrupted_save_left_is_removed_at_the_next_start(tmp_path: Pa
     assert folders(tmp_path) == {"1"}
 
 
-def test_any_flipped_bit_is_found_and_the_step_before_is_restored(tmp_path: Path) -> None:
+def test_a_flipped_bit_quarantines_a_checkpoint_and_the_step_before_is_restored(
+    tmp_path: Path,
+) -> None:
     save_steps(tmp_path, {1: None, 2: None})
     flip_a_bit(largest_file(tmp_path / "checkpoints/2/state"))
     with Checkpoints(tmp_path) as checkpoints:
@@ -220,7 +170,7 @@ def test_every_file_of_a_checkpoint_is_guarded(tmp_path: Path) -> None:
     assert find_damage(folder) is None
 
 
-def test_two_damaged_saves_of_one_step_are_both_kept(tmp_path: Path) -> None:
+def test_two_damaged_checkpoints_of_one_step_are_both_quarantined(tmp_path: Path) -> None:
     for _ in range(2):
         save_steps(tmp_path, {2: None})
         flip_a_bit(largest_file(tmp_path / "checkpoints/2/state"))
@@ -229,7 +179,9 @@ def test_two_damaged_saves_of_one_step_are_both_kept(tmp_path: Path) -> None:
     assert folders(tmp_path) == {"2.damaged", "2.damaged-2"}
 
 
-def test_another_state_is_refused_with_the_names_that_differ(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_state_is_refused_with_the_names_that_differ(
+    tmp_path: Path,
+) -> None:
     save_steps(tmp_path, {1: None})
     wanted = abstract(make_state())
     wanted["params"]["embed"] = jax.ShapeDtypeStruct((16, 9), jnp.float32)
@@ -242,60 +194,6 @@ def test_another_state_is_refused_with_the_names_that_differ(tmp_path: Path) -> 
     assert "params/layers/scale: saved bfloat16[8], wanted float32[8]" in text
     assert "key: saved uint32[2], wanted not at all" in text
     assert "opt/" not in text
-
-
-def test_restore_params_reads_the_policy_alone(tmp_path: Path) -> None:
-    save_steps(tmp_path, {1: None, 2: None})
-    step, params, meta = restore_params(tmp_path)
-    assert (step, meta["config"]) == (2, {"seed": 2})
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
-    assert_same_bits(make_state(2)["params"], params)
-    assert restore_params(tmp_path, 1)[0] == 1
-
-
-def test_open_params_reads_a_layer_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 4 * 16)
-    weights = jax.device_put(
-        jnp.arange(8.0 * 16 * 4).reshape(8, 16, 4),
-        jax.sharding.NamedSharding(mesh_of(4, 2), P(None, "x", "y")),
-    )
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(
-            1,
-            {
-                "params": {"layers": {"w": weights}, "embed": make_state()["params"]["embed"]},
-                "step": jnp.int32(1),
-            },
-            {"a": 2},
-        )
-    step, params, meta = open_params(tmp_path)
-    assert (step, meta["a"]) == (1, 2) and params["layers"]["w"].shape == (8, 16, 4)
-    assert params["layers"]["w"].chunk_layout.read_chunk.shape[0] == 1, (
-        "a layer must not cost the others"
-    )
-    assert np.prod(params["embed"].chunk_layout.read_chunk.shape) <= 16
-    np.testing.assert_array_equal(np.asarray(params["layers"]["w"][3]), weights[3])
-    assert_same_bits(jax.tree.map(np.asarray, params), restore_params(tmp_path)[1])
-    shutil.rmtree(tmp_path / "checkpoints/1")
-    with pytest.raises(
-        ValueError, match="missing"
-    ):  # and not zeros, which is what a missing piece may mean on disk
-        np.asarray(params["layers"]["w"][5])
-
-
-def test_restore_params_passes_over_damage_without_touching_the_run(tmp_path: Path) -> None:
-    save_steps(tmp_path, {1: None, 2: None})
-    flip_a_bit(largest_file(tmp_path / "checkpoints/2/state"))
-    assert restore_params(tmp_path)[0] == 1
-    with pytest.raises(ValueError, match="step 2 is damaged"):
-        restore_params(tmp_path, 2)
-    with pytest.raises(ValueError, match=r"step=5: there is no such checkpoint in .*\[1, 2\]"):
-        restore_params(tmp_path, 5)
-    with pytest.raises(ValueError, match="none was saved"):
-        restore_params(tmp_path / "empty")
-    assert folders(tmp_path) == {"1", "2"}
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -330,7 +228,7 @@ def test_a_full_disk_says_folder_and_bytes_and_leaves_earlier_steps(
     assert folders(tmp_path) == {"1"}
 
 
-def test_a_failed_save_is_told_when_the_run_ends(
+def test_a_failed_save_is_raised_when_the_run_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(folder: Path) -> None:
@@ -348,17 +246,18 @@ def test_a_failed_save_is_told_when_the_run_ends(
 KILLED = """
 import sys
 import jax.numpy as jnp
-from jaxdpo.checkpoint import Checkpoints
+from jaxdpo.checkpoints.checkpoint import Checkpoints
 with Checkpoints(sys.argv[1], keep=2, keep_best=0) as checkpoints:
     first = (checkpoints.latest_step() or 0) + 1
     print(first, flush=True)
     for step in range(first, 10_000):
-        checkpoints.save(step, {"params": {"w": jnp.full((300, 1000), step, jnp.int32)}}, {"position": step})
+        params = {"w": jnp.full((300, 1000), step, jnp.int32)}
+        checkpoints.save(step, {"params": params}, {"number": step})
 """
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_leaves_an_undamaged_newest_step(tmp_path: Path) -> None:
+def test_sigkill_at_any_moment_leaves_an_undamaged_newest_checkpoint(tmp_path: Path) -> None:
     rng, reached = np.random.default_rng(0), 0
     for _ in range(8):
         process = subprocess.Popen(
@@ -373,7 +272,7 @@ def test_killed_at_any_moment_leaves_an_undamaged_newest_step(tmp_path: Path) ->
         process.send_signal(signal.SIGKILL)
         process.communicate()
         reached, params, meta = restore_params(tmp_path)
-        assert meta["position"] == reached
+        assert meta["number"] == reached
         assert (params["w"] == reached).all()
         assert not [name for name in folders(tmp_path) if name.endswith((".damaged", ".unknown"))]
     assert reached > 8
@@ -392,7 +291,8 @@ def test_the_snippet_of_the_docs_restores_with_plain_orbax(tmp_path: Path) -> No
     ]
     assert len(statements) <= 10
     save_steps(tmp_path / "runs/dpo", {100: 0.5})
-    check = "\nassert str(state['params']['layers']['scale'].dtype) == 'bfloat16'\nnp.save('embed.npy', state['params']['embed'])"
+    check = "\nassert str(state['params']['layers']['scale'].dtype) == 'bfloat16'"
+    check += "\nnp.save('embed.npy', state['params']['embed'])"
     check += "\nPath('meta.json').write_text(json.dumps(meta))"
     subprocess.run(
         [sys.executable, "-c", snippets[0] + check],
@@ -404,14 +304,6 @@ def test_the_snippet_of_the_docs_restores_with_plain_orbax(tmp_path: Path) -> No
         np.load(tmp_path / "embed.npy"), make_state(100)["params"]["embed"]
     )
     assert json.loads((tmp_path / "meta.json").read_text())["config"] == {"seed": 100}
-
-
-def test_every_option_that_may_change_exists_and_is_in_the_docs() -> None:
-    options, docs = dataclasses.asdict(Config()), (ROOT / "docs/checkpoints.md").read_text()
-    for path in FREE_FIELDS:
-        section, _, name = path.partition(".")
-        assert section in options and (not name or name in options[section]), path
-        assert f"`{path}*`" in docs or f"`{path}`" in docs, path
 
 
 class Named(NamedTuple):
@@ -429,28 +321,3 @@ def test_a_named_tuple_is_saved_as_its_dict_and_comes_back(tmp_path: Path) -> No
     with ocp.PyTreeCheckpointer() as reader:
         saved = reader.metadata(tmp_path / "checkpoints/4/state").item_metadata
         assert saved is not None and saved.tree.keys() == {"params", "step"}
-
-
-def test_changed_fields_names_what_changes_the_result_and_nothing_else() -> None:
-    saved = {
-        "seed": 0,
-        "run_dir": "a",
-        "optim": {"b1": 0.9, "old": 1},
-        "log": {"every": 1},
-        "data": {"train": ["x"]},
-        "mesh": {"data": 8},
-    }
-    current = {
-        "seed": 0,
-        "run_dir": "b",
-        "optim": {"b1": 0.95, "new": 2},
-        "log": {"every": 5},
-        "data": {"train": ("x",)},
-        "mesh": {"data": 1},
-    }
-    assert changed_fields(saved, saved) == []
-    assert changed_fields(saved, current) == [
-        ("optim.b1", 0.9, 0.95),
-        ("optim.new", "(absent)", 2),
-        ("optim.old", 1, "(absent)"),
-    ]

@@ -11,7 +11,7 @@ import pytest
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import OptimSection
 from jaxdpo.training.loop import train
-from jaxdpo.training.step import move_reference
+from jaxdpo.training.ref_sync import sync_reference
 from jaxdpo.training.trainer import Trainer
 from tests.runs import (
     STOPPED,
@@ -83,7 +83,7 @@ def test_a_program_takes_what_waits_from_the_hosts_and_leaves_it_there(
     """As the compiler is told; the memory analysis of CPUs does not tell the kinds apart."""
     run = Stepper(Setup(offload=what))
     text = run.train_step.lower(
-        run.state, run.fixed, run.pack(pairs(2)), np.asarray(True)
+        run.state, run.frozen, run.pack(pairs(2)), np.asarray(True)
     ).as_text()
     found = re.search(r"func.func public @main\((.*?)\) -> \((.*?)\) \{\n", text, re.S)
     assert found
@@ -98,7 +98,7 @@ def test_a_program_takes_what_waits_from_the_hosts_and_leaves_it_there(
 def test_a_waiting_reference_moves_as_one_on_the_devices_does() -> None:
     section = LossSection(ref_sync_every=1, ref_mixup_alpha=0.3)
     runs = [Stepper(Setup(offload=what)) for what in (("reference",), ())]
-    there, here = (move_reference(run.reference or {}, run.state.params, section) for run in runs)
+    there, here = (sync_reference(run.reference or {}, run.state.params, section) for run in runs)
     assert kinds(there) == {"pinned_host"} and kinds(here) == {"device"}
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), there, here)
 

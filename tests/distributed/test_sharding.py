@@ -13,7 +13,7 @@ from jaxdpo.data.packing import SLOT_MULTIPLE
 from jaxdpo.distributed import sharding
 from jaxdpo.models.params import abstract_params, logical_axes
 from jaxdpo.models.shardings import axis_sizes
-from jaxdpo.training.step import init_state
+from jaxdpo.training.state import init_state
 from jaxdpo.training.weights import state_shardings
 from tests.families import tiny
 from tests.tiny import Setup, mesh, model

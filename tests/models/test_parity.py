@@ -18,7 +18,7 @@ from jaxdpo.models.hf.families import FAMILIES
 from jaxdpo.models.hf.load_save import load_params
 from jaxdpo.models.moe import balance_loss
 from jaxdpo.models.params import Params
-from jaxdpo.training.completion_logps import real_slots
+from jaxdpo.training.completion_logps import token_mask
 from tests.families import TINY
 from tests.theirs import CASES, Both, logits_of, make, padded, raw_of, read
 from tests.tiny import pack, pairs
@@ -134,7 +134,7 @@ def test_router_load_is_that_of_transformers(both: Both) -> None:
     """Over all real tokens of a packed row, each sequence once; transformers sees them padded."""
     batch, slots = packed(False)
     run = jax.jit(forward_moe, static_argnames=("config", "options"))
-    load = run(both.params, both.config, *slots, ForwardOptions(), real_slots(batch)[0])[1]
+    load = run(both.params, both.config, *slots, ForwardOptions(), token_mask(batch)[0])[1]
     assert load is not None and load.tokens == both.config.num_layers * sum(map(len, ANSWERED))
     ids, mask = padded(ANSWERED)
     with torch.no_grad():

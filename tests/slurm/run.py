@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jaxdpo.checkpoints.checkpoint import restore_params  # noqa: E402
+from jaxdpo.checkpoints.restore import restore_params  # noqa: E402
 from tests.runs import untimed  # noqa: E402
 from tests.tiny import rows, write_model, write_rows  # noqa: E402
 

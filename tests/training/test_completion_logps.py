@@ -18,7 +18,8 @@ from jaxdpo.models.forward import forward_moe
 from jaxdpo.models.moe import balance_loss
 from jaxdpo.models.params import Params
 from jaxdpo.training import step
-from jaxdpo.training.completion_logps import StepOptions, real_slots
+from jaxdpo.training.completion_logps import StepOptions, token_mask
+from jaxdpo.training.state import FrozenState
 from tests.families import tiny
 from tests.tiny import Setup, Stepper, host, pack, pair, pairs, params
 
@@ -28,20 +29,20 @@ SIZE = 256  # holds all of them
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_real_slots_are_those_that_pairs_take(share_prefix: bool) -> None:
+def test_the_token_mask_is_true_where_pairs_are_packed(share_prefix: bool) -> None:
     batch = pack(SOME, share_prefix=share_prefix, num_rows=2, size=128)
     again = 1 if not share_prefix else 0
     taken = sum(len(one) + again * len(one.prompt_ids) for one in SOME)
-    real = np.asarray(real_slots(batch))
+    real = np.asarray(token_mask(batch))
     assert real.shape == batch.tokens_MBT.shape and real.sum() == taken
     assert (np.diff(real.astype(int), axis=-1) <= 0).all()  # from the row's start
     assert not np.asarray(batch.tokens_MBT)[~real].any()
 
 
-def test_a_row_without_pairs_and_answers_of_one_token() -> None:
+def test_the_token_mask_of_an_empty_sequence_and_of_completions_of_one_token() -> None:
     batch = pack([pair(1, 1, 1)], num_rows=2, size=64)
-    assert np.asarray(real_slots(batch)).sum(axis=-1).tolist() == [[3, 0]] or np.asarray(
-        real_slots(batch)
+    assert np.asarray(token_mask(batch)).sum(axis=-1).tolist() == [[3, 0]] or np.asarray(
+        token_mask(batch)
     ).sum(axis=-1).tolist() == [[0, 3]]
 
 
@@ -58,19 +59,19 @@ def program(coef: float) -> Callable[..., Any]:
 
 
 def loss_and_grads(batch: Batch, coef: float) -> tuple[dict[str, float], Params]:
-    sums, grads = program(coef)(params(0, MOE), step.FrozenState(reference=params(1, MOE)), batch)
+    sums, grads = program(coef)(params(0, MOE), FrozenState(reference=params(1, MOE)), batch)
     return host(step.averages(sums)), jax.device_get(grads)
 
 
 @jax.jit
 def balance(policy: Params, micro: Batch) -> jax.Array:
     slots = (micro.tokens_MBT, micro.positions_MBT, micro.k_start_MBT, micro.k_end_MBT)
-    _, load = forward_moe(policy, MOE, *slots, ForwardOptions(), real_slots(micro))
+    _, load = forward_moe(policy, MOE, *slots, ForwardOptions(), token_mask(micro))
     assert load is not None
     return balance_loss(load)
 
 
-def test_the_routers_loss_is_added_with_its_weight() -> None:
+def test_the_router_loss_is_added_with_its_weight() -> None:
     batch = pack(SOME, size=SIZE)
     (plain, plain_grads), (more, grads) = loss_and_grads(batch, 0.0), loss_and_grads(batch, 0.5)
     micro: Any = jax.tree.map(lambda x: x[0], batch)
@@ -109,7 +110,7 @@ def test_padding_counts_nowhere() -> None:
     assert near[0] == pytest.approx(far[0], rel=1e-5, abs=1e-6)
 
 
-def test_a_coupled_loss_carries_it_too() -> None:
+def test_a_coupled_loss_has_the_router_loss_too() -> None:
     batch = pack(SOME, size=SIZE)
     setup = Setup(config=MOE, loss=LossSection(name="aot"), size=SIZE)
     without = Stepper(setup).train(Stepper(setup).put(batch))

@@ -1,8 +1,6 @@
 """A run: what it leaves on disk, and what makes it stop."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,13 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxdpo.checkpoints.checkpoint import restore_params
+from jaxdpo.checkpoints.restore import restore_params
 from jaxdpo.config import cli
 from jaxdpo.config.schema import Config
 from jaxdpo.data.loader import Loader
-from jaxdpo.training import loop
-from jaxdpo.training.loop import Fault, train
+from jaxdpo.training.loop import train
 from jaxdpo.training.metric_logger import TIME_KEYS
+from jaxdpo.training.startup_checks import Fault
 from jaxdpo.training.trainer import Trainer
 from tests.runs import TOTAL, folder_with_inputs, metrics, settings, use_one_device, whole
 
@@ -112,7 +110,7 @@ def test_an_evaluation_does_not_depend_on_how_many_pairs_it_takes_at_once(
         assert again[key] == pytest.approx(first[key], rel=1e-6, abs=1e-6), key
 
 
-def test_validation_pairs_may_be_sampled(shared: Path, tmp_path: Path) -> None:
+def test_completions_of_validation_prompts_are_sampled(shared: Path, tmp_path: Path) -> None:
     train(settings(shared, tmp_path, eval__samples=2, eval__sample_tokens=3, train__steps=2))
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 0, 2, 2]
@@ -139,7 +137,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(Loader, "batch", poisoned)
 
 
-def test_updates_that_are_not_finite_are_skipped_and_told(
+def test_nan_updates_are_skipped_and_logged(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, {3, 4, 6})
@@ -164,7 +162,7 @@ def test_updates_that_are_not_finite_are_skipped_and_told(
     assert saved[2] == saved[3] == saved[4] != saved[5] == saved[6] != saved[7]
 
 
-def test_three_in_a_row_stop_the_run(
+def test_three_nan_steps_in_a_row_stop_the_run(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, {4, 5, 6})
@@ -180,7 +178,7 @@ def test_three_in_a_row_stop_the_run(
     monkeypatch.undo()
 
 
-def test_a_learning_rate_that_blows_up_stops_the_run(shared: Path, tmp_path: Path) -> None:
+def test_a_learning_rate_that_diverges_to_nan_stops_the_run(shared: Path, tmp_path: Path) -> None:
     with pytest.raises(Fault, match=r"Lower optim.learning_rate"):
         train(
             settings(
@@ -208,7 +206,8 @@ def test_a_reference_that_differs_stops_the_run_before_it_starts(
     monkeypatch.setattr(Trainer, "start", start_apart)
     with pytest.raises(
         Fault,
-        match=r"policy and reference should agree before the first step, but loss is .*, not 0.693147",
+        match=r"policy and reference should agree before the first step, but loss is .*, "
+        "not 0.693147",
     ):
         train(settings(shared, tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists() and not list(
@@ -220,12 +219,3 @@ def test_a_reference_that_differs_stops_the_run_before_it_starts(
 def test_the_closed_form_of_other_losses_holds(shared: Path, tmp_path: Path, name: str) -> None:
     train(settings(shared, tmp_path, loss__name=name, train__steps=1, eval__every=0))
     assert len(metrics(tmp_path)) == 1
-
-
-def test_stop_restores_the_handlers_and_a_second_signal_is_the_systems() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with loop.stop_on_signals() as stop:
-        assert signal.getsignal(signal.SIGTERM) is stop and not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,4 +1,4 @@
-"""Meshes: eight devices train as one does, weights and moments lie as they should, and nothing large is sent for nothing."""
+"""Meshes: eight devices train as one, arrays keep their shardings, nothing large is sent."""
 
 import dataclasses
 import functools
@@ -14,7 +14,9 @@ from jaxdpo.config.schema import OptimSection
 from jaxdpo.data.packing import Batch
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.planning.hlo_collectives import collectives
-from jaxdpo.training.step import FrozenState, StepOptions, TrainState, train_step
+from jaxdpo.training.completion_logps import StepOptions
+from jaxdpo.training.state import FrozenState, TrainState
+from jaxdpo.training.step import train_step
 from tests.families import tiny
 from tests.tiny import Setup, Stepper, model, pairs
 
@@ -41,7 +43,7 @@ KEYS = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/marg
 def started(
     config: ModelConfig, sizes: tuple[int, ...], share_prefix: bool = True
 ) -> tuple[Stepper, list, str]:
-    """A run, the batches that it goes through again and again, and the text of its compiled step, which it then runs."""
+    """A run, the batches that it repeats, and the text of its compiled step, which it then runs."""
     optim = OptimSection(learning_rate=3e-4, weight_decay=0.1)
     run = Stepper(
         Setup(
@@ -56,7 +58,7 @@ def started(
         )
     )
     batches = [run.pack(pairs(6, seed=seed, low=3, high=25, vocab=V)) for seed in range(3)]
-    compiled = run.train_step.lower(run.state, run.fixed, batches[0], np.asarray(True)).compile()
+    compiled = run.train_step.lower(run.state, run.frozen, batches[0], np.asarray(True)).compile()
     run.train_step = compiled
     return run, batches, compiled.as_text()
 
@@ -158,7 +160,7 @@ def check_places(run: Stepper, expected: dict[str, tuple]) -> None:
         ), (path, found)
 
 
-def test_weights_and_moments_lie_where_they_belong_after_a_step() -> None:
+def test_weights_and_moments_keep_their_shardings_after_a_step() -> None:
     run, batches, _ = started(DENSE, MESHES["fsdp 2 x context 2 x tensor 2"])
     run.reset()
     run.train(batches[0])
@@ -166,7 +168,7 @@ def test_weights_and_moments_lie_where_they_belong_after_a_step() -> None:
 
 
 @pytest.mark.slow
-def test_experts_and_their_moments_lie_where_they_belong_after_a_step() -> None:
+def test_experts_and_their_moments_keep_their_shardings_after_a_step() -> None:
     run, batches, _ = started(EXPERTS, EXPERT_MESHES["expert 2 x context 2 x tensor 2"])
     run.reset()
     run.train(batches[0])
@@ -187,7 +189,7 @@ def test_experts_and_their_moments_lie_where_they_belong_after_a_step() -> None:
 
 
 def too_large(text: str, run: Stepper) -> list[str]:
-    """Gathers of a stack of all layers' weights, and arrays with a logit of every token, in a compiled step."""
+    """In a compiled step: gathers of all layers' weights, arrays with a logit of every token."""
     gathers = [
         one
         for one in collectives(text, run.mesh)
@@ -243,9 +245,9 @@ def several_microbatches(sizes: tuple[int, ...], loss: str) -> tuple[Stepper, Ba
     return run, batch
 
 
-def test_gradients_cross_data_once_in_a_step_of_several_microbatches() -> None:
+def test_data_parallelism_sums_gradients_once_a_step_under_gradient_accumulation() -> None:
     run, batch = several_microbatches(MESHES["data 2 x fsdp 2 x context 2"], "sigmoid")
-    text = run.train_step.lower(run.state, run.fixed, batch, np.asarray(True)).compile().as_text()
+    text = run.train_step.lower(run.state, run.frozen, batch, np.asarray(True)).compile().as_text()
     sent = sum(one.sent for one in collectives(text, run.mesh) if "data" in one.axes)
     assert sent == pytest.approx(
         sum(leaf.nbytes for leaf in jax.tree.leaves(run.state.params)) / 2, rel=0.05
@@ -255,7 +257,7 @@ def test_gradients_cross_data_once_in_a_step_of_several_microbatches() -> None:
 @pytest.mark.parametrize(
     "loss", ["sigmoid", pytest.param("aot", marks=pytest.mark.slow)]
 )  # of each pair, and of the whole batch
-def test_steps_of_several_microbatches_on_eight_devices_are_those_of_one(loss: str) -> None:
+def test_gradient_accumulation_on_eight_devices_equals_one(loss: str) -> None:
     (run, batch), (alone, same) = (
         several_microbatches(sizes, loss) for sizes in (MESHES["data 2 x fsdp 2 x context 2"], (1,))
     )
@@ -266,9 +268,9 @@ def test_steps_of_several_microbatches_on_eight_devices_are_those_of_one(loss: s
 
 
 @pytest.mark.slow
-def test_programs_that_gather_stacks_or_hold_all_logits_are_found_out() -> None:
+def test_programs_that_gather_stacks_or_hold_all_logits_are_found() -> None:
     run, batches, _ = started(DENSE, MESHES["fsdp 4 x tensor 2"])
-    taken = (run.state, run.fixed, batches[0], np.asarray(True))
+    taken = (run.state, run.frozen, batches[0], np.asarray(True))
 
     def text_of(options: StepOptions, everywhere: bool) -> str:
         def step(state: TrainState, fixed: FrozenState, batch: Batch, apply: jax.Array) -> tuple:

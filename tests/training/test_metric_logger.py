@@ -73,7 +73,7 @@ def test_numpy_and_jax_numbers_are_written_as_numbers(tmp_path: Path) -> None:
     ]
 
 
-def test_non_finite_numbers_are_null_in_the_file_and_do_not_stop_the_run(tmp_path: Path) -> None:
+def test_nan_and_infinities_are_null_in_the_file_and_do_not_stop_the_run(tmp_path: Path) -> None:
     out, text = console()
     with Logger(tmp_path, LogSection(), 3, console=out) as logger:
         logger.log(1, {"loss": math.nan, "grad_norm": math.inf, "x": -math.inf})
@@ -83,7 +83,7 @@ def test_non_finite_numbers_are_null_in_the_file_and_do_not_stop_the_run(tmp_pat
     assert "loss is nan and grad_norm is inf" in text.getvalue()
 
 
-def test_rows_follow_the_cadence_and_the_first_and_last_are_always_written(tmp_path: Path) -> None:
+def test_log_every_and_the_first_and_last_row_are_written(tmp_path: Path) -> None:
     run(tmp_path, range(1, 11), every=4)
     assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1, 4, 8, 10]
 
@@ -109,7 +109,7 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path: Path) -
     ).read_bytes()
 
 
-def test_a_half_written_row_is_cut_even_when_it_reads_as_one(tmp_path: Path) -> None:
+def test_a_half_written_row_is_cut_even_when_it_parses(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n{"step": 1, "b": 2}')
     JsonLines(path, resume_step=3).close()
@@ -138,7 +138,7 @@ def test_tensorboard_files_are_written_only_when_wanted(tmp_path: Path) -> None:
     assert not (tmp_path / "without/tensorboard").exists()
 
 
-def test_without_a_terminal_a_long_run_takes_about_twenty_lines(tmp_path: Path) -> None:
+def test_without_a_terminal_a_long_run_prints_about_twenty_lines(tmp_path: Path) -> None:
     lines = run(tmp_path, range(1, 1001), total=1000).splitlines()
     assert len(lines) == 21
     assert lines[0] == "step 1/1000  loss 1  accuracy 0.5  pairs/s 3"
@@ -186,7 +186,7 @@ def test_a_healthy_run_warns_of_nothing() -> None:
     assert warnings([HEALTHY] * 1000) == []
 
 
-def test_a_lasting_fall_of_the_chosen_answers_is_said_once() -> None:
+def test_chosen_rewards_below_zero_for_long_are_warned_of_once() -> None:
     fallen = {**HEALTHY, "rewards/chosen": -0.1}
     assert warnings([fallen] * 19 + [HEALTHY] + [fallen] * 19) == []
     (text,) = warnings([fallen] * 100)
@@ -194,7 +194,7 @@ def test_a_lasting_fall_of_the_chosen_answers_is_said_once() -> None:
     assert warnings([fallen] * 100, has_reference=False) == []
 
 
-def test_a_high_accuracy_is_said_only_early() -> None:
+def test_a_high_accuracy_is_warned_of_only_early() -> None:
     easy, hard = {**HEALTHY, "rewards/accuracies": 1.0}, HEALTHY
     (text,) = warnings([easy] * 200)
     assert "first tenth" in text
@@ -202,7 +202,7 @@ def test_a_high_accuracy_is_said_only_early() -> None:
     assert warnings([easy] * 5 + [hard] * 200) == []
 
 
-def test_a_non_finite_number_is_explained_once() -> None:
+def test_a_nan_is_explained_once() -> None:
     (text,) = warnings([HEALTHY, {**HEALTHY, "grad_norm": math.nan}, {**HEALTHY, "loss": math.inf}])
     assert text.startswith("step 2: grad_norm is nan")
 

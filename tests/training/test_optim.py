@@ -66,7 +66,7 @@ def adamw_by_hand(section: OptimSection, grads: list[Tree], rate: float = 0.01) 
         OptimSection(b1=0.8, b2=0.99, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5),
     ],
 )
-def test_updates_equal_adamw_by_hand(section: OptimSection) -> None:
+def test_updates_equal_adamw_in_float64(section: OptimSection) -> None:
     grads = [gradients(seed, size) for seed, size in enumerate((1.0, 0.1, 3.0, 0.01))]
     ours, opt = run(section, grads)
     for name, theirs in adamw_by_hand(section, grads).items():
@@ -82,7 +82,7 @@ def test_weight_decay_moves_matrices_only() -> None:
         np.testing.assert_array_equal(moved[name], PARAMS[name])
 
 
-def test_the_clip_keeps_small_gradients_and_the_direction_of_large_ones() -> None:
+def test_gradient_clipping_keeps_small_gradients_and_the_direction_of_large_ones() -> None:
     section = OptimSection(b1=0.0, max_grad_norm=2.0)
     for norm, kept in ((1.0, 1.0), (2.0, 1.0), (8.0, 0.25)):
         grads = {"w": jnp.array([norm, 0.0])}
@@ -144,7 +144,7 @@ def test_warm_up_rises_to_the_peak_and_then_the_schedule_begins(kind: str, warmu
     np.testing.assert_allclose(got[warmup:], plain, atol=1e-6)
 
 
-def test_a_single_step_and_a_warm_up_as_long_as_the_run_are_finite() -> None:
+def test_a_single_step_and_a_warm_up_as_long_as_the_run_have_no_nan() -> None:
     assert rates(OptimSection(learning_rate=1.0), 1) == [1.0]
     assert np.isfinite(rates(OptimSection(learning_rate=1.0, warmup_steps=3), 3)).all()
 

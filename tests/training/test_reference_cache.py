@@ -1,4 +1,4 @@
-"""The store of a cached reference's log-probs: computed once, kept part by part, verified when read."""
+"""reference=cached: log-probs are computed once, stored in parts, verified when read."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Model:
-    """Log-probs that tell their pair, and a record of what was computed."""
+    """Log-probs that identify their pair, and a record of what was computed."""
 
     def __init__(self) -> None:
         self.computed: list[list[int]] = []
@@ -46,7 +46,7 @@ def fill(
         7,
         batches,
         model,
-        tell=said.append,
+        log=said.append,
         stopping=lambda: next(asked) >= stop_after,
     )
 
@@ -55,7 +55,7 @@ def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("reference_cache/train-*/*.npy"))
 
 
-def test_it_is_computed_once_and_read_after(tmp_path: Path) -> None:
+def test_reference_log_probs_are_computed_once_and_then_read(tmp_path: Path) -> None:
     first, second = Model(), Model()
     table, again = fill(tmp_path, first), fill(tmp_path, second)
     met = np.concatenate(BATCHES)
@@ -70,7 +70,9 @@ def test_it_is_computed_once_and_read_after(tmp_path: Path) -> None:
     [{"weights": "v"}, {"pairs": "q"}, {"batches": BATCHES[::-1]}, {"batches": BATCHES[:2]}],
     ids=str,
 )
-def test_anything_else_has_another_fingerprint(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_everything_that_log_probs_depend_on_changes_the_fingerprint(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
     fill(tmp_path, Model())
     other = Model()
     fill(tmp_path, other, **change)
@@ -79,7 +81,7 @@ def test_anything_else_has_another_fingerprint(tmp_path: Path, change: dict[str,
     assert again.computed == []  # the first is still there
 
 
-def test_an_interrupted_computation_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_an_interrupted_computation_resumes_where_it_was(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         fill(tmp_path, Model(), stop_after=3)
     assert len(parts(tmp_path)) == 1

@@ -1,4 +1,4 @@
-"""A run that was interrupted ends with the same bits as one that was not, or is refused."""
+"""Resume: a run that was interrupted ends with the same bits as one that was not."""
 
 import hashlib
 import io
@@ -16,16 +16,14 @@ import numpy as np
 import pytest
 
 import jaxdpo.training.reference_cache
-from jaxdpo.checkpoints.checkpoint import Checkpoints, restore_params
+from jaxdpo.checkpoints.checkpoint import Checkpoints
+from jaxdpo.checkpoints.restore import restore_params
 from jaxdpo.config.schema import Config
 from jaxdpo.data.loader import Loader
 from jaxdpo.distributed import sharding
-from jaxdpo.models.hf.peft import write_peft
-from jaxdpo.models.lora import Lora
 from jaxdpo.training.loop import train
 from jaxdpo.training.trainer import Trainer
 from jaxdpo.training.weights import PolicyWeights
-from tests.models.test_lora import random_adapter
 from tests.runs import (
     MAKE_MESH,
     RUNS,
@@ -40,7 +38,6 @@ from tests.runs import (
     use_one_device,
     whole,
 )
-from tests.tiny import model, rows, write_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +52,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     use_one_device(monkeypatch)
 
 
-def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(shared: Path, tmp_path: Path) -> None:
+def test_resume_after_sigterm_ends_as_if_nothing_had_happened(shared: Path, tmp_path: Path) -> None:
     some = stopped_copy(shared, tmp_path)
     assert [row["step"] for row in untimed(tmp_path) if "loss" in row] == list(
         range(1, STOPPED + 1)
@@ -64,7 +61,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(shared: Path, tmp_path
     assert same_bits(tmp_path, whole(shared))
 
 
-def test_a_stop_where_an_evaluation_was_due_loses_nothing(shared: Path, tmp_path: Path) -> None:
+def test_sigterm_where_an_evaluation_is_due_resumes_with_it(shared: Path, tmp_path: Path) -> None:
     some = settings(shared, tmp_path)
     interrupt(some, 4)
     assert untimed(tmp_path)[-1]["step"] == 4 and "eval/loss" not in untimed(tmp_path)[-1]
@@ -72,7 +69,7 @@ def test_a_stop_where_an_evaluation_was_due_loses_nothing(shared: Path, tmp_path
     assert same_bits(tmp_path, whole(shared))
 
 
-def test_rows_beyond_the_checkpoint_are_told_once(shared: Path, tmp_path: Path) -> None:
+def test_resume_cuts_logged_rows_beyond_the_checkpoint(shared: Path, tmp_path: Path) -> None:
     """As after a SIGKILL: metrics of steps after the last save are on disk."""
     some = settings(shared, tmp_path, checkpoint__save_every=3)
     interrupt(some, 3)
@@ -86,7 +83,7 @@ def test_rows_beyond_the_checkpoint_are_told_once(shared: Path, tmp_path: Path) 
     assert (tmp_path / "nonfinite.jsonl").read_text() == '{"step": 2, "ids": ["a"]}\n'
 
 
-def test_a_finished_run_stays_as_it_is(shared: Path) -> None:
+def test_resume_of_a_finished_run_changes_nothing(shared: Path) -> None:
     run_dir = whole(shared)
     before = untimed(run_dir)
     assert train(settings(shared, run_dir)) is True
@@ -133,7 +130,7 @@ LOSSES_ON_RESUME = {
 
 
 @pytest.mark.parametrize("lost", LOSSES_ON_RESUME)
-def test_the_comparison_sees_what_a_resume_loses(
+def test_the_comparison_notices_what_a_resume_loses(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     some = stopped_copy(shared, tmp_path)
@@ -149,7 +146,7 @@ def stopped_as(shared: Path, run_dir: Path, kind: str) -> Config:
     return some
 
 
-def test_a_moved_reference_is_saved_and_restored(
+def test_resume_restores_a_synced_reference(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = whole(shared, "tr")
@@ -165,7 +162,7 @@ def test_a_moved_reference_is_saved_and_restored(
 
 
 @pytest.mark.parametrize("kind", ["lora", "cached", "lora-cached", "lora-nf4"])
-def test_adapters_and_cached_references_resume_exactly(
+def test_resume_of_adapters_and_cached_references_is_exact(
     shared: Path, tmp_path: Path, kind: str
 ) -> None:
     some = stopped_as(shared, tmp_path, kind)
@@ -174,7 +171,7 @@ def test_adapters_and_cached_references_resume_exactly(
 
 
 @pytest.mark.parametrize("lost", ["first moments", "second moments", "position in the data"])
-def test_the_comparison_sees_what_an_adapter_loses(
+def test_the_comparison_notices_what_the_resume_of_an_adapter_loses(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     some = stopped_as(shared, tmp_path, "lora")
@@ -218,7 +215,7 @@ def changed_cache(run_dir: Path) -> None:
         ).write_bytes(buffer.getvalue())
 
 
-def test_a_cached_reference_is_read_and_made_again_of_the_starting_policy(
+def test_resume_reads_a_cached_reference_or_computes_it_from_the_starting_policy(
     shared: Path, tmp_path: Path
 ) -> None:
     theirs = whole(shared, "cached")
@@ -238,7 +235,7 @@ def test_a_cached_reference_is_read_and_made_again_of_the_starting_policy(
     assert not same_bits(tmp_path / "c", theirs)  # what is read is what is used
 
 
-def test_a_signal_while_the_reference_is_computed_keeps_what_there_is(
+def test_sigterm_while_the_reference_is_cached_keeps_complete_parts(
     shared: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -255,7 +252,7 @@ def test_a_signal_while_the_reference_is_computed_keeps_what_there_is(
         assert len(list(tmp_path.glob("reference_cache/train-*/*.npy"))) == 1 and not list(
             (tmp_path / "checkpoints").iterdir()
         )
-        assert "what was computed of the reference is kept" in capsys.readouterr().out
+        assert "the reference log-probs computed so far are saved" in capsys.readouterr().out
         patch.undo()
         patch.setattr("jaxdpo.training.reference_cache.BATCHES_PER_PART", 2)
         assert train(some) is True
@@ -273,10 +270,8 @@ def signalled(write: Callable[..., None]) -> Callable[..., None]:
     return write_and_signal
 
 
-def test_a_reference_is_the_same_after_a_resume_whatever_the_types(
-    shared: Path, tmp_path: Path
-) -> None:
-    """Weights held in bfloat16 are rounded before the reference is taken from them, also on resume."""
+def test_resume_loads_the_same_reference_whatever_the_dtypes(shared: Path, tmp_path: Path) -> None:
+    """Weights in bfloat16 are rounded before the reference is copied from them, also on resume."""
     for param_dtype, compute_dtype in (
         ("bfloat16", "float32"),
         ("float32", "bfloat16"),
@@ -295,106 +290,7 @@ def test_a_reference_is_the_same_after_a_resume_whatever_the_types(
             assert a.dtype == b.dtype == compute_dtype and (a == b).all()
 
 
-# --- what a resume refuses ---
-
-
-@pytest.fixture(scope="module")
-def halfway(shared: Path) -> Config:
-    """A run that was stopped after its second step."""
-    some = settings(shared, shared / "halfway")
-    interrupt(some, 2)
-    return some
-
-
-def test_another_config_is_refused_with_every_field(halfway: Config) -> None:
-    other = replaced(
-        halfway,
-        optim={"learning_rate": 0.5},
-        loss={"beta": 0.3},
-        log={"every": 2},
-        train={"steps": 9},
-    )
-    with pytest.raises(ValueError) as caught:
-        train(other)
-    lines = str(caught.value).split("\n")
-    assert lines[0] == f"run_dir={halfway.run_dir}: holds checkpoints of a different run:"
-    assert lines[1:-1] == [
-        "  loss.beta: None in the checkpoint, 0.3 now",
-        "  optim.learning_rate: 0.001 in the checkpoint, 0.5 now",
-        "  train.steps: 8 in the checkpoint, 9 now",
-    ]
-
-
-def test_another_type_of_products_is_refused_although_both_say_auto(
-    halfway: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def as_on_a_gpu(some: Config, mesh: object) -> Config:
-        return replaced(some, model={"compute_dtype": "bfloat16"})
-
-    monkeypatch.setattr("jaxdpo.training.resolve.resolve_dtype", as_on_a_gpu)
-    with pytest.raises(
-        ValueError, match=r"model.compute_dtype: float32 in the checkpoint, bfloat16 now"
-    ):
-        train(halfway)
-
-
-@pytest.mark.parametrize(
-    ("what", "key"),
-    [
-        ("rows", "pairs"),
-        ("weights", "weights"),
-        ("tokenizer", "tokenizer"),
-        ("template", "chat_template"),
-    ],
-)
-def test_other_data_or_models_are_refused(
-    halfway: Config, shared: Path, what: str, key: str
-) -> None:
-    folder = Path(str(halfway.model.path))
-    path = {
-        "rows": shared / "rows.jsonl",
-        "weights": folder / "model.safetensors",
-        "tokenizer": folder / "tokenizer.json",
-        "template": folder / "tokenizer_config.json",
-    }[what]
-    before = path.read_bytes()
-    changes = {
-        "rows": lambda: write_rows(
-            path, [*rows(12), {"prompt": "w1", "chosen": " w2", "rejected": " w3"}]
-        ),
-        "weights": lambda: write_model(folder, seed=5),
-        "tokenizer": lambda: path.write_bytes(
-            before.replace(b'"w63": 63', b'"w63": 63, "w64": 63')
-        ),
-        "template": lambda: path.write_text(
-            json.dumps(json.loads(before) | {"chat_template": "{{ messages }}"})
-        ),
-    }
-    try:
-        changes[what]()
-        with pytest.raises(
-            ValueError, match=f"\n  {key}: not what the checkpoint was trained with"
-        ):
-            train(halfway)
-    finally:
-        path.write_bytes(before)
-    Trainer.open(halfway)
-
-
-def test_another_adapter_to_start_from_is_refused(shared: Path, tmp_path: Path) -> None:
-    lora = Lora(rank=2, alpha=2.0, rslora=False, targets=("attn/q",))
-    (tmp_path / "adapter").mkdir()
-    write_peft(tmp_path / "adapter", model(), random_adapter(model(), lora), lora, base="model")
-    some = settings(shared, tmp_path / "run", lora__path=str(tmp_path / "adapter"), eval__every=0)
-    interrupt(some, 2)
-    write_peft(
-        tmp_path / "adapter", model(), random_adapter(model(), lora, 0.2), lora, base="model"
-    )
-    with pytest.raises(ValueError, match="\n  adapter: not what the checkpoint was trained with"):
-        train(some)
-
-
-def test_what_only_changes_where_things_are_computed_may_change(
+def test_resume_may_change_where_and_in_which_order_things_are_computed(
     shared: Path, tmp_path: Path
 ) -> None:
     some = settings(shared, tmp_path, eval__every=0)
@@ -410,7 +306,7 @@ def test_what_only_changes_where_things_are_computed_may_change(
     assert [row["loss"] for row in untimed(tmp_path)] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_run_on_eight_devices_can_be_resumed_on_one(shared: Path, tmp_path: Path) -> None:
+def test_resume_on_one_device_of_a_run_on_eight(shared: Path, tmp_path: Path) -> None:
     some = settings(
         shared, tmp_path, mesh__fsdp=2, mesh__tensor=2, eval__samples=1, eval__sample_tokens=2
     )
@@ -423,30 +319,3 @@ def test_a_run_on_eight_devices_can_be_resumed_on_one(shared: Path, tmp_path: Pa
     )
     for key in ("loss", "grad_norm", "logps/chosen"):
         assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=1e-5)
-
-
-def test_pair_weights_are_refused_by_losses_that_mix_pairs(shared: Path, tmp_path: Path) -> None:
-    weighted = write_rows(
-        tmp_path / "rows.jsonl", [row | {"weight": 1 + i % 2} for i, row in enumerate(rows(13))]
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"loss.name=aot: .* the rows of data.train differ in their column 'weight'",
-    ):
-        Trainer.open(settings(shared, tmp_path, data__train=[weighted], loss__name="aot"))
-    Trainer.open(settings(shared, tmp_path, data__train=[weighted]))
-    Trainer.open(settings(shared, tmp_path, loss__name="aot"))
-
-
-def test_margins_are_trained_on_or_refused(shared: Path, tmp_path: Path) -> None:
-    wide = write_rows(tmp_path / "rows.jsonl", [row | {"margin": 0.5} for row in rows(13)])
-    with pytest.raises(
-        ValueError,
-        match=r"loss.name=ipo: has no logit to take a margin from, and rows of data.train have one",
-    ):
-        Trainer.open(settings(shared, tmp_path, data__train=[wide], loss__name="ipo"))
-    assert train(settings(shared, tmp_path, data__train=[wide])) is True
-    first = next(row for row in untimed(tmp_path) if row.get("step") == 1 and "loss" in row)
-    assert first["loss"] == pytest.approx(np.log1p(np.exp(0.5)), rel=1e-5), (
-        "the loss of policy == reference at this margin"
-    )

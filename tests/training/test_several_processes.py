@@ -1,4 +1,4 @@
-"""Several real processes on loopback are one run: the same numbers, saves that any number of them resumes, ends that nobody hangs after."""
+"""Several real processes on loopback are one run: same numbers, any number resumes it, no hangs."""
 
 import json
 import os
@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdpo.checkpoints.checkpoint import restore_params
-from jaxdpo.distributed import processes as hosts
+from jaxdpo.checkpoints.restore import restore_params
+from jaxdpo.distributed import processes
 from jaxdpo.distributed.processes import Settings, settings
 from tests.runs import folder_with_inputs, metrics, untimed
 
@@ -107,17 +107,22 @@ def test_an_incomplete_environment_is_refused(env: dict[str, str], message: str)
 
 
 def test_alone_everything_is_agreed_at_once() -> None:
-    assert hosts.any_of(True) is True and hosts.any_of(False) is False and hosts.is_first()
-    assert hosts.from_first({"a": [1, None]}) == {"a": [1, None]} and hosts.on_first(lambda: 3) == 3
     assert (
-        hosts.differing({"a": "x", "b": "y"}) == []
-        and hosts.differing({}) == []
-        and hosts.end(4) == 4
+        processes.any_of(True) is True and processes.any_of(False) is False and processes.is_first()
     )
-    votes = hosts.Votes()
+    assert (
+        processes.from_first({"a": [1, None]}) == {"a": [1, None]}
+        and processes.on_first(lambda: 3) == 3
+    )
+    assert (
+        processes.differing({"a": "x", "b": "y"}) == []
+        and processes.differing({}) == []
+        and processes.end(4) == 4
+    )
+    votes = processes.Votes()
     assert [votes.cast(vote) for vote in (0, 2, 1)] == [0, 2, 1]
     with pytest.raises(ValueError, match="no"):
-        hosts.on_first(lambda: (_ for _ in ()).throw(ValueError("no")))
+        processes.on_first(lambda: (_ for _ in ()).throw(ValueError("no")))
 
 
 # --- real processes ---
@@ -236,7 +241,7 @@ def alone(shared: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_what_they_save_one_resumes(
+def test_two_processes_train_as_one_and_one_resumes_their_checkpoint(
     shared: Path, alone: Path, tmp_path: Path
 ) -> None:
     """One of them gets the signal, and both stop after the same step."""
@@ -262,7 +267,7 @@ def test_two_processes_train_as_one_and_what_they_save_one_resumes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("waiting", ["[]", "[reference,moments]"])
-def test_one_process_saves_and_four_go_on(
+def test_four_processes_resume_the_checkpoint_of_one(
     shared: Path, alone: Path, tmp_path: Path, waiting: str
 ) -> None:
     """On a mesh of another form, over other processes, perhaps with state in other memories."""
@@ -283,7 +288,7 @@ def test_one_process_saves_and_four_go_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_which_can_be_started_again(
+def test_a_killed_process_ends_the_other_and_the_run_resumes(
     shared: Path, tmp_path: Path, victim: int
 ) -> None:
     """And then ends in the same bits as processes that nobody disturbed."""
@@ -308,7 +313,9 @@ def test_a_killed_process_ends_the_other_which_can_be_started_again(
 
 
 @pytest.mark.slow
-def test_four_processes_save_and_fewer_go_on(shared: Path, alone: Path, tmp_path: Path) -> None:
+def test_fewer_processes_resume_the_checkpoint_of_four(
+    shared: Path, alone: Path, tmp_path: Path
+) -> None:
     options = ("eval.every=5", "checkpoint.save_every=4")
     four = start(shared, tmp_path / "four", 4, *options, "mesh.data=2", "mesh.fsdp=2")
     wait_for_rows(four, tmp_path / "four", 1)
@@ -323,23 +330,28 @@ def test_four_processes_save_and_fewer_go_on(shared: Path, alone: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_processes_that_were_started_differently_say_so(shared: Path, tmp_path: Path) -> None:
+def test_processes_that_were_started_differently_are_refused(shared: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     program = f"""
 import json, sys
-from jaxdpo import hosts
-hosts.connect({{"JAX_COORDINATOR_ADDRESS": "{address}", "JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": sys.argv[1]}})
+from jaxdpo.distributed import processes
+processes.connect({{
+    "JAX_COORDINATOR_ADDRESS": "{address}",
+    "JAX_PROCESS_COUNT": "2",
+    "JAX_PROCESS_ID": sys.argv[1],
+}})
 number = int(sys.argv[1])
-votes = hosts.Votes()
+votes = processes.Votes()
 cast = [votes.cast(vote) for vote in ((0, 2, 0), (1, 0, 0))[number]]
 try:
-    refused = hosts.on_first(lambda: (_ for _ in ()).throw(ValueError("full")))
+    refused = processes.on_first(lambda: (_ for _ in ()).throw(ValueError("full")))
 except ValueError as error:
     refused = str(error)
-differ = hosts.differing({{"x": "1", "y": sys.argv[1]}})
-print(json.dumps([hosts.any_of(number == 1), hosts.from_first({{"a": number}}), differ, cast, refused]))
+differ = processes.differing({{"x": "1", "y": sys.argv[1]}})
+any_of = processes.any_of(number == 1)
+print(json.dumps([any_of, processes.from_first({{"a": number}}), differ, cast, refused]))
 """
     both = [
         subprocess.Popen(

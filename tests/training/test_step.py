@@ -1,8 +1,7 @@
-"""The step is exact: however pairs are laid out, split, spread or recomputed, the same loss, gradients and weights."""
+"""The step is exact: packing, gradient accumulation, sharding and remat change no number."""
 
 import dataclasses
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,8 @@ from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.forward import forward, head_weight
 from jaxdpo.models.params import Params
 from jaxdpo.training import step
-from jaxdpo.training.step import StepOptions
+from jaxdpo.training.completion_logps import StepOptions
+from jaxdpo.training.state import FrozenState
 from tests.families import tiny
 from tests.tiny import Setup, Stepper, host, model, pack, pair, pairs, params
 
@@ -142,7 +142,7 @@ def ours(loss: str, batch: Batch, **forward_options: Any) -> tuple[dict[str, flo
     reference = params(1) if registry.needs_reference(LOSSES[loss]) else None
     sums, grads = jax.jit(
         lambda policy, reference, batch: step.loss_and_grads(
-            policy, step.FrozenState(reference=reference), batch, options
+            policy, FrozenState(reference=reference), batch, options
         )
     )(params(0), reference, batch)
     return host(step.averages(sums)), jax.device_get(grads)
@@ -181,7 +181,7 @@ def test_loss_and_gradients_equal_a_plain_padded_computation(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", ["mixed", "wpo"])
-def test_separate_rows_give_the_same_as_shared_ones(loss: str) -> None:
+def test_separate_sequences_give_the_same_as_shared_prefixes(loss: str) -> None:
     same(ours(loss, pack(pairs_for(loss), share_prefix=False, size=SIZE)), packed(loss))
 
 
@@ -204,13 +204,15 @@ def test_a_sliding_window_cuts_shared_prompts_where_it_cuts_separate_ones(name: 
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_one_pair_a_microbatch_gives_the_same(loss: str) -> None:
+def test_gradient_accumulation_of_one_pair_a_microbatch_gives_the_same(loss: str) -> None:
     batch = one_pair_a_row(pairs_for(loss), True)
     assert batch.tokens_MBT.shape[0] == len(EQUAL)
     same(ours(loss, batch), packed(loss))
 
 
-def test_one_side_a_run_and_one_pair_a_row_with_dense_attention_gives_the_same() -> None:
+def test_gradient_accumulation_over_separate_sequences_with_dense_attention_gives_the_same() -> (
+    None
+):
     same(ours("mixed", one_pair_a_row(WEIGHTED, False), attention="dense"), packed("mixed"))
 
 
@@ -220,7 +222,7 @@ def test_the_chunk_size_does_not_matter(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_what_the_backward_pass_recomputes_does_not_matter(remat: str) -> None:
+def test_remat_does_not_matter(remat: str) -> None:
     same(ours("mixed", pack(WEIGHTED, size=SIZE), remat=remat), packed("mixed"))
 
 
@@ -243,7 +245,7 @@ def test_blocks_and_dense_agree_in_bfloat16_and_stay_near_float32() -> None:
     assert min(cosines) > 0.99
 
 
-def test_empty_places_and_weights_of_zero_change_nothing() -> None:
+def test_padding_and_weights_of_zero_change_nothing() -> None:
     same(ours("mixed", pack(WEIGHTED, size=SIZE, places=13)), packed("mixed"))
     extra = [*WEIGHTED, dataclasses.replace(pair(5, 6, 7), weight=0.0)]
     more = ours("mixed", pack(extra, size=SIZE))
@@ -322,7 +324,7 @@ def test_a_step_that_is_not_applied_measures_and_changes_nothing(stepper: Steppe
 
 
 @pytest.mark.parametrize("weight", [np.inf, np.nan])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(stepper: Stepper, weight: float) -> None:
+def test_a_nan_step_is_skipped_and_counted(stepper: Stepper, weight: float) -> None:
     stepper.reset()
     good, bad = (
         stepper.pack(WEIGHTED),
@@ -344,7 +346,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(stepper: Stepper, weig
     )
 
 
-def test_a_gradient_that_overflows_is_skipped_although_the_loss_is_finite(stepper: Stepper) -> None:
+def test_an_infinite_gradient_is_skipped_although_the_loss_is_finite(stepper: Stepper) -> None:
     stepper.reset()
     huge = jax.tree.map(np.array, params(0))
     huge["head"]["weight"] *= np.float32(1e25)
@@ -373,84 +375,3 @@ def test_the_learning_rate_follows_the_schedule(stepper: Stepper) -> None:
     np.testing.assert_allclose(
         rates, [1e-3 * (1 + np.cos(np.pi * k / 10)) / 2 for k in range(3)], rtol=1e-6
     )
-
-
-def test_metrics_are_means_over_pairs_of_what_their_names_say(stepper: Stepper) -> None:
-    stepper.reset()
-    batch = stepper.pack(WEIGHTED)
-    for _ in range(3):
-        stepper.train(batch)
-    whole = stepper.evaluate(batch)
-    alone = [
-        stepper.evaluate(stepper.put(pack([one], size=SIZE, places=len(EQUAL)))) for one in WEIGHTED
-    ]
-    for key in whole:
-        if key == "kl/token_exact":
-            tokens = [len(one.chosen_ids) + len(one.rejected_ids) for one in WEIGHTED]
-            mean = np.average([one[key] for one in alone], weights=tokens)
-        elif key == "loss":
-            mean = np.average([one[key] for one in alone], weights=[one.weight for one in WEIGHTED])
-        else:
-            mean = np.mean([one[key] for one in alone])
-        np.testing.assert_allclose(whole[key], mean, rtol=1e-5, atol=1e-6, err_msg=key)
-    assert whole["lengths/chosen"] == np.mean([len(one.chosen_ids) for one in WEIGHTED])
-    assert whole["rewards/chosen"] == pytest.approx(
-        0.1 * (whole["logps/chosen"] - whole["logps/ref_chosen"]), rel=1e-5
-    )
-    assert whole["kl/token_exact"] > 0.001
-
-
-def test_a_moving_reference_is_the_weighted_mean() -> None:
-    mean = step.move_reference(
-        jax.tree.map(jnp.asarray, params(1)),
-        params(0),
-        LossSection(ref_sync_every=1, ref_mixup_alpha=0.25),
-    )
-    wanted = jax.tree.map(
-        lambda policy, reference: 0.25 * policy + 0.75 * reference, params(0), params(1)
-    )
-    assert difference(mean, wanted) < 1e-6
-    default = step.move_reference(
-        jax.tree.map(jnp.asarray, params(1)), params(0), LossSection(ref_sync_every=1)
-    )
-    assert (
-        difference(
-            default,
-            jax.tree.map(
-                lambda policy, reference: 0.6 * policy + 0.4 * reference, params(0), params(1)
-            ),
-        )
-        < 1e-6
-    )
-
-
-# --- memory ---
-
-T, V, CHUNK = 640, 1009, 64
-
-
-def shapes_of(text: str) -> set[tuple[int, ...]]:
-    return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([0-9,]+)\]", text)}
-
-
-def too_large(shapes: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """Logits of more tokens than a chunk, and arrays of slots by slots."""
-    logits = {dims for dims in shapes if V in dims and np.prod(dims, dtype=int) // V > CHUNK}
-    return logits | {dims for dims in shapes if sum(dim >= T for dim in dims if dim != V) > 1}
-
-
-@pytest.mark.parametrize(
-    ("change", "fine"),
-    [({}, True), ({"remat": "full"}, True), ({"chunk": T}, False), ({"attention": "dense"}, False)],
-    ids=str,
-)
-def test_neither_all_logits_nor_a_mask_exist(change: dict[str, Any], fine: bool) -> None:
-    run = Stepper(Setup(config=model(vocab_size=V), size=T, **{"chunk": CHUNK, **change}))
-    batch = run.put(pack(pairs(8, low=30, high=31), size=T))
-    assert batch.tokens_MBT.shape == (2, 1, T)
-    arguments = (run.state, run.fixed, batch, np.asarray(True))
-    traced = shapes_of(str(run.train_step.trace(*arguments).jaxpr))
-    assert (1, CHUNK, V) in traced or not fine
-    assert (not too_large(traced)) is fine, too_large(traced)
-    if change == {}:
-        assert not too_large(shapes_of(run.train_step.lower(*arguments).compile().as_text()))

@@ -16,7 +16,7 @@ from jaxdpo.models.params import Params
 from jaxdpo.training import step
 from jaxdpo.training.loop import train
 from jaxdpo.training.reference_cache import CachedLogps
-from jaxdpo.training.step import FrozenState, TrainState
+from jaxdpo.training.state import FrozenState, TrainState
 from jaxdpo.training.trainer import Trainer
 from tests.models.test_lora import random_adapter
 from tests.runs import MAKE_MESH, folder_with_inputs, metrics, settings, use_one_device

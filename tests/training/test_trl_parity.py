@@ -1,4 +1,4 @@
-"""Six steps of every loss through our step, packed and shared, equal those of TRL's own trainers (goldens/make_trl_trajectory.py)."""
+"""Six steps of every loss equal those of TRL's trainers (goldens/make_trl_trajectory.py)."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.hf.load_save import load_params
 from jaxdpo.models.params import Params
-from jaxdpo.training.step import move_reference
+from jaxdpo.training.ref_sync import sync_reference
 from tests.tiny import Setup, Stepper, pack
 
 GOLDENS = json.loads(
@@ -26,14 +26,16 @@ RUNS = {run["name"]: run for run in GOLDENS["runs"]}
 QUICK = ("sigmoid", "hinge", "ipo", "aot", "ld_sft", "wpo_mixed", "tr", "cpo", "simpo", "orpo")
 PAIRS, SIZE = GOLDENS["batch_size"], 192
 MEANS_PER_TOKEN = ("simpo", "simpo_sft", "orpo", "orpo_lambda")
-"""Runs whose logps/* TRL reports as means per token; ours are always sums. Their rewards are beta times those means."""
+"""Runs whose logps/* TRL reports as means per token; ours are always sums. Their rewards are beta
+times those means."""
 WITHOUT_REFERENCE = ("sft",)
-"""Runs whose loss needs no reference: ours then loads none, and rewards are beta times the log-prob; TRL's DPO trainer keeps one."""
+"""Runs whose loss needs no reference: ours then loads none, and rewards are beta times the
+log-prob; TRL's DPO trainer loads one."""
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Params]:
-    """The tiny checkpoint that TRL trained, made again from its recipe and read as any folder is."""
+    """The tiny checkpoint that TRL trained, made again from its recipe."""
     folder = tmp_path_factory.mktemp("model")
     rng = np.random.default_rng(0)
 
@@ -91,7 +93,7 @@ def our_steps(run: dict[str, Any], checkpoint: tuple[Any, Params]) -> list[dict[
             and loss.ref_sync_every
             and step % loss.ref_sync_every == 0
         ):
-            stepper.reference = move_reference(stepper.reference, stepper.state.params, loss)
+            stepper.reference = sync_reference(stepper.reference, stepper.state.params, loss)
     return metrics
 
 
