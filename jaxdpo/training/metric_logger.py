@@ -258,7 +258,7 @@ class Logger:
         self.close()
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """Take the metrics of update `step`, in order, of every update; writes each `log.every`-th."""
+        """Take the metrics of each update, in order; writes those that `log.every` asks for."""
         row = {key: _plain(value) for key, value in row.items()}
         if step % self._log.every == 0 or step in (1, self._total):
             self._write(step, row)

@@ -39,7 +39,7 @@ class CachedLogps(NamedTuple):
 
     @staticmethod
     def laid_out(logps: np.ndarray, index_MBP: np.ndarray) -> np.ndarray:
-        """The log-probs [n, 2] of a step's pairs as its batch packs them: [M, B, P, 2], 0 padded."""
+        """The log-probs [n, 2] of a step's pairs as its batch packs them: [M, B, P, 2]."""
         return np.where(index_MBP[..., None] >= 0, logps[index_MBP], np.float32(0))
 
 
