@@ -18,13 +18,13 @@ from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.forward import forward_moe, head_weight
 from jaxdpo.models.logprobs import (
-    Head,
+    LMHeadOptions,
     chunk_size,
     gather_hidden,
+    loss_tokens_by_shard,
     num_chunks,
-    scored_by_share,
-    sum_by_side,
-    token_collisions,
+    sum_by_completion,
+    token_collision_logps,
     token_kl,
     token_logps,
 )
@@ -73,7 +73,7 @@ class CompletionTokens(NamedTuple):
     """As in CompletionLogps."""
     chunks: jax.Array
     """Chunks to compute."""
-    head: Head
+    head: LMHeadOptions
 
     @classmethod
     def of(cls, params: Params, micro: Batch, options: StepOptions) -> "CompletionTokens":
@@ -90,7 +90,7 @@ class CompletionTokens(NamedTuple):
         slots_BS, targets_BS, common_BS = (jnp.pad(x, behind) for x in tokens[:3])
         sides_BS = jnp.pad(tokens[3], behind, constant_values=-1)
         balance = None if load is None else balance_loss(load)
-        head = Head(chunk, forward.dtype, model.logit_softcap, forward.mesh)
+        head = LMHeadOptions(chunk, forward.dtype, model.logit_softcap, forward.mesh)
         hidden_BSD, chunks = gather_hidden(hidden_BTD, slots_BS), num_chunks(sides_BS, chunk)
         return cls(
             head_weight(params), hidden_BSD, targets_BS, sides_BS, common_BS, balance, chunks, head
@@ -101,7 +101,7 @@ class CompletionTokens(NamedTuple):
         num_rows, num_places = micro.weights_MBP.shape
 
         def by_side(values_BS: jax.Array) -> jax.Array:
-            sums = sum_by_side(values_BS, self.sides_BS, num_places)
+            sums = sum_by_completion(values_BS, self.sides_BS, num_places)
             return (
                 sums
                 if sums.shape[0] == num_rows
@@ -117,7 +117,7 @@ class CompletionTokens(NamedTuple):
         collisions = None
         if section.wpo:
             hidden, weight = jax.lax.stop_gradient((self.hidden_BSD, self.head_VD))
-            collisions = by_side(token_collisions(hidden, weight, self.chunks, self.head))
+            collisions = by_side(token_collision_logps(hidden, weight, self.chunks, self.head))
         return CompletionLogps(logps, plain_logps, collisions, self.balance)
 
     def exact_kl(self, reference: "CompletionTokens") -> jax.Array:
@@ -143,7 +143,7 @@ def _by_share(
         return hidden_BTD, tokens
     B, T, D = hidden_BTD.shape
     hidden_BTD = constrain(hidden_BTD.reshape(B * shares, T // shares, D), mesh, (*ROWS, "context"))
-    order_BS, own_BS = scored_by_share(
+    order_BS, own_BS = loss_tokens_by_shard(
         micro.slots_MBS, micro.sides_MBS, T, micro.weights_MBP.shape[-1], shares
     )
     slots_BS, targets_BS, common_BS, sides_BS = (
