@@ -179,7 +179,7 @@ def test_blocks_make_no_array_of_tokens_by_tokens() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 1, 4), (1, 1, 2, 2)])
-def test_data_tensor_and_context_parallelism_give_the_same_attention(
+def test_data_tensor_and_context_parallelism_give_the_same(
     sizes: tuple[int, ...],
 ) -> None:
     qkv, bounds = inputs(200, B=8), any_intervals(200, B=8)
@@ -194,7 +194,7 @@ def test_tokens_that_context_does_not_divide_are_replicated() -> None:
 
 
 def everything(T: int, seed: int = 5) -> tuple[Arrays, dict]:
-    """Intervals of packed sequences, a window that cuts prompts and completions, soft cap, sinks."""
+    """Intervals of packed sequences, a window that cuts prompts and completions, cap, sinks."""
     batch = pack(pairs(T // 40), num_rows=2, size=T)
     window = Window(jnp.asarray(7, jnp.int32), jnp.asarray(batch.positions_MBT[0]))
     sinks = jnp.asarray(np.random.default_rng(seed).standard_normal(4), jnp.float32)

@@ -61,7 +61,7 @@ def their_loss(model: Any, some: Sequence[EncodedPair]) -> Any:
 
 
 def their_gradients(both: Both, folder: Path) -> tuple[float, Any]:
-    """The loss, and its gradients as our tree: saved in place of the weights and loaded as weights."""
+    """The loss, and its gradients as our tree: saved and loaded in place of the weights."""
     loss = their_loss(both.model, PAIRS)
     loss.backward()
     kept = {name: weight.detach().clone() for name, weight in both.model.named_parameters()}
