@@ -4,8 +4,9 @@ The kernel takes one int32 per query, from which it computes the mask block by b
 of the blocks to visit. An interval [k_start, k_end) of tokens fits into the int32; blocks that no
 interval touches are skipped.
 
-Not the kernel's own masks (splash_attention_mask) because they are made of NumPy arrays when the
-program is traced, and here the intervals change with every batch.
+Not the kernel's own masks because those of splash_attention_mask are fixed when the program is
+traced, and its dynamic mask is an array of heads x tokens x tokens; here the intervals change with
+every batch.
 
 Shape suffixes: B packed sequences, T token positions, N query heads, K kv heads, H head dim;
 Q blocks of queries, S blocks of keys.
