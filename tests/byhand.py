@@ -1,4 +1,4 @@
-"""The decoder once more: numpy, float64, head by head and token by token, to check the other by."""
+"""A second decoder to check ours: NumPy, float64, head by head and token by token."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ Array = np.ndarray
 
 
 def by_hand(params: Any, config: ModelConfig, tokens: Array) -> Array:
-    """Final hidden states [T, D] of one causal row. No experts, no rope scaling."""
+    """Final hidden states [T, D] of one causal sequence. No experts, no RoPE scaling."""
     x = config.embed_scale * np.asarray(params["embed"]["weight"], np.float64)[tokens]
     if config.positions == "learned":
         x = x + params["positions"]["weight"][: len(tokens)]
@@ -70,7 +70,7 @@ def _attention(weights: Any, x: Array, windowed: bool, config: ModelConfig) -> A
         theta = (
             config.local_rope_theta if windowed and config.local_rope_theta else config.rope_theta
         )
-        q, k = _turned(q, theta, config.rotary_dim), _turned(k, theta, config.rotary_dim)
+        q, k = _rotated(q, theta, config.rotary_dim), _rotated(k, theta, config.rotary_dim)
     out = np.zeros(q.shape)
     for t, n in np.ndindex(out.shape[:2]):
         first = max(0, t - config.sliding_window + 1) if windowed and config.sliding_window else 0
@@ -82,8 +82,8 @@ def _attention(weights: Any, x: Array, windowed: bool, config: ModelConfig) -> A
     return np.einsum("tnh,nhd->td", out, weights["o"]) + weights.get("o_bias", 0.0)
 
 
-def _weights(products: Array, sink: float, config: ModelConfig) -> Array:
-    scores = products * (
+def _weights(dot_products: Array, sink: float, config: ModelConfig) -> Array:
+    scores = dot_products * (
         config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     )
     if config.attention_softcap is not None:
@@ -91,8 +91,8 @@ def _weights(products: Array, sink: float, config: ModelConfig) -> Array:
     return np.exp(scores) / (np.exp(scores).sum() + np.exp(sink))
 
 
-def _turned(x: Array, theta: float, size: int) -> Array:
-    """Pairs of numbers half of `size` apart, as complex numbers, turned by position times frequency."""
+def _rotated(x: Array, theta: float, size: int) -> Array:
+    """RoPE: numbers size / 2 apart as complex numbers, rotated by position times frequency."""
     half = size // 2
     turns = np.exp(1j * np.arange(len(x))[:, None] * theta ** (-np.arange(half) / half))[:, None]
     pairs = (x[..., :half] + 1j * x[..., half:size]) * turns

@@ -1,4 +1,4 @@
-"""A tiny config.json for every family, in the hub's form, and small variants that read or compute something in another way."""
+"""A tiny config.json for every family, as on the hub, and variants that take other code paths."""
 
 from typing import Any
 
@@ -92,7 +92,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def raw_config(name: str, **changes: Any) -> dict[str, Any]:
-    """config.json of a tiny model; a change to `...` leaves a key out."""
+    """config.json of a tiny model; a change to `...` removes a key."""
     sizes = {} if TINY[name]["model_type"] == "gpt2" else _SIZES
     return {
         key: value for key, value in {**sizes, **TINY[name], **changes}.items() if value is not ...

@@ -1,6 +1,7 @@
-"""ModelConfig: all that the decoder needs to know. Families differ by its values alone.
+"""ModelConfig: everything the decoder needs to know. Model families differ by its values alone.
 
-hfconfig.py reads it from a Hugging Face config.json and writes it back, families.py says what a model_type means.
+hf/config_json.py converts it from and to a Hugging Face config.json; hf/families.py has what each
+model_type means.
 """
 
 import dataclasses
@@ -9,10 +10,11 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for long contexts. Each kind reads its own fields; `linear` reads `factor` only.
+    """Scaling of rotary frequencies for long contexts.
 
-    linear is position interpolation (arXiv 2306.15595), llama3 the scaling of the Llama 3.1 report (arXiv 2407.21783), yarn that of
-    arXiv 2309.00071, longrope that of arXiv 2402.13753.
+    linear is position interpolation (2306.15595), llama3 the scaling of the Llama 3.1 report
+    (2407.21783), yarn that of 2309.00071, longrope that of 2402.13753. Each kind reads its own
+    fields; `linear` reads `factor` only.
     """
 
     kind: Literal["linear", "llama3", "yarn", "longrope"]
@@ -20,13 +22,14 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
-    """The context, in tokens, that the model had before it was stretched."""
+    """The context, in tokens, that the model was trained with before the scaling."""
     beta_fast: float = 32.0
-    """yarn: dimensions that turn this often within the original context keep their frequency."""
+    """yarn: dimensions with more rotations within the original context keep their frequency."""
     beta_slow: float = 1.0
-    """yarn: dimensions that turn less often than this are divided by `factor`; those between are blended."""
+    """yarn: frequencies of dimensions with fewer rotations are divided by `factor`; those between
+    are interpolated."""
     truncate: bool = True
-    """yarn: whether the bounds of the blend are rounded to whole dimensions."""
+    """yarn: whether the bounds of the interpolation are rounded to integer dimensions."""
     attention_factor: float = 1.0
     """yarn, longrope: multiplies cosines and sines."""
     short_factor: tuple[float, ...] = ()
@@ -37,10 +40,11 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a decoder. Sizes are counts, `max_positions` and `sliding_window` are in tokens."""
+    """Architecture of a decoder. `max_positions` and `sliding_window` are in tokens."""
 
     family: str
-    """Hugging Face model_type: a key of FAMILIES. It names tensors and keys in files and changes no computation."""
+    """Hugging Face model_type: a key of hf.families.FAMILIES. It names tensors and keys in files
+    and changes no computation."""
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -59,33 +63,36 @@ class ModelConfig:
     pre_norm: bool = True
     """Norms before attention and MLP."""
     post_norm: bool = False
-    """Norms of what attention and MLP put out, before it is added to the residual stream."""
+    """Norms of the outputs of attention and MLP, before they are added to the residual stream."""
     qk_norm: Literal["none", "head", "all"] = "none"
-    """RMS norm of queries and keys before rope: of each head, or over all heads together. An rms_offset model's have the offset too."""
+    """RMS norm of queries and keys before RoPE: of each head, or over all heads together. With the
+    offset in rms_offset models."""
 
     positions: Literal["rope", "learned"] = "rope"
-    """learned: a vector for each position is added to the token's."""
+    """learned: an embedding of each position is added to the token's."""
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rotary_fraction: float = 1.0
-    """Share of each head that rope turns, from its start."""
+    """Fraction of each head's dimensions that RoPE rotates, from the first on."""
     local_rope_theta: float | None = None
-    """rope_theta of the layers that have the window, never scaled; None: as in all layers."""
+    """rope_theta of the layers with a sliding window, never scaled; None: as in all layers."""
     sliding_window: int | None = None
-    """A token sees this many tokens, itself included; None: all before it."""
+    """Sliding window attention: a token sees this many, itself included; None: all before it."""
     window_layers: tuple[bool, ...] = ()
-    """Which layers have the window, one for each; () when there is none."""
+    """Whether each layer has the sliding window; () when none has."""
 
     attention_scale: float | None = None
-    """Multiplies the scores; None: head_dim ** -0.5."""
+    """Factor of the scores; None: head_dim ** -0.5."""
     attention_softcap: float | None = None
-    """Scores s become cap * tanh(s / cap); likewise the logits by `logit_softcap`."""
+    """Logit soft-capping of the scores: s becomes cap * tanh(s / cap)."""
     logit_softcap: float | None = None
+    """The same of the LM head's logits."""
     attention_sinks: bool = False
-    """Each head's softmax has one more, learned score that takes weight and gives nothing."""
+    """Each head's softmax has one more score, learned, of a key whose value is 0 (2309.17453)."""
 
     activation: Literal["silu", "gelu_tanh", "clamped_swish"] = "silu"
-    """clamped_swish: (up + 1) * gate * sigmoid(1.702 gate), gate at most the limit, up within plus or minus the limit."""
+    """clamped_swish: (up + 1) * gate * sigmoid(1.702 gate), with gate clamped to at most
+    `activation_limit`, and up to plus or minus it."""
     gated: bool = True
     """down(act(gate x) * up x); False: down(act(up x))."""
     activation_limit: float | None = None
@@ -93,19 +100,19 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     embed_scale: float = 1.0
-    """Multiplies the token vectors."""
+    """Factor of the token embeddings."""
 
     num_experts: int = 0
-    """0: one MLP for all tokens."""
+    """0: an MLP instead of a mixture of experts."""
     experts_per_token: int = 0
     norm_topk: bool = False
     """Whether the weights of a token's experts are divided by their sum."""
     router_bias: bool = False
     expert_bias: bool = False
     router_aux_coef: float = 0.0
-    """Weight of the load-balancing loss, as config.json proposes it."""
+    """Weight of the load-balancing loss, as config.json has it."""
 
     @property
     def rotary_dim(self) -> int:
-        """How many leading dimensions of each head rope turns."""
+        """Number of leading dimensions of each head that RoPE rotates."""
         return int(self.head_dim * self.rotary_fraction)

@@ -1,10 +1,13 @@
 """One decoder for every family: what differs between families are ModelConfig's values.
 
-The nnx modules are containers. Training code holds the weights as a pure nested dict (`layers/attn/q`, ...) and calls
-`forward`; the layers' weights are stacked, and one `lax.scan` runs them. The LM head is apart (logprobs.py), since
-training needs it on answer tokens only. `params["lora"]`, where there is one, holds low-rank updates of `params["layers"]`.
+The nnx modules are containers: they declare the weights, each with its logical axes and stacked
+over the layers. Training code holds the weights as a nested dict (`layers/attn/q`, ...; params.py)
+and calls forward.py. `params["lora"]`, where there is one, holds LoRA updates of
+`params["layers"]`. The LM head is applied in logprobs.py, since training needs it for loss tokens
+only.
 
-Dimension names: B rows, T slots, D model, F mlp, N query heads, K key-value heads, H head dim, V vocabulary, L layers.
+Shape suffixes: B packed sequences, T token positions, D model, N query heads, K kv heads, H head
+dim, F mlp, V vocab, L layers.
 """
 
 import dataclasses
@@ -20,91 +23,89 @@ from jax.sharding import Mesh
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.layers import (
     ACTIVATIONS,
-    gated,
+    apply_rope,
+    constant_if,
+    gated_activation,
     layer_norm,
+    linear,
     param,
-    project,
     rms_norm,
-    rotate,
-    rounded,
+    round_to,
 )
 from jaxdpo.models.moe import MoE, RouterLoad
 
 Rope = tuple[jax.Array, jax.Array] | None
+"""Cosines and sines; None for learned positions."""
 Attend = Callable[..., tuple[jax.Array, Any]]
-"""(q_BTNH, k_BTKH, v_BTKH, scale, cap, sinks_N) -> float32 [B, T, N, H] and what is to be kept of this layer."""
+"""(q_BTNH, k_BTKH, v_BTKH, scale, cap, sinks_N) -> float32 [B, T, N, H], and what to cache of
+this layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardOptions:
-    """How a forward pass is computed; but for lora_scale, none of it changes the result beyond rounding."""
+    """How a forward pass runs; except for lora_scale, nothing here changes more than rounding."""
 
     compute_dtype: str = "float32"
-    """Type of matrix-product inputs."""
+    """Dtype of matmul inputs (mixed precision)."""
     attention: str = "blocks"
     """A key of attention.IMPLEMENTATIONS."""
     remat: str = "none"
-    """A key of REMAT."""
+    """Remat (gradient checkpointing) policy: a key of forward.REMAT."""
     lora_scale: float = 1.0
-    """Factor of the low-rank updates: alpha / rank."""
+    """Factor of the LoRA updates: alpha / rank."""
     mesh: Mesh | None = None
     """The devices; None means one."""
 
     @property
     def dtype(self) -> jnp.dtype:
-        """compute_dtype as a type."""
+        """compute_dtype as a dtype."""
         return jnp.dtype(self.compute_dtype)
 
     @property
     def on_cpu(self) -> bool:
         """Whether the devices are CPUs."""
-        platform = (
-            jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
-        )
-        return platform == "cpu"
+        if self.mesh is None:
+            return jax.default_backend() == "cpu"
+        return self.mesh.devices.flat[0].platform == "cpu"
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions (2305.13245), optional biases, sinks and norms of q and k."""
+    """Grouped-query attention (2305.13245) with rotary position embedding.
+
+    Optional: biases, attention sinks, RMS norms of queries and keys.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        L, D, N, K, H = (
-            config.num_layers,
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
+        L, D, H = config.num_layers, config.hidden_size, config.head_dim
+        N, K = config.num_heads, config.num_kv_heads
         normal = functools.partial(
             param, rngs, std=config.initializer_range, dtype=dtype, num_inputs=1
         )
-        constant = functools.partial(param, rngs, std=None, dtype=dtype)
+        bias = functools.partial(constant_if, config.qkv_bias, rngs, dtype=dtype)
         self.q = normal((L, D, N, H), ("layer", "embed", "heads", "head_dim"))
         self.k = normal((L, D, K, H), ("layer", "embed", "kv_heads", "head_dim"))
         self.v = normal((L, D, K, H), ("layer", "embed", "kv_heads", "head_dim"))
         self.o = normal((L, N, H, D), ("layer", "heads", "head_dim", "embed"), num_inputs=2)
-        self.q_bias = (
-            constant((L, N, H), ("layer", "heads", "head_dim")) if config.qkv_bias else None
+        self.q_bias = bias((L, N, H), ("layer", "heads", "head_dim"))
+        self.k_bias = bias((L, K, H), ("layer", "kv_heads", "head_dim"))
+        self.v_bias = bias((L, K, H), ("layer", "kv_heads", "head_dim"))
+        self.o_bias = constant_if(config.o_bias, rngs, (L, D), ("layer", "norm"), dtype=dtype)
+        self.sinks = constant_if(
+            config.attention_sinks, rngs, (L, N), ("layer", "heads"), dtype=dtype
         )
-        self.k_bias = (
-            constant((L, K, H), ("layer", "kv_heads", "head_dim")) if config.qkv_bias else None
+        norm = functools.partial(
+            constant_if,
+            config.qk_norm != "none",
+            rngs,
+            dtype=dtype,
+            fill=_initial_scale(config),
         )
-        self.v_bias = (
-            constant((L, K, H), ("layer", "kv_heads", "head_dim")) if config.qkv_bias else None
-        )
-        self.o_bias = constant((L, D), ("layer", "norm")) if config.o_bias else None
-        self.sinks = constant((L, N), ("layer", "heads")) if config.attention_sinks else None
-        one = 0.0 if config.norm == "rms_offset" else 1.0
         if config.qk_norm == "all":
-            self.q_norm = constant((L, N, H), ("layer", "heads", "head_dim"), fill=one)
-            self.k_norm = constant((L, K, H), ("layer", "kv_heads", "head_dim"), fill=one)
+            self.q_norm = norm((L, N, H), ("layer", "heads", "head_dim"))
+            self.k_norm = norm((L, K, H), ("layer", "kv_heads", "head_dim"))
         else:
-            self.q_norm = (
-                constant((L, H), ("layer", "norm"), fill=one) if config.qk_norm == "head" else None
-            )
-            self.k_norm = (
-                constant((L, H), ("layer", "norm"), fill=one) if config.qk_norm == "head" else None
-            )
+            self.q_norm = norm((L, H), ("layer", "norm"))
+            self.k_norm = norm((L, H), ("layer", "norm"))
         self.config = config
 
     def __call__(
@@ -115,24 +116,33 @@ class Attention(nnx.Module):
         lora: Mapping[str, Any],
         options: ForwardOptions,
     ) -> tuple[jax.Array, Any]:
-        """float32 [B, T, D] in and out, and what `attend` keeps."""
+        """float32 [B, T, D] in and out, and what `attend` caches."""
         config, dtype = self.config, options.dtype
-        linear = functools.partial(project, compute_dtype=dtype, adapter_scale=options.lora_scale)
-        q_BTNH = linear("BTD,DNH->BTNH", x_BTD, self.q, self.q_bias, adapter=lora.get("q"))
-        k_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.k, self.k_bias, adapter=lora.get("k"))
-        v_BTKH = linear("BTD,DKH->BTKH", x_BTD, self.v, self.v_bias, adapter=lora.get("v"))
+        project = functools.partial(linear, compute_dtype=dtype, adapter_scale=options.lora_scale)
+        q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q, self.q_bias, adapter=lora.get("q"))
+        k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k, self.k_bias, adapter=lora.get("k"))
+        v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v, self.v_bias, adapter=lora.get("v"))
         if self.q_norm is not None and self.k_norm is not None:
             norm = functools.partial(
-                rms_norm, eps=config.norm_eps, compute_dtype=dtype, offset=_offset(config)
+                rms_norm, eps=config.norm_eps, compute_dtype=dtype, offset=_norm_offset(config)
             )
             q_BTNH, k_BTKH = norm(q_BTNH, self.q_norm), norm(k_BTKH, self.k_norm)
         if rope is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
-        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-        sinks_N = None if self.sinks is None else rounded(self.sinks[...], dtype)
-        heads = (x.astype(dtype) for x in (q_BTNH, k_BTKH, v_BTKH))
-        out_BTNH, kept = attend(*heads, scale=scale, cap=config.attention_softcap, sinks_N=sinks_N)
-        return linear("BTNH,NHD->BTD", out_BTNH, self.o, self.o_bias, adapter=lora.get("o")), kept
+            q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
+        scale = config.attention_scale
+        if scale is None:
+            scale = config.head_dim**-0.5
+        sinks_N = None if self.sinks is None else round_to(self.sinks[...], dtype)
+        out_BTNH, new_cache = attend(
+            q_BTNH.astype(dtype),
+            k_BTKH.astype(dtype),
+            v_BTKH.astype(dtype),
+            scale=scale,
+            cap=config.attention_softcap,
+            sinks_N=sinks_N,
+        )
+        out_BTD = project("BTNH,NHD->BTD", out_BTNH, self.o, self.o_bias, adapter=lora.get("o"))
+        return out_BTD, new_cache
 
 
 class MLP(nnx.Module):
@@ -143,15 +153,13 @@ class MLP(nnx.Module):
         normal = functools.partial(
             param, rngs, std=config.initializer_range, dtype=dtype, num_inputs=1
         )
-        constant = functools.partial(param, rngs, std=None, dtype=dtype)
+        bias = functools.partial(constant_if, config.mlp_bias, rngs, dtype=dtype)
         self.gate = normal((L, D, F), ("layer", "embed", "mlp")) if config.gated else None
         self.up = normal((L, D, F), ("layer", "embed", "mlp"))
         self.down = normal((L, F, D), ("layer", "mlp", "embed"))
-        self.gate_bias = (
-            constant((L, F), ("layer", "mlp")) if config.gated and config.mlp_bias else None
-        )
-        self.up_bias = constant((L, F), ("layer", "mlp")) if config.mlp_bias else None
-        self.down_bias = constant((L, D), ("layer", "norm")) if config.mlp_bias else None
+        self.gate_bias = bias((L, F), ("layer", "mlp")) if config.gated else None
+        self.up_bias = bias((L, F), ("layer", "mlp"))
+        self.down_bias = bias((L, D), ("layer", "norm"))
         self.config = config
 
     def __call__(
@@ -159,22 +167,26 @@ class MLP(nnx.Module):
     ) -> jax.Array:
         """float32 [B, T, D] in and out."""
         config = self.config
-        linear = functools.partial(
-            project, compute_dtype=options.dtype, adapter_scale=options.lora_scale
+        project = functools.partial(
+            linear, compute_dtype=options.dtype, adapter_scale=options.lora_scale
         )
-        up_BTF = linear("BTD,DF->BTF", x_BTD, self.up, self.up_bias, adapter=lora.get("up"))
+        up_BTF = project("BTD,DF->BTF", x_BTD, self.up, self.up_bias, adapter=lora.get("up"))
         if self.gate is None:
             inner_BTF = ACTIVATIONS[config.activation](up_BTF)
         else:
-            gate_BTF = linear(
+            gate_BTF = project(
                 "BTD,DF->BTF", x_BTD, self.gate, self.gate_bias, adapter=lora.get("gate")
             )
-            inner_BTF = gated(config.activation, config.activation_limit, gate_BTF, up_BTF)
-        return linear("BTF,FD->BTD", inner_BTF, self.down, self.down_bias, adapter=lora.get("down"))
+            inner_BTF = gated_activation(
+                config.activation, config.activation_limit, gate_BTF, up_BTF
+            )
+        return project(
+            "BTF,FD->BTD", inner_BTF, self.down, self.down_bias, adapter=lora.get("down")
+        )
 
 
 class Norm(nnx.Module):
-    """The family's norm; one, or a stack of them with num_layers."""
+    """The family's norm: one, or with num_layers a stack of them."""
 
     def __init__(
         self,
@@ -184,29 +196,37 @@ class Norm(nnx.Module):
         dtype: jnp.dtype,
         num_layers: int | None = None,
     ) -> None:
-        shape = (config.hidden_size,) if num_layers is None else (num_layers, config.hidden_size)
-        constant = functools.partial(
-            param, rngs, shape, ("layer", "norm")[-len(shape) :], std=None, dtype=dtype
-        )
-        self.scale = constant(fill=0.0 if config.norm == "rms_offset" else 1.0)
+        shape, axes = (config.hidden_size,), ("norm",)
+        if num_layers is not None:
+            shape, axes = (num_layers, *shape), ("layer", *axes)
+        constant = functools.partial(param, rngs, shape, axes, std=None, dtype=dtype)
+        self.scale = constant(fill=_initial_scale(config))
         self.bias = constant() if config.norm == "layer" else None
         self.config = config
 
     def __call__(self, x_BTD: jax.Array, options: ForwardOptions) -> jax.Array:
         """float32 [B, T, D] in and out."""
+        eps, offset = self.config.norm_eps, _norm_offset(self.config)
         if self.bias is not None:
-            return layer_norm(x_BTD, self.scale, self.bias, self.config.norm_eps, options.dtype)
-        return rms_norm(
-            x_BTD, self.scale, self.config.norm_eps, options.dtype, offset=_offset(self.config)
-        )
+            return layer_norm(x_BTD, self.scale, self.bias, eps, options.dtype)
+        return rms_norm(x_BTD, self.scale, eps, options.dtype, offset=offset)
 
 
-def _offset(config: ModelConfig) -> float:
+def _norm_offset(config: ModelConfig) -> float:
+    """What is added to a norm's scale (Gemma stores the scale minus 1)."""
     return 1.0 if config.norm == "rms_offset" else 0.0
 
 
+def _initial_scale(config: ModelConfig) -> float:
+    """A norm's initial scale, so that it multiplies by 1."""
+    return 1.0 - _norm_offset(config)
+
+
 class Layer(nnx.Module):
-    """Attention and MLP, added to the residual stream, with norms before or behind each. Holds all layers' weights, stacked."""
+    """Attention and MLP, each added to the residual stream, with norms before or after them.
+
+    It holds the weights of all layers, stacked.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         norm = functools.partial(Norm, config, rngs=rngs, dtype=dtype, num_layers=config.num_layers)
@@ -224,36 +244,41 @@ class Layer(nnx.Module):
         rope: Rope,
         attend: Attend,
         lora: Mapping[str, Any],
-        real_BT: jax.Array | None,
+        token_mask_BT: jax.Array | None,
         options: ForwardOptions,
     ) -> tuple[jax.Array, Any, RouterLoad | None]:
-        """float32 [B, T, D] in and out; what `attend` keeps; how the experts were used, where there are some."""
-        inner_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD, options)
-        inner_BTD, kept = self.attn(inner_BTD, rope, attend, lora.get("attn", {}), options)
-        x_BTD = x_BTD + (
-            inner_BTD if self.attn_post_norm is None else self.attn_post_norm(inner_BTD, options)
-        )
-        inner_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD, options)
+        """One layer.
+
+        Returns:
+            (float32 [B, T, D], as x_BTD; what `attend` caches; how the experts were used, None
+            without experts.)
+        """
+        inner_BTD = _norm_if(self.attn_norm, x_BTD, options)
+        inner_BTD, new_cache = self.attn(inner_BTD, rope, attend, lora.get("attn", {}), options)
+        x_BTD = x_BTD + _norm_if(self.attn_post_norm, inner_BTD, options)
+        inner_BTD = _norm_if(self.mlp_norm, x_BTD, options)
         load = None
         if self.moe is not None:
-            inner_BTD, load = self.moe(inner_BTD, real_BT, options.dtype, options.mesh)
+            inner_BTD, load = self.moe(inner_BTD, token_mask_BT, options.dtype, options.mesh)
         elif self.mlp is not None:
             inner_BTD = self.mlp(inner_BTD, lora.get("mlp", {}), options)
-        x_BTD = x_BTD + (
-            inner_BTD if self.mlp_post_norm is None else self.mlp_post_norm(inner_BTD, options)
-        )
-        return x_BTD, kept, load
+        x_BTD = x_BTD + _norm_if(self.mlp_post_norm, inner_BTD, options)
+        return x_BTD, new_cache, load
 
 
-class Table(nnx.Module):
-    """Vectors of tokens [V, D], which is also the form of the LM head, or of positions."""
+def _norm_if(norm: Norm | None, x_BTD: jax.Array, options: ForwardOptions) -> jax.Array:
+    return x_BTD if norm is None else norm(x_BTD, options)
+
+
+class Embed(nnx.Module):
+    """One vector per token [V, D], which is also the layout of the LM head, or per position."""
 
     def __init__(
-        self, config: ModelConfig, rows: int, axis: str, *, rngs: nnx.Rngs, dtype: jnp.dtype
+        self, config: ModelConfig, size: int, axis: str, *, rngs: nnx.Rngs, dtype: jnp.dtype
     ) -> None:
         self.weight = param(
             rngs,
-            (rows, config.hidden_size),
+            (size, config.hidden_size),
             (axis, "embed"),
             std=config.initializer_range,
             dtype=dtype,
@@ -265,16 +290,10 @@ class Decoder(nnx.Module):
     """All the weights of a model."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.embed = Table(config, config.vocab_size, "vocab", rngs=rngs, dtype=dtype)
-        self.positions = (
-            Table(config, config.max_positions, "position", rngs=rngs, dtype=dtype)
-            if config.positions == "learned"
-            else None
-        )
+        embed = functools.partial(Embed, config, rngs=rngs, dtype=dtype)
+        self.embed = embed(config.vocab_size, "vocab")
+        learned = config.positions == "learned"
+        self.positions = embed(config.max_positions, "position") if learned else None
         self.layers = Layer(config, rngs=rngs, dtype=dtype)
         self.norm = Norm(config, rngs=rngs, dtype=dtype)
-        self.head = (
-            None
-            if config.tied_head
-            else Table(config, config.vocab_size, "vocab", rngs=rngs, dtype=dtype)
-        )
+        self.head = None if config.tied_head else embed(config.vocab_size, "vocab")

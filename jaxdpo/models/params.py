@@ -1,4 +1,9 @@
-"""The decoder's weights as a nested dict of arrays: their shapes, logical axes and random values."""
+"""The decoder's weights as a nested dict of arrays: their shapes, logical axes and random values.
+
+The shapes are declared once, by the modules in decoder.py, and read from there.
+
+Shape suffixes: none; a weight's dimensions are its logical axes (`logical_axes`).
+"""
 
 import dataclasses
 import functools
@@ -15,39 +20,41 @@ Params = dict[str, Any]
 
 
 @functools.cache
-def _abstract(
+def _abstract_module(
     config: ModelConfig, dtype: str, part: str | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    decoder = nnx.eval_shape(
-        lambda: Decoder(config, rngs=nnx.Rngs(params=0), dtype=jnp.dtype(dtype))
-    )
+    """The decoder, or its attribute `part`, with shapes instead of arrays. Cached: it is traced."""
+
+    def make() -> Decoder:
+        return Decoder(config, rngs=nnx.Rngs(params=0), dtype=jnp.dtype(dtype))
+
+    decoder = nnx.eval_shape(make)
     return nnx.split(decoder if part is None else getattr(decoder, part))
 
 
 def abstract_params(config: ModelConfig, dtype: str) -> Params:
     """The weights' shapes: nested dict of jax.ShapeDtypeStruct."""
-    return nnx.to_pure_dict(_abstract(config, dtype)[1])
+    return nnx.to_pure_dict(_abstract_module(config, dtype)[1])
 
 
 def logical_axes(config: ModelConfig) -> Params:
-    """The weights' logical axis names: nested dict of tuples, as sharding.param_shardings takes them."""
-    return nnx.to_pure_dict(
-        jax.tree.map(
-            lambda leaf: leaf.axes,
-            _abstract(config, "float32")[1],
-            is_leaf=lambda node: isinstance(node, nnx.Variable),
-        )
+    """The weights' logical axes: nested dict of tuples, as sharding.param_shardings takes them."""
+    axes = jax.tree.map(
+        lambda variable: variable.axes,
+        _abstract_module(config, "float32")[1],
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
+    return nnx.to_pure_dict(axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Shape of a parameter in three parts: stacked axes, what is summed over, what comes out."""
+    """Shape of a parameter in three parts."""
 
     stack: tuple[int, ...]
-    """Layers, then experts."""
+    """Stacked axes: layers, then experts."""
     inputs: tuple[int, ...]
-    """Empty for a vector."""
+    """What a matmul contracts; empty for a vector."""
     outputs: tuple[int, ...]
 
     @property
@@ -59,7 +66,7 @@ class Shape:
 def param_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Path (layers/attn/q) -> shape of every parameter, as the decoder's modules declare them."""
     shapes = {}
-    for path, variable in nnx.to_flat_state(_abstract(config, "float32")[1]):
+    for path, variable in nnx.to_flat_state(_abstract_module(config, "float32")[1]):
         num_stacked = sum(axis in ("layer", "expert") for axis in variable.axes)
         stack, rest = variable.shape[:num_stacked], variable.shape[num_stacked:]
         inputs, outputs = rest[: variable.num_inputs], rest[variable.num_inputs :]
@@ -68,15 +75,17 @@ def param_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: str) -> Params:
-    """Random weights: normal with deviation initializer_range, norms 1, biases 0. Call it under jit with out_shardings."""
-    return nnx.to_pure_dict(
-        nnx.split(Decoder(config, rngs=nnx.Rngs(params=key), dtype=jnp.dtype(dtype)))[1]
-    )
+    """Random weights: normal with standard deviation initializer_range; norms 1, biases 0.
+
+    Call it under jit with out_shardings, so that no device ever holds all weights.
+    """
+    decoder = Decoder(config, rngs=nnx.Rngs(params=key), dtype=jnp.dtype(dtype))
+    return nnx.to_pure_dict(nnx.split(decoder)[1])
 
 
 def bind(config: ModelConfig, part: str, weights: Params) -> Any:
-    """The module `part` of the decoder with these weights."""
-    graph, state = _abstract(config, "float32", part)
-    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the next line writes into it
+    """The decoder's module `part` with these weights, as flax.linen's Module.bind does it."""
+    graph, abstract = _abstract_module(config, "float32", part)
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the next line writes into it
     nnx.replace_by_pure_dict(state, weights)
     return nnx.merge(graph, state)

@@ -1,13 +1,18 @@
-"""Weights in few bits: int8, or the 4-bit NormalFloat of QLoRA (2305.14314), each run of numbers with a scale of its own.
+"""Quantized weights: int8, or the 4-bit NormalFloat (NF4) of QLoRA (2305.14314), in blocks.
 
-A quantised weight is a pytree node in its array's place, so that jit, scan and shardings take it as they take arrays; the decoder's
-scan turns one layer at a time back. Four-bit codes are packed two to a byte here: JAX's own 4-bit arrays take a byte each on CPU.
+Each block of numbers along a weight's last dimension has a scale. A quantized weight is a pytree
+node in place of its array, so jit, scan and shardings take it as they take arrays; the decoder's
+scan dequantizes one layer at a time.
 
-Dimension names: L layers, X a weight's last dimension, K runs of it.
+Not qwix, which has the same format, because it keeps 4-bit codes in JAX's uint4, which takes a
+byte each on CPUs. Here two codes are packed into a byte.
+
+Shape suffixes: L layers, X a weight's last dimension, K blocks of it.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,9 +22,10 @@ import numpy as np
 Tree = Any
 
 PROJECTIONS = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
-"""Names of the weights of layers that are quantised; embeddings, LM head, norms, biases and routers stay as they are."""
-LONGEST_RUN = 64
-"""Numbers that share a scale: the largest power of two up to this that divides the weight's last dimension."""
+"""Weights of layers that are quantized; embeddings, LM head, norms, biases and routers are not."""
+MAX_BLOCK = 64
+"""Numbers that share a scale: the largest power of two up to this that divides the weight's last
+dimension. 64 is QLoRA's block size for NF4 (2305.14314 section 4)."""
 
 # Quantiles of a normal distribution scaled to -1..1, with 0 among them (2305.14314 appendix E).
 NF4 = np.array(
@@ -35,27 +41,28 @@ NF4 = np.array(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantised:
+class QuantizedArray:
     """A weight [..., X] as codes and scales."""
 
     codes: jax.Array
     """int8 [..., X], or for nf4 uint8 [..., X / 2]: the first of two neighbours in the low bits."""
     scales: jax.Array
-    """bfloat16 [..., K]: the largest absolute value of each run."""
+    """bfloat16 [..., K]: the largest absolute value of each block."""
 
     def dequantized(self, dtype: Any) -> jax.Array:
         """The weight [..., X] as `dtype`."""
         if self.codes.dtype == jnp.int8:
             values = self.codes.astype(jnp.float32) / 127.0
         else:
-            pairs = jnp.stack([self.codes & 15, self.codes >> 4], axis=-1)
-            values = jnp.asarray(NF4)[pairs.reshape(*self.codes.shape[:-1], -1)]
-        runs = values.reshape(*self.scales.shape, -1) * self.scales.astype(jnp.float32)[..., None]
-        return runs.reshape(values.shape).astype(dtype)
+            both = jnp.stack([self.codes & 15, self.codes >> 4], axis=-1)
+            values = jnp.asarray(NF4)[both.reshape(*self.codes.shape[:-1], -1)]
+        blocks = values.reshape(*self.scales.shape, -1)
+        blocks = blocks * self.scales.astype(jnp.float32)[..., None]
+        return blocks.reshape(values.shape).astype(dtype)
 
 
-def quantise(weight: jax.Array, kind: str) -> Quantised:
-    """A weight [L, ..., X] in few bits, one layer's float32 copy at a time.
+def quantize(weight: jax.Array, kind: str) -> QuantizedArray:
+    """A weight [L, ..., X] quantized, with one layer's float32 copy in memory at a time.
 
     Args:
         kind: int8 or nf4.
@@ -65,51 +72,59 @@ def quantise(weight: jax.Array, kind: str) -> Quantised:
     """
     if kind == "nf4" and weight.shape[-1] % 2:
         raise ValueError(
-            f"model.quantize=nf4: packs two numbers to a byte, but a weight has {weight.shape[-1]} in a row. Use int8"
+            f"model.quantize=nf4: packs two numbers into a byte, but a weight's last dimension is "
+            f"{weight.shape[-1]}. Use int8"
         )
-    return jax.lax.map(functools.partial(_quantise_layer, kind=kind), weight)
+    return jax.lax.map(functools.partial(_quantize_layer, kind=kind), weight)
 
 
-def _quantise_layer(weight: jax.Array, kind: str) -> Quantised:
+def _quantize_layer(weight: jax.Array, kind: str) -> QuantizedArray:
     size = weight.shape[-1]
-    run = min(LONGEST_RUN, size & -size)
-    runs = weight.astype(jnp.float32).reshape(*weight.shape[:-1], size // run, run)
-    scales = jnp.max(jnp.abs(runs), axis=-1).astype(jnp.bfloat16)
+    block = min(MAX_BLOCK, size & -size)  # size & -size: the largest power of two that divides it
+    blocks = weight.astype(jnp.float32).reshape(*weight.shape[:-1], size // block, block)
+    scales = jnp.max(jnp.abs(blocks), axis=-1).astype(jnp.bfloat16)
     divisors = jnp.where(scales == 0, 1.0, scales.astype(jnp.float32))
-    parts = jnp.clip(runs / divisors[..., None], -1.0, 1.0).reshape(weight.shape)
+    # Clipped, because the scale is rounded to bfloat16 and may be below the largest number.
+    parts = jnp.clip(blocks / divisors[..., None], -1.0, 1.0).reshape(weight.shape)
     if kind == "int8":
-        return Quantised(jnp.round(127.0 * parts).astype(jnp.int8), scales)
-    codes = jnp.searchsorted(jnp.asarray((NF4[1:] + NF4[:-1]) / 2), parts).astype(jnp.uint8)
-    return Quantised(codes[..., 0::2] | codes[..., 1::2] << 4, scales)
+        return QuantizedArray(jnp.round(127.0 * parts).astype(jnp.int8), scales)
+    midpoints = jnp.asarray((NF4[1:] + NF4[:-1]) / 2)
+    codes = jnp.searchsorted(midpoints, parts).astype(jnp.uint8)
+    return QuantizedArray(codes[..., 0::2] | codes[..., 1::2] << 4, scales)
 
 
-def is_quantised(path: str) -> bool:
-    """Whether the weight at `path` (layers/attn/q, ...) is one that is quantised."""
+def is_quantized(path: str) -> bool:
+    """Whether the weight at `path` (layers/attn/q, ...) is quantized."""
     return path.startswith("layers/") and path.rsplit("/", 1)[-1] in PROJECTIONS
 
 
-def quantised_tree(params: Tree, kind: str) -> Tree:
-    """A tree of weights with its projections quantised. Call it under jit, or under jax.eval_shape for the shapes."""
-    return _map_projections(params, lambda weight: quantise(weight, kind))
+def quantize_params(params: Tree, kind: str) -> Tree:
+    """A tree of weights with its projections quantized.
+
+    Call it under jit, or under jax.eval_shape for the shapes.
+    """
+    return _map_projections(params, lambda weight: quantize(weight, kind))
 
 
-def quantised_axes(axes: Tree) -> Tree:
-    """The tree of logical axes that fits `quantised_tree`: codes and scales lie as their weight does, but a row's runs are whole."""
+def quantized_axes(axes: Tree) -> Tree:
+    """Logical axes of `quantize_params`' result, from those of its argument.
 
-    def held(names: Any) -> Quantised:
-        runs: Any = (*names[:-1], "run")
-        return Quantised(names, runs)
+    Codes and scales are sharded as their weight, but the blocks of the last dimension, which may be
+    too few, are not.
+    """
 
-    return _map_projections(axes, held)
+    def split(names: Any) -> QuantizedArray:
+        scale_names: Any = (*names[:-1], "run")
+        return QuantizedArray(names, scale_names)
+
+    return _map_projections(axes, split)
 
 
-def _map_projections(tree: Tree, change: Any) -> Tree:
+def _map_projections(tree: Tree, change: Callable[[Any], Any]) -> Tree:
     def visit(path: tuple, leaf: Any) -> Any:
-        return (
-            change(leaf)
-            if is_quantised(jax.tree_util.keystr(path, simple=True, separator="/"))
-            else leaf
-        )
+        if is_quantized(jax.tree_util.keystr(path, simple=True, separator="/")):
+            return change(leaf)
+        return leaf
 
     return jax.tree_util.tree_map_with_path(
         visit, tree, is_leaf=lambda node: isinstance(node, tuple)

@@ -1,6 +1,9 @@
-"""Answers from a model: the prompts in one pass, then token by token with a key-value cache, in one compiled program.
+"""Sampling completions from a model, in one compiled program.
 
-Dimension names: B rows, T prompt slots, S answer slots, D model, V vocabulary.
+The prompts are run in one pass (prefill), then one token at a time with a KV cache.
+
+Shape suffixes: B sequences, T token positions of the prompts, S of the completions, D model,
+V vocab.
 """
 
 import functools
@@ -15,14 +18,18 @@ from jaxdpo.distributed import sharding
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.forward import logits
-from jaxdpo.models.kv_cache import Cache, decode, for_decoding, prefill
+from jaxdpo.models.kv_cache import KVCache, decode, for_decoding, prefill
 from jaxdpo.models.params import Params
 
 SMALLEST_BUCKET = 16
+"""Tokens to which shorter prompts and completions are padded: more programs would save little."""
 
 
-class Draw(NamedTuple):
-    """How tokens are drawn, as arrays; None is off. What is on is part of the program, its value is not."""
+class SamplingParams(NamedTuple):
+    """How tokens are sampled, as arrays; None is off.
+
+    What is on is part of the compiled program, its value is not.
+    """
 
     seed: Any
     stop_ids: Any
@@ -31,14 +38,14 @@ class Draw(NamedTuple):
     top_p: Any
 
 
-class Rows(NamedTuple):
-    """Prompts at one time, padded on the right."""
+class PromptBatch(NamedTuple):
+    """Prompts that are answered together, padded on the right."""
 
     tokens_BT: Any
     lengths_B: Any
     limits_B: Any
-    """Longest answer; 0 for a row that only fills up the batch."""
-    numbers_B: Any
+    """Longest completion in tokens; 0 for a sequence that only fills up the batch."""
+    indices_B: Any
     """The prompt's index among all: with the seed, what its random draws depend on."""
 
 
@@ -58,51 +65,54 @@ def generate(
     batch_size: int | None = None,
     report: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
-    """Continue each prompt. What is drawn for one does not depend on the prompts beside it.
+    """Continue each prompt. A prompt's completion does not depend on the others in its batch.
 
     Args:
-        prompts: int32 token ids of each; none is empty, none longer than the model has positions.
-        max_new_tokens: longest answer, in tokens. An answer also ends at the model's last position.
-        stop_ids: an answer ends with the first of these.
-        temperature: 0 takes the likeliest token; above it, samples from the softmax of logits / temperature.
-        top_k: draw among the k likeliest tokens (and any as likely as the last of them). 0: among all.
-        top_p: draw among the likeliest tokens that together have at least this probability, after top_k. 1: among all.
-        num_tokens: ids below this may be drawn (a model's vocabulary can have more rows than its tokenizer has tokens).
-        batch_size: prompts to answer at a time, those of like length together. Default: all.
-        report: told after each batch how many prompts are answered.
+        prompts: int32 token ids of each; none is empty, none longer than the model's positions.
+        max_new_tokens: longest completion, in tokens. A completion also ends at the model's last
+            position.
+        stop_ids: a completion ends with the first of these (eos).
+        temperature: 0 is greedy; above it, samples from the softmax of logits / temperature.
+        top_k: sample from the k likeliest tokens (and any as likely as the last of them). 0: all.
+        top_p: sample from the likeliest tokens that together have at least this probability
+            (nucleus sampling, 1904.09751), after top_k. 1: all.
+        num_tokens: ids below this may be sampled (a model's vocab can be larger than its
+            tokenizer's). Default: the model's vocab.
+        batch_size: prompts to run at a time, those of similar length together. Default: all.
+        report: called after each batch with the number of prompts that are answered.
 
     Returns:
         The new ids of each prompt, int32, a stop id included.
     """
     stops = np.array(
         [*stop_ids, -1], np.int32
-    )  # -1 is no token: keeps the shape valid when there are no stop ids
-    draw = Draw(np.uint32(seed), stops, None, None, None)
+    )  # -1 is no token: without stop ids, not an empty array
+    sampling = SamplingParams(np.uint32(seed), stops, None, None, None)
     if temperature:
-        draw = draw._replace(
+        sampling = sampling._replace(
             temperature=np.float32(temperature),
             top_k=np.float32(top_k) if top_k else None,
             top_p=np.float32(top_p) if top_p < 1 else None,
         )
-    answers, answered = [np.zeros(0, np.int32)] * len(prompts), 0
-    for rows in _batches(model, prompts, max_new_tokens, batch_size or len(prompts), options):
-        ids_BS, counts_B = _answer(
+    completions = [np.zeros(0, np.int32)] * len(prompts)
+    num_answered = 0
+    for batch in _batches(model, prompts, max_new_tokens, batch_size or len(prompts), options):
+        generated = _generate_batch(
             params,
-            *_on_devices(rows, draw, options),
+            *_on_devices(batch, sampling, options),
             model=model,
             options=options,
-            num_slots=_bucket(max_new_tokens),
+            max_new_tokens=_bucket(max_new_tokens),
             num_tokens=num_tokens or model.vocab_size,
         )
-        for number, limit, ids, count in zip(
-            rows.numbers_B, rows.limits_B, *jax.device_get((ids_BS, counts_B)), strict=True
-        ):
-            if limit:
-                answers[number] = ids[:count]
-        answered = min(answered + len(rows.limits_B), len(prompts))
+        ids_BS, counts_B = jax.device_get(generated)
+        for row, index in enumerate(batch.indices_B):
+            if batch.limits_B[row]:
+                completions[index] = ids_BS[row, : counts_B[row]]
+        num_answered = min(num_answered + len(batch.limits_B), len(prompts))
         if report is not None:
-            report(answered)
-    return answers
+            report(num_answered)
+    return completions
 
 
 def _batches(
@@ -111,152 +121,189 @@ def _batches(
     max_new_tokens: int,
     batch_size: int,
     options: ForwardOptions,
-) -> Iterator[Rows]:
-    """The prompts as batches of one size, shortest first; every device that sees rows of its own gets as many."""
+) -> Iterator[PromptBatch]:
+    """The prompts in batches of one size, a multiple of the data parallel devices, by length."""
     num_shards = 1 if options.mesh is None else sharding.num_row_shards(options.mesh)
     size = -(-min(batch_size, len(prompts)) // num_shards) * num_shards
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for first in range(0, len(prompts), size):
         indices = by_length[first : first + size]
-        num_slots = _bucket(max(len(prompts[i]) for i in indices))
-        rows = Rows(
-            np.zeros((size, num_slots), np.int32),
-            np.ones(size, np.int32),
-            np.zeros(size, np.int32),
-            np.zeros(size, np.int32),
+        longest = max(len(prompts[i]) for i in indices)
+        batch = PromptBatch(
+            tokens_BT=np.zeros((size, _bucket(longest)), np.int32),
+            lengths_B=np.ones(size, np.int32),
+            limits_B=np.zeros(size, np.int32),
+            indices_B=np.zeros(size, np.int32),
         )
         for row, index in enumerate(indices):
             length = len(prompts[index])
             assert 0 < length <= model.max_positions, f"prompt {index} has {length} tokens"
-            rows.tokens_BT[row, :length] = prompts[index]
-            rows.lengths_B[row] = length
-            rows.limits_B[row] = min(max_new_tokens, model.max_positions - length)
-            rows.numbers_B[row] = index
-        yield rows
+            batch.tokens_BT[row, :length] = prompts[index]
+            batch.lengths_B[row] = length
+            batch.limits_B[row] = min(max_new_tokens, model.max_positions - length)
+            batch.indices_B[row] = index
+        yield batch
 
 
 def _bucket(count: int) -> int:
-    """`count` or the next larger of 16, 24, 32, 48, 64, 96, ...: sizes for which programs are compiled."""
+    """`count` or the next larger of 16, 24, 32, 48, 64, 96, ...: programs exist for these sizes.
+
+    Two to each power of two: at most a third of a size is padding.
+    """
     power = SMALLEST_BUCKET
     while power < count:
         power *= 2
-    return power * 3 // 4 if power > SMALLEST_BUCKET and count <= power * 3 // 4 else power
+    if power > SMALLEST_BUCKET and count <= power * 3 // 4:
+        return power * 3 // 4
+    return power
 
 
-def _on_devices(rows: Rows, draw: Draw, options: ForwardOptions) -> tuple[Rows, Draw]:
-    """Moved in so many words, as training forbids implicit transfers."""
+def _on_devices(
+    batch: PromptBatch, sampling: SamplingParams, options: ForwardOptions
+) -> tuple[PromptBatch, SamplingParams]:
+    """Explicit transfers, because training forbids implicit ones (jax.transfer_guard)."""
     if options.mesh is None:
-        return jax.device_put((rows, draw))
-    spread, everywhere = sharding.rows(options.mesh, 0), sharding.replicated(options.mesh)
-    return sharding.put(
-        (rows, draw),
-        (jax.tree.map(lambda _: spread, rows), jax.tree.map(lambda _: everywhere, draw)),
+        return jax.device_put((batch, sampling))
+    sharded, replicated = sharding.rows(options.mesh, 0), sharding.replicated(options.mesh)
+    shardings = (
+        jax.tree.map(lambda _: sharded, batch),
+        jax.tree.map(lambda _: replicated, sampling),
     )
+    return sharding.put((batch, sampling), shardings)
 
 
-class _Answers(NamedTuple):
-    """The answers so far."""
+class _Completions(NamedTuple):
+    """The completions so far."""
 
     ids_BS: jax.Array
     counts_B: jax.Array
     open_B: jax.Array
+    """bool: neither at a stop id nor at its limit."""
     last_B: jax.Array
-    """The token drawn last."""
+    """The token sampled last."""
     step: jax.Array
-    """Tokens drawn of each."""
+    """Tokens sampled of each."""
 
 
-@functools.partial(jax.jit, static_argnames=("model", "options", "num_slots", "num_tokens"))
-def _answer(
+@functools.partial(jax.jit, static_argnames=("model", "options", "max_new_tokens", "num_tokens"))
+def _generate_batch(
     params: Params,
-    rows: Rows,
-    draw: Draw,
+    batch: PromptBatch,
+    sampling: SamplingParams,
     *,
     model: ModelConfig,
     options: ForwardOptions,
-    num_slots: int,
+    max_new_tokens: int,
     num_tokens: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Ids [B, S] of the answers, and how many of them each has."""
-    B, T = rows.tokens_BT.shape
+    """Ids [B, S] of the completions, and how many of them each has."""
+    B, T = batch.tokens_BT.shape
     weights = for_decoding(params, model, options)
 
-    def add_token(answers: _Answers, hidden_BD: jax.Array) -> _Answers:
+    def add_token(completions: _Completions, hidden_BD: jax.Array) -> _Completions:
         logits_VB = logits(weights, model, hidden_BD, options).T
         allowed_V = jnp.arange(model.vocab_size, dtype=jnp.int32) < num_tokens
-        ids_B = _draw(
-            jnp.where(allowed_V[:, None], logits_VB, -jnp.inf), draw, rows.numbers_B, answers.step
-        )
-        counts_B = answers.counts_B + answers.open_B.astype(jnp.int32)
-        stopped_B = jnp.any(ids_B[:, None] == draw.stop_ids[None, :], axis=1)
-        return _Answers(
-            ids_BS=jax.lax.dynamic_update_slice(answers.ids_BS, ids_B[:, None], (0, answers.step)),
+        logits_VB = jnp.where(allowed_V[:, None], logits_VB, -jnp.inf)
+        ids_B = _sample(logits_VB, sampling, batch.indices_B, completions.step)
+        counts_B = completions.counts_B + completions.open_B.astype(jnp.int32)
+        stopped_B = jnp.any(ids_B[:, None] == sampling.stop_ids[None, :], axis=1)
+        return _Completions(
+            ids_BS=jax.lax.dynamic_update_slice(
+                completions.ids_BS, ids_B[:, None], (0, completions.step)
+            ),
             counts_B=counts_B,
-            open_B=answers.open_B & ~stopped_B & (counts_B < rows.limits_B),
+            open_B=completions.open_B & ~stopped_B & (counts_B < batch.limits_B),
             last_B=ids_B,
-            step=answers.step + 1,
+            step=completions.step + 1,
         )
 
-    def one_more(carry: tuple[_Answers, Cache]) -> tuple[_Answers, Cache]:
-        answers, cache = carry
-        done = answers.step - 1  # tokens of the answers that the cache holds
+    def next_token(carry: tuple[_Completions, KVCache]) -> tuple[_Completions, KVCache]:
+        completions, cache = carry
+        num_cached = completions.step - 1  # the last token is not in the cache yet
         hidden_BD, cache = decode(
-            weights, model, answers.last_B, rows.lengths_B + done, cache, T + done, options
+            weights,
+            model,
+            completions.last_B,
+            batch.lengths_B + num_cached,
+            cache,
+            T + num_cached,
+            options,
         )
-        return add_token(answers, hidden_BD), cache
+        return add_token(completions, hidden_BD), cache
+
+    def any_open(carry: tuple[_Completions, KVCache]) -> jax.Array:
+        return jnp.any(carry[0].open_B)
 
     hidden_BTD, cache = prefill(
-        weights, model, rows.tokens_BT, rows.lengths_B, options, T + num_slots
+        weights, model, batch.tokens_BT, batch.lengths_B, options, T + max_new_tokens
     )
-    last_BD = jnp.take_along_axis(hidden_BTD, (rows.lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    last_B11 = (batch.lengths_B - 1)[:, None, None]
+    last_BD = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0]
     zeros_B, zero = jnp.zeros((B,), jnp.int32), jnp.zeros((), jnp.int32)
-    empty = _Answers(
-        jnp.zeros((B, num_slots), jnp.int32), zeros_B, rows.limits_B > 0, zeros_B, zero
-    )
+    empty_BS = jnp.zeros((B, max_new_tokens), jnp.int32)
+    empty = _Completions(empty_BS, zeros_B, batch.limits_B > 0, zeros_B, zero)
     start = (add_token(empty, last_BD), cache)
-    answers, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[0].open_B), one_more, start)
-    return sharding.constrain(answers.ids_BS, options.mesh), sharding.constrain(
-        answers.counts_B, options.mesh
-    )
+    completions, _ = jax.lax.while_loop(any_open, next_token, start)
+    ids_BS = sharding.constrain(completions.ids_BS, options.mesh)
+    return ids_BS, sharding.constrain(completions.counts_B, options.mesh)
 
 
-def _draw(logits_VB: jax.Array, draw: Draw, numbers_B: jax.Array, step: jax.Array) -> jax.Array:
-    """One token of each row. Rows are last, so that a CPU computes them side by side."""
-    if draw.temperature is None:
+def _sample(
+    logits_VB: jax.Array, sampling: SamplingParams, indices_B: jax.Array, step: jax.Array
+) -> jax.Array:
+    """One token id of each sequence, int32 [B].
+
+    The vocab comes first, so that a CPU's vector instructions run over the sequences.
+    """
+    if sampling.temperature is None:
         return _argmax(logits_VB)
-    logits_VB = logits_VB / draw.temperature
-    if draw.top_k is not None:
-        logits_VB = jnp.where(
-            _likeliest(logits_VB, jnp.ones_like(logits_VB), draw.top_k), logits_VB, -jnp.inf
-        )
-    if draw.top_p is not None:
+    logits_VB = logits_VB / sampling.temperature
+    if sampling.top_k is not None:
+        top_VB = _top(logits_VB, jnp.ones_like(logits_VB), sampling.top_k)
+        logits_VB = jnp.where(top_VB, logits_VB, -jnp.inf)
+    if sampling.top_p is not None:
         probs_VB = jax.nn.softmax(logits_VB, axis=0)
-        logits_VB = jnp.where(_likeliest(probs_VB, probs_VB, draw.top_p), logits_VB, -jnp.inf)
-    key = jax.random.key(draw.seed)
-    keys_B = jax.vmap(lambda number: jax.random.fold_in(jax.random.fold_in(key, number), step))(
-        numbers_B
-    )
-    noise_VB = jax.vmap(
-        lambda key: jax.random.gumbel(key, logits_VB.shape[:1], jnp.float32), out_axes=1
-    )(keys_B)
+        logits_VB = jnp.where(_top(probs_VB, probs_VB, sampling.top_p), logits_VB, -jnp.inf)
+    # Gumbel-max: argmax(logits + Gumbel noise) is a sample of their softmax. A key for each prompt
+    # and token, so that batch and order of the prompts change nothing.
+    key = jax.random.key(sampling.seed)
+
+    def key_of(index: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, index), step)
+
+    def noise_of(key: jax.Array) -> jax.Array:
+        return jax.random.gumbel(key, logits_VB.shape[:1], jnp.float32)
+
+    noise_VB = jax.vmap(noise_of, out_axes=1)(jax.vmap(key_of)(indices_B))
     return _argmax(logits_VB + noise_VB)
 
 
 def _argmax(scores_VB: jax.Array) -> jax.Array:
-    """The first of the highest. jnp.argmax, which compares pairs of score and index, is slower on CPUs."""
-    places_VB = jax.lax.broadcasted_iota(jnp.int32, scores_VB.shape, 0)
-    return jnp.min(
-        jnp.where(scores_VB == scores_VB.max(0, keepdims=True), places_VB, scores_VB.shape[0] - 1),
-        axis=0,
-    )
+    """The first of the highest scores.
+
+    Not jnp.argmax because its reduction of (score, index) pairs takes 1.5 to 2 times as long on a
+    CPU for 32 sequences (vocab 32,000 and 128,256); for 1 to 8 sequences neither is always faster.
+    """
+    index_VB = jax.lax.broadcasted_iota(jnp.int32, scores_VB.shape, 0)
+    is_max_VB = scores_VB == scores_VB.max(0, keepdims=True)
+    return jnp.min(jnp.where(is_max_VB, index_VB, scores_VB.shape[0] - 1), axis=0)
 
 
-def _likeliest(scores_VB: jax.Array, weights_VB: jax.Array, enough: jax.Array) -> jax.Array:
-    """The fewest highest scores of each row whose weights sum to `enough`, and their equals: bool [V, B].
+def _top(scores_VB: jax.Array, weights_VB: jax.Array, enough: jax.Array) -> jax.Array:
+    """The fewest highest scores whose weights sum to `enough`, and those equal to the last of them.
 
-    Finds the lowest of them bit by bit, on integers in the order of the floats. A sort would take ten times as long.
+    Not jnp.sort because that takes twenty times as long (130 ms and 6 ms for 8 sequences and a
+    vocab of 32,000 on two CPU cores). Not jax.lax.top_k because its k would be part of the program.
+
+    A radix select: finds the lowest of these scores bit by bit, on integers that order as the
+    floats do.
+
+    Returns:
+        bool [V, B].
     """
     bits_VB = jax.lax.bitcast_convert_type(scores_VB, jnp.uint32)
+    # The integers order as non-negative floats do once the sign bit is set; those of negative
+    # floats in reverse.
     order_VB = jnp.where(bits_VB >> 31 == 1, ~bits_VB, bits_VB | jnp.uint32(1 << 31))
 
     def add_bit(i: jax.Array, lowest_1B: jax.Array) -> jax.Array:

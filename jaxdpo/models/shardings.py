@@ -11,7 +11,7 @@ from jaxdpo.models.params import Params, abstract_params, logical_axes
 
 
 def axis_sizes(model: ModelConfig) -> dict[str, int]:
-    """Sizes of the logical axes that a mesh must divide, as `sharding.make_mesh` takes them."""
+    """Sizes of the logical axes that a mesh must divide, as sharding.make_mesh takes them."""
     return sharding.axis_sizes(logical_axes(model), abstract_params(model, "float32"))
 
 
@@ -31,19 +31,19 @@ def base_shapes(model: ModelConfig, dtype: str, kind: str) -> Params:
     """Shapes of all weights as LoRA's frozen base stores them.
 
     Args:
-        dtype: of the weights that are not quantised.
+        dtype: of the weights that are not quantized.
         kind: none, int8 or nf4.
     """
     shapes = abstract_params(model, dtype)
     if kind == "none":
         return shapes
-    return jax.eval_shape(lambda params: quantize.quantised_tree(params, kind), shapes)
+    return jax.eval_shape(lambda params: quantize.quantize_params(params, kind), shapes)
 
 
 def base_axes(model: ModelConfig, kind: str) -> Params:
     """Logical axes of `base_shapes`."""
     axes = logical_axes(model)
-    return axes if kind == "none" else quantize.quantised_axes(axes)
+    return axes if kind == "none" else quantize.quantized_axes(axes)
 
 
 def base_shardings(model: ModelConfig, mesh: Mesh, dtype: str, kind: str) -> Params:

@@ -21,13 +21,13 @@ from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.forward import forward_moe, head_weight
 from jaxdpo.models.logprobs import (
-    Head,
+    LMHeadOptions,
     chunk_size,
     gather_hidden,
+    loss_tokens_by_shard,
     num_chunks,
-    scored_by_share,
-    sum_by_side,
-    token_collisions,
+    sum_by_completion,
+    token_collision_logps,
     token_kl,
     token_logps,
 )
@@ -78,7 +78,7 @@ class CompletionTokens(NamedTuple):
     """As in CompletionLogps."""
     chunks: jax.Array
     """Chunks that hold a loss token; int32 scalar."""
-    head: Head
+    head: LMHeadOptions
 
     @classmethod
     def of(cls, params: Params, micro: Batch, options: StepOptions) -> "CompletionTokens":
@@ -100,7 +100,7 @@ class CompletionTokens(NamedTuple):
         # Gathered before the LM head: prompts and padding need no logits.
         hidden_BSD = gather_hidden(hidden_BTD, slots_BS)
         chunks = num_chunks(sides_BS, chunk)
-        head = Head(chunk, forward.dtype, model.logit_softcap, forward.mesh)
+        head = LMHeadOptions(chunk, forward.dtype, model.logit_softcap, forward.mesh)
         return cls(
             head_VD=head_weight(params),
             hidden_BSD=hidden_BSD,
@@ -117,7 +117,7 @@ class CompletionTokens(NamedTuple):
         B, P = micro.weights_MBP.shape
 
         def by_side(values_BS: jax.Array) -> jax.Array:
-            sums = sum_by_side(values_BS, self.sides_BS, P)
+            sums = sum_by_completion(values_BS, self.sides_BS, P)
             if sums.shape[0] == B:
                 return sums
             # Context parallelism: add up the shares of each sequence.
@@ -133,7 +133,7 @@ class CompletionTokens(NamedTuple):
         if section.wpo:
             # WPO's weights are constants: stopped here, they cost no backward pass.
             hidden, weight = jax.lax.stop_gradient((self.hidden_BSD, self.head_VD))
-            collisions = by_side(token_collisions(hidden, weight, self.chunks, self.head))
+            collisions = by_side(token_collision_logps(hidden, weight, self.chunks, self.head))
         return CompletionLogps(logps, plain_logps, collisions, self.balance)
 
     def exact_kl(self, reference: "CompletionTokens") -> jax.Array:
@@ -163,7 +163,7 @@ def _by_share(
         return hidden_BTD, tokens
     B, T, D = hidden_BTD.shape
     hidden_BTD = constrain(hidden_BTD.reshape(B * shares, T // shares, D), mesh, (*ROWS, "context"))
-    order_BS, own_BS = scored_by_share(
+    order_BS, own_BS = loss_tokens_by_shard(
         micro.slots_MBS, micro.sides_MBS, T, micro.weights_MBP.shape[-1], shares
     )
     slots_BS, targets_BS, common_BS, sides_BS = (

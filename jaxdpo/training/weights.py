@@ -195,7 +195,7 @@ class PolicyWeights:
 
         def draw(key: jax.Array) -> Params:
             params = init_params(self.model, key, dtype)
-            return params if kind == "none" else quantize.quantised_tree(params, kind)
+            return params if kind == "none" else quantize.quantize_params(params, kind)
 
         shardings = base_shardings(self.model, self.mesh, dtype, kind)
         return jax.jit(draw, out_shardings=shardings)(jax.random.key(self.config.seed))

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.models.attention import BLOCK, IMPLEMENTATIONS, Window, attention
+from jaxdpo.models.attention import IMPLEMENTATIONS, attention
+from jaxdpo.models.attention_blocks import BLOCK
+from jaxdpo.models.attention_inputs import Window
 from tests.tiny import mesh, pack, pairs
 
 Arrays = tuple[jax.Array, ...]
@@ -35,14 +37,14 @@ def inputs(
 
 
 def any_intervals(T: int, B: int = 2, seed: int = 1) -> Arrays:
-    """Random intervals of at least one slot, wherever they lie."""
+    """Random intervals of at least one token, anywhere in the sequence."""
     rng = np.random.default_rng(seed)
     ends = np.sort(rng.integers(0, T, (2, B, T)), axis=0).astype(np.int32)
     return jnp.asarray(ends[0]), jnp.asarray(ends[1] + 1)
 
 
 def packed_intervals(T: int) -> Arrays:
-    """Those of two packed rows, with empty slots at their ends."""
+    """Those of two packed sequences, with padding at their ends."""
     batch = pack(pairs(T // 40), num_rows=2, size=T)
     assert batch.tokens_MBT.shape == (1, 2, T)
     return jnp.asarray(batch.k_start_MBT[0]), jnp.asarray(batch.k_end_MBT[0])
@@ -70,7 +72,7 @@ def value_and_grads(attend: Callable, qkv: Arrays, bounds: Arrays) -> list[np.nd
 
 
 def by_hand(qkv: Arrays, bounds: Arrays) -> np.ndarray:
-    """Slot by slot in float64."""
+    """Token by token in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in qkv)
     starts, ends = map(np.asarray, bounds)
     B, T, N, H = q.shape
@@ -123,7 +125,7 @@ def test_blocks_equal_dense_in_bfloat16() -> None:
     assert jax.eval_shape(blocks, *qkv, *bounds).dtype == jnp.float32
 
 
-def test_scores_beyond_the_range_of_exp_stay_finite() -> None:
+def test_scores_beyond_the_range_of_exp_give_no_nan() -> None:
     qkv, bounds = inputs(200, size=40.0), any_intervals(200)
     ours, theirs = (value_and_grads(attend, qkv, bounds) for attend in (blocks, dense))
     for name, a, b in zip("oqkv", ours, theirs, strict=True):
@@ -131,7 +133,7 @@ def test_scores_beyond_the_range_of_exp_stay_finite() -> None:
         np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max(), err_msg=name)
 
 
-def test_what_lies_outside_an_interval_has_no_influence_at_all() -> None:
+def test_keys_outside_the_interval_have_no_influence() -> None:
     (q, k, v), (starts, ends) = inputs(200), packed_intervals(200)
     changed = 17 + int(np.asarray(ends)[0, 0])  # a slot of a later pair of the first row
     out, *_ = value_and_grads(blocks, (q, k, v), (starts, ends))
@@ -144,7 +146,7 @@ def test_what_lies_outside_an_interval_has_no_influence_at_all() -> None:
     assert (out[0, sees] != other[0, sees]).any(axis=(1, 2)).all()
 
 
-def test_blocks_that_no_slot_may_see_are_not_even_read() -> None:
+def test_blocks_outside_all_intervals_are_not_read_even_if_nan() -> None:
     """NaN times a weight of 0 is NaN: a visit to the other pair's blocks would show."""
     half = 2 * BLOCK
     slots = jnp.broadcast_to(jnp.arange(2 * half, dtype=jnp.int32), (2, 2 * half))
@@ -163,7 +165,7 @@ def test_blocks_that_no_slot_may_see_are_not_even_read() -> None:
         np.testing.assert_array_equal(ours[:, :half], clean[:, :half])
 
 
-def test_no_array_of_all_slots_by_all_slots() -> None:
+def test_blocks_make_no_array_of_tokens_by_tokens() -> None:
     T = 1024
     shapes = [
         jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs(T, B=1), *any_intervals(T, B=1))
@@ -177,27 +179,29 @@ def test_no_array_of_all_slots_by_all_slots() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 1, 4), (1, 1, 2, 2)])
-def test_devices_that_share_rows_heads_and_slots_give_the_same(sizes: tuple[int, ...]) -> None:
+def test_data_tensor_and_context_parallelism_give_the_same(
+    sizes: tuple[int, ...],
+) -> None:
     qkv, bounds = inputs(200, B=8), any_intervals(200, B=8)
     spread = jax.jit(functools.partial(blocks, mesh=mesh(*sizes)))
     np.testing.assert_allclose(spread(*qkv, *bounds), jax.jit(blocks)(*qkv, *bounds), atol=1e-6)
 
 
-def test_slots_that_a_mesh_does_not_divide_are_on_all_its_devices() -> None:
+def test_tokens_that_context_does_not_divide_are_replicated() -> None:
     qkv, bounds = inputs(70), any_intervals(70)
     spread = jax.jit(functools.partial(blocks, mesh=mesh(context=4)))
     np.testing.assert_allclose(spread(*qkv, *bounds), jax.jit(blocks)(*qkv, *bounds), atol=1e-6)
 
 
 def everything(T: int, seed: int = 5) -> tuple[Arrays, dict]:
-    """Intervals of packed rows with a window that cuts prompts and answers, a soft cap and sinks; arrays last."""
+    """Intervals of packed sequences, a window that cuts prompts and completions, cap, sinks."""
     batch = pack(pairs(T // 40), num_rows=2, size=T)
     window = Window(jnp.asarray(7, jnp.int32), jnp.asarray(batch.positions_MBT[0]))
     sinks = jnp.asarray(np.random.default_rng(seed).standard_normal(4), jnp.float32)
     return packed_intervals(T), {"window": window, "sinks_N": sinks, "cap": 3.0}
 
 
-def test_window_cap_and_sinks_by_hand() -> None:
+def test_sliding_window_soft_cap_and_sinks_by_hand() -> None:
     (q, k, v), (bounds, how) = inputs(200, size=2.0), everything(200)
     scores = (
         np.einsum("btnh,bsnh->btsn", *(np.asarray(x, np.float64) for x in (q, k.repeat(2, axis=2))))
@@ -221,7 +225,7 @@ def test_window_cap_and_sinks_by_hand() -> None:
 
 @pytest.mark.parametrize("implementation", [blocks, dense], ids=["blocks", "dense"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 1, 2, 4), (2, 1, 1, 2)])
-def test_window_cap_and_sinks_have_the_same_gradients_on_every_mesh(
+def test_sliding_window_soft_cap_and_sinks_have_the_same_gradients_on_every_mesh(
     implementation: Callable, sizes: tuple[int, ...]
 ) -> None:
     qkv, (bounds, how) = inputs(200, B=4, size=2.0), everything(200)

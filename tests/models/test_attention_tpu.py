@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, interpreted on the CPU: equal to the dense form in value and gradient."""
+"""Splash attention, interpreted on the CPU, equals `dense` in value and gradient."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.models.attention import Inputs, dense
+from jaxdpo.models.attention import dense
+from jaxdpo.models.attention_inputs import Inputs
 from jaxdpo.models.attention_tpu import _tables, splash
 from tests.models.test_attention import any_intervals, inputs, packed_intervals, value_and_grads
 
@@ -21,7 +22,7 @@ def close(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize(("T", "packed"), [(320, True), (300, False)], ids=["packed", "any"])
-def test_is_the_dense_form(T: int, packed: bool) -> None:
+def test_splash_equals_dense_in_value_and_gradient(T: int, packed: bool) -> None:
     bounds = packed_intervals(T) if packed else any_intervals(T)
     sinks = jnp.asarray([0.5, -1.0, 2.0, 0.0])
     for cap, sink in ((None, None), (5.0, sinks)):
@@ -38,7 +39,7 @@ def test_is_the_dense_form(T: int, packed: bool) -> None:
         close(ours, theirs)
 
 
-def test_queries_may_be_a_share_of_the_keys() -> None:
+def test_queries_may_be_a_shard_of_the_sequence() -> None:
     q, k, v = inputs(256)
     start, end = any_intervals(256)
     part = slice(128, 256)
@@ -48,7 +49,7 @@ def test_queries_may_be_a_share_of_the_keys() -> None:
     )
 
 
-def test_blocks_that_hold_nothing_to_see_are_skipped() -> None:
+def test_blocks_outside_all_intervals_are_skipped() -> None:
     start = jnp.asarray(np.repeat([0, 0, 256, 384], 128), jnp.int32)
     by_query, by_key = _tables(
         start, jnp.asarray(np.repeat([128, 256, 384, 512], 128), jnp.int32), 128, 4
@@ -66,9 +67,10 @@ def test_blocks_that_hold_nothing_to_see_are_skipped() -> None:
             assert set(row) <= set(np.flatnonzero(mask))  # nothing is loaded that is not used
 
 
-def test_a_row_may_not_be_too_long_for_its_numbers() -> None:
+def test_sequences_too_long_for_packed_intervals_are_refused() -> None:
     q, k, v = inputs(1 << 15, B=1, N=1, K=1, H=1)
     with pytest.raises(
-        ValueError, match=r"model.attention=splash: takes rows of less than 32768 slots"
+        ValueError,
+        match=r"model.attention=splash: takes packed sequences of less than 32768 tokens",
     ):
         interpreted(None, q, k, v, *any_intervals(1 << 15, B=1), None)

@@ -14,7 +14,8 @@ from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.models.config import ModelConfig, RopeScaling
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.forward import REMAT, forward, head_weight
-from jaxdpo.models.layers import product, rope_tables, scale_frequencies
+from jaxdpo.models.layers import rope_tables, scale_frequencies
+from jaxdpo.models.matmul import matmul
 from jaxdpo.models.params import Params, abstract_params, init_params, logical_axes
 from tests.byhand import by_hand
 from tests.families import tiny
@@ -65,7 +66,7 @@ def packed_states(batch: Batch, config: ModelConfig, **options: Any) -> np.ndarr
 
 
 def states_alone(one: EncodedPair, side: int, config: ModelConfig) -> np.ndarray:
-    """Hidden states that predict a side's answer, computed as one plain causal row."""
+    """Hidden states that predict one completion, computed as one plain causal sequence."""
     ids = np.concatenate([one.prompt_ids, (one.chosen_ids, one.rejected_ids)[side]])
     tokens = np.zeros((1, 64), np.int32)
     tokens[0, : len(ids)] = ids
@@ -78,7 +79,7 @@ def states_alone(one: EncodedPair, side: int, config: ModelConfig) -> np.ndarray
 
 
 def check_packed(config: ModelConfig, share_prefix: bool) -> None:
-    """Each scored token of packed rows is predicted from the state that its answer has alone."""
+    """Each loss token of packed sequences is predicted from the state of its completion alone."""
     batch = pack(PAIRS, share_prefix=share_prefix, size=384)
     states = packed_states(batch, config)
     for place, index in enumerate(batch.index_MBP[0, 0]):
@@ -89,7 +90,7 @@ def check_packed(config: ModelConfig, share_prefix: bool) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_states_in_packed_rows_are_those_of_each_answer_alone(name: str) -> None:
+def test_packed_hidden_states_equal_those_of_each_completion_alone(name: str) -> None:
     """Windows too, which cut prompts and answers."""
     assert KINDS[name].sliding_window in (None, 9) and max(
         len(pair.prompt_ids) for pair in PAIRS
@@ -99,7 +100,7 @@ def test_states_in_packed_rows_are_those_of_each_answer_alone(name: str) -> None
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_states_by_hand(name: str) -> None:
+def test_hidden_states_equal_a_float64_decoder_by_hand(name: str) -> None:
     config = KINDS[name]
     tokens = np.random.default_rng(4).integers(0, 64, 24).astype(np.int32)
     slots = np.arange(24, dtype=np.int32)[None]
@@ -108,7 +109,7 @@ def test_states_by_hand(name: str) -> None:
     np.testing.assert_allclose(states[0], by_hand(params(0, config), config, tokens), atol=5e-5)
 
 
-def test_a_window_of_nine_is_a_slot_and_the_eight_before_it() -> None:
+def test_a_sliding_window_of_nine_is_a_token_and_the_eight_before_it() -> None:
     windowed, plain = model(**MISTRAL), model(**MISTRAL | {"sliding_window": None})
     slots = np.arange(64, dtype=np.int32)[None]
     tokens, first = slots + 0, np.zeros_like(slots)
@@ -124,7 +125,7 @@ def test_a_window_of_nine_is_a_slot_and_the_eight_before_it() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_weights_axes_and_shapes_are_one_tree(name: str) -> None:
+def test_logical_axes_and_shapes_are_one_tree(name: str) -> None:
     config = model(**FAMILIES[name])
     shapes, axes = abstract_params(config, "bfloat16"), logical_axes(config)
     named = {
@@ -143,7 +144,7 @@ def test_weights_axes_and_shapes_are_one_tree(name: str) -> None:
     )
 
 
-def test_random_weights_have_the_configs_spread() -> None:
+def test_random_weights_have_the_configs_initializer_range() -> None:
     config = model(**QWEN3, num_hidden_layers=1)
     weights = jax.jit(init_params, static_argnums=(0, 2))(config, jax.random.key(0), "float32")
     shapes = abstract_params(config, "float32")
@@ -166,7 +167,7 @@ def test_the_head_is_the_embedding_where_they_are_tied() -> None:
 
 
 @pytest.mark.parametrize("remat", REMAT)
-def test_recomputation_leaves_the_states_alone(remat: str) -> None:
+def test_remat_does_not_change_the_hidden_states(remat: str) -> None:
     batch = pack(PAIRS, size=384)
     np.testing.assert_allclose(
         packed_states(batch, model(), remat=remat),
@@ -175,7 +176,7 @@ def test_recomputation_leaves_the_states_alone(remat: str) -> None:
     )
 
 
-def test_bfloat16_products_stay_near_float32() -> None:
+def test_bfloat16_matmuls_stay_near_float32() -> None:
     batch = pack(PAIRS, size=384)
     exact, rounded = (
         packed_states(batch, model()),
@@ -186,7 +187,7 @@ def test_bfloat16_products_stay_near_float32() -> None:
     assert 1e-5 < off < 0.05
 
 
-def test_a_reference_held_in_bfloat16_computes_the_same_bits_as_its_float32_source() -> None:
+def test_a_reference_stored_in_bfloat16_computes_the_same_bits_as_its_float32_source() -> None:
     config, batch = model(**FAMILIES["llama with biases"]), pack(PAIRS, size=384)
     arrays = tuple(
         x[0] for x in (batch.tokens_MBT, batch.positions_MBT, batch.k_start_MBT, batch.k_end_MBT)
@@ -200,7 +201,7 @@ def test_a_reference_held_in_bfloat16_computes_the_same_bits_as_its_float32_sour
 
 
 @pytest.mark.parametrize("equation", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTF,FD->BTD"])
-def test_products_have_the_gradients_of_einsum(equation: str) -> None:
+def test_matmul_has_the_gradients_of_einsum(equation: str) -> None:
     sizes = {"B": 2, "T": 5, "D": 6, "N": 3, "H": 4, "F": 7}
     x_dims, rest = equation.split(",")
     weight_dims, y_dims = rest.split("->")
@@ -215,19 +216,19 @@ def test_products_have_the_gradients_of_einsum(equation: str) -> None:
         )
 
     ours, theirs = (
-        through(functools.partial(product, equation, jnp.dtype("float32"))),
+        through(functools.partial(matmul, equation, jnp.dtype("float32"))),
         through(functools.partial(jnp.einsum, equation)),
     )
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-def test_weight_gradients_of_bfloat16_products_are_sums_in_float32() -> None:
+def test_weight_gradients_of_bfloat16_matmuls_accumulate_in_float32() -> None:
     x = jnp.ones((1, 1000, 1))
     weight = jnp.ones((1, 1), jnp.float32)
 
     def total(weight: jax.Array) -> jax.Array:
-        y: Any = product("BTD,DF->BTF", jnp.dtype("bfloat16"), x, weight)
+        y: Any = matmul("BTD,DF->BTF", jnp.dtype("bfloat16"), x, weight)
         return y.sum()
 
     grad = jax.grad(total)(weight)
@@ -236,14 +237,14 @@ def test_weight_gradients_of_bfloat16_products_are_sums_in_float32() -> None:
     )  # bfloat16 sums would stop at 256
 
 
-def test_rotary_angles_follow_positions_not_slots() -> None:
+def test_rope_angles_follow_positions_not_the_index_in_the_sequence() -> None:
     cos, sin = rope_tables(jnp.array([[3, 0, 7]], jnp.int32), 8, 100.0, None)
     angles = np.array([3, 0, 7])[:, None] * 100.0 ** (-np.arange(0, 8, 2) / 8)
     np.testing.assert_allclose(cos[0, :, 0], np.cos(angles), atol=1e-6)
     np.testing.assert_allclose(sin[0, :, 0], np.sin(angles), atol=1e-6)
 
 
-def test_scaled_rotations() -> None:
+def test_rope_scaling() -> None:
     frequencies = jnp.array([1.0, 0.1, 0.02, 0.001], jnp.float32)
     linear = RopeScaling(kind="linear", factor=4.0)
     np.testing.assert_allclose(

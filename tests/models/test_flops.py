@@ -1,4 +1,4 @@
-"""Useful work of a step, counted by hand."""
+"""FLOPs of a step, counted by hand."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ LENGTHS = np.array([[3, 2, 1]])
 
 
 def test_a_small_step_counted_by_hand() -> None:
-    """D 32, N 4, K 2, H 8, F 48, V 64, two layers; 6 tokens, 3 of them scored."""
+    """D 32, N 4, K 2, H 8, F 48, V 64, two layers; 6 tokens, 3 of them loss tokens."""
     layer = 32 * (4 + 2 + 2) * 8 + 4 * 8 * 32 + 3 * 32 * 48
     body, head = 2 * layer * 6, 64 * 32 * 3
     keys = (9 + 4 + 1) / 2 + 3 * 3
@@ -30,7 +30,7 @@ def test_a_small_step_counted_by_hand() -> None:
         assert step_flops(model(), LENGTHS, full=full, live_reference=live) == pytest.approx(wanted)
 
 
-def test_experts_count_as_far_as_a_token_meets_them() -> None:
+def test_only_the_experts_of_a_token_count() -> None:
     moe = tiny("mixtral")
     more = dataclasses.replace(moe, num_experts=8)
     router = 8 * 4 * moe.num_layers * moe.hidden_size * LENGTHS.sum()

@@ -1,4 +1,4 @@
-"""Prompts at once and then token by token give the states of whole rows."""
+"""Prefill and then decoding token by token give the hidden states of full sequences."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from tests.families import tiny
 from tests.tiny import mesh, params
 
 LENGTHS, NEW, SLOTS = (5, 1, 14, 11), 12, 32
-"""Of the prompts; tokens of each answer; slots of the cache, some of which stay empty."""
+"""Of the prompts; tokens of each completion; entries of the cache, some of which stay empty."""
 T = max(LENGTHS)
 ROWS = [
     np.random.default_rng(i).integers(0, 96, length + NEW).astype(np.int32)
@@ -31,7 +31,7 @@ KINDS: dict[str, ModelConfig] = {
 }
 fixed = ("config", "options")
 run_whole: Any = jax.jit(forward, static_argnames=fixed)
-run_prompts: Any = jax.jit(prefill, static_argnames=(*fixed, "num_slots"))
+run_prompts: Any = jax.jit(prefill, static_argnames=(*fixed, "cache_length"))
 run_one: Any = jax.jit(decode, static_argnames=fixed)
 
 
@@ -60,7 +60,7 @@ def step_by_step(weights: Params, config: ModelConfig, options: ForwardOptions) 
     prompts, lengths = np.zeros((len(ROWS), T), np.int32), np.array(LENGTHS, np.int32)
     for slots, row, length in zip(prompts, ROWS, LENGTHS, strict=True):
         slots[:length] = row[:length]
-    hidden, cache = run_prompts(weights, config, prompts, lengths, options, num_slots=SLOTS)
+    hidden, cache = run_prompts(weights, config, prompts, lengths, options, cache_length=SLOTS)
     states = [
         list(row_states[:length])
         for row_states, length in zip(np.asarray(hidden), LENGTHS, strict=True)
@@ -86,7 +86,7 @@ def check_equal(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_states_are_those_of_whole_rows(kind: str) -> None:
+def test_kv_cache_gives_the_hidden_states_of_full_sequences(kind: str) -> None:
     """Whatever the weights' form; windows of 9 cut prompts and answers."""
     config, options, theirs = KINDS[kind], ForwardOptions(), whole(KINDS[kind])
     for weights in (params(0, config), for_decoding(params(0, config), config, options)):
@@ -94,12 +94,12 @@ def test_states_are_those_of_whole_rows(kind: str) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 2)])
-def test_devices_that_share_rows_and_heads_give_the_same(sizes: tuple[int, int, int]) -> None:
+def test_data_and_tensor_parallelism_give_the_same_decoding(sizes: tuple[int, int, int]) -> None:
     config, options = KINDS["gpt_oss"], ForwardOptions(mesh=mesh(*sizes))
     check_equal(step_by_step(params(0, config), config, options), whole(config))
 
 
-def test_a_cache_has_the_type_of_the_products() -> None:
+def test_the_cache_has_the_compute_dtype() -> None:
     config, options = KINDS["gemma2"], ForwardOptions(compute_dtype="bfloat16")
     cache = run_prompts(
         params(0, config),
@@ -107,7 +107,7 @@ def test_a_cache_has_the_type_of_the_products() -> None:
         np.ones((1, 8), np.int32),
         np.array([8], np.int32),
         options,
-        num_slots=16,
+        cache_length=16,
     )[1]
     assert {leaf.dtype for leaf in jax.tree.leaves(cache.layers)} == {jnp.dtype("bfloat16")}
     assert {leaf.shape for leaf in jax.tree.leaves(cache.layers)} == {

@@ -11,7 +11,7 @@ from tests.tiny import mesh, pack, pairs
 
 B, S, D, V = 2, 96, 16, 37
 Arrays = dict[str, jax.Array]
-EIGHT = logprobs.Head(8, jnp.dtype("float32"))
+EIGHT = logprobs.LMHeadOptions(8, jnp.dtype("float32"))
 
 
 def inputs(seed: int = 0, size: float = 0.5) -> Arrays:
@@ -44,7 +44,7 @@ def ours(
 
     def loss(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
         logps: Any = logprobs.token_logps(
-            hidden, head, x["targets"], chunks, logprobs.Head(chunk, jnp.dtype(dtype))
+            hidden, head, x["targets"], chunks, logprobs.LMHeadOptions(chunk, jnp.dtype(dtype))
         )
         return jnp.vdot(logps, x["pull"]), logps
 
@@ -56,7 +56,7 @@ def ours(
 
 @jax.jit
 def theirs(x: Arrays, computed: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The same by a plain log_softmax over everything; `computed` is 0 for the tokens of chunks that are left out."""
+    """The same by a plain log_softmax of all logits; `computed` is 0 in chunks that are not run."""
 
     def loss(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
         logps = reference_logps(hidden, head, x["targets"]) * computed
@@ -81,11 +81,11 @@ def test_values_and_gradients_equal_a_plain_log_softmax(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 2, 11, 12])
-def test_the_number_of_chunks_is_a_value_and_tokens_behind_them_count_nothing(chunks: int) -> None:
+def test_the_number_of_chunks_is_a_value_and_tokens_after_them_count_nothing(chunks: int) -> None:
     check(inputs(), 8, chunks)
 
 
-def test_extreme_logits_stay_finite() -> None:
+def test_extreme_logits_give_no_nan() -> None:
     x = inputs(size=30.0)  # logits of several thousand
     got, wanted = ours(x, jnp.int32(S // 8), 8), theirs(x, jnp.ones((1, S)))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
@@ -95,7 +95,7 @@ def test_extreme_logits_stay_finite() -> None:
         )  # exp of a logit of 4000 has no more digits
 
 
-def test_bfloat16_products_sum_in_float32() -> None:
+def test_bfloat16_matmuls_accumulate_in_float32() -> None:
     x = inputs()
     rounded = {
         name: x[name].astype(jnp.bfloat16).astype(jnp.float32) for name in ("hidden", "head")
@@ -150,9 +150,9 @@ def test_token_kl_of_a_model_with_itself_is_zero() -> None:
     assert not kl.any()
 
 
-def test_token_collisions_are_the_chance_that_two_samples_agree() -> None:
+def test_collision_logps_are_the_chance_that_two_samples_agree() -> None:
     x = inputs()
-    got = jax.jit(logprobs.token_collisions, static_argnums=3)(
+    got = jax.jit(logprobs.token_collision_logps, static_argnums=3)(
         x["hidden"], x["head"], jnp.int32(11), EIGHT
     )
     logits = np.asarray(x["hidden"], np.float64) @ np.asarray(x["head"], np.float64).T
@@ -165,7 +165,7 @@ def test_token_collisions_are_the_chance_that_two_samples_agree() -> None:
 @pytest.mark.parametrize(
     ("size", "cap", "digits"), [(0.5, 20.0, 3e-6), (30.0, None, 1e-4)]
 )  # as above: logits of several thousand
-def test_devices_that_share_rows_vocabulary_and_head_give_the_same(
+def test_meshes_that_shard_sequences_vocab_and_head_give_the_same(
     sizes: tuple[int, ...], size: float, cap: float | None, digits: float
 ) -> None:
     x = {
@@ -173,10 +173,10 @@ def test_devices_that_share_rows_vocabulary_and_head_give_the_same(
         for name, value in inputs(size=size).items()
     }
     x |= {"targets": x["targets"] % 36, "hidden": x["hidden"] + x["hidden"][::-1]}
-    spread = logprobs.Head(8, jnp.dtype("float32"), cap, mesh(*sizes))
+    spread = logprobs.LMHeadOptions(8, jnp.dtype("float32"), cap, mesh(*sizes))
 
     @functools.partial(jax.jit, static_argnums=1)
-    def everything(x: Arrays, head: logprobs.Head) -> Any:
+    def everything(x: Arrays, head: logprobs.LMHeadOptions) -> Any:
         def loss(hidden: jax.Array, weight: jax.Array) -> Any:
             logps: Any = logprobs.token_logps(hidden, weight, x["targets"], jnp.int32(11), head)
             return jnp.vdot(logps, x["pull"]), logps
@@ -191,7 +191,7 @@ def test_devices_that_share_rows_vocabulary_and_head_give_the_same(
             logps,
             grads,
             kl,
-            logprobs.token_collisions(x["hidden"], x["head"], jnp.int32(11), head),
+            logprobs.token_collision_logps(x["hidden"], x["head"], jnp.int32(11), head),
         )
 
     for a, b in zip(
@@ -202,12 +202,14 @@ def test_devices_that_share_rows_vocabulary_and_head_give_the_same(
         np.testing.assert_allclose(a, b, atol=digits * max(1.0, float(jnp.abs(b).max())))
 
 
-def test_scored_tokens_by_the_share_that_holds_their_slots() -> None:
+def test_loss_tokens_by_the_shard_that_predicts_them() -> None:
     slots = jnp.array(
         [[3, 2, 3, 4, 5, 0, 0, 0], [6, 5, 6, 7, 1, 0, 2, 0]], jnp.int32
     )  # 3 predicts two tokens, and 6 does
     sides = jnp.array([[0, 0, 1, 1, 1, -1, -1, -1], [0, 0, 1, 1, 2, 2, 3, -1]], jnp.int32)
-    order, own = logprobs.scored_by_share(slots, sides, num_slots=8, num_places=2, shares=2)
+    order, own = logprobs.loss_tokens_by_shard(
+        slots, sides, sequence_length=8, max_pairs=2, num_shards=2
+    )
     assert order.shape == (4, 6)  # 4 slots, and 2 more for those that predict two
     found = [
         row[mine].tolist() for row, mine in zip(np.asarray(order), np.asarray(own), strict=True)
@@ -217,7 +219,9 @@ def test_scored_tokens_by_the_share_that_holds_their_slots() -> None:
 
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("shares", [2, 8, 64])
-def test_every_scored_token_of_packed_rows_is_in_one_share(share_prefix: bool, shares: int) -> None:
+def test_every_loss_token_of_packed_sequences_is_in_one_shard(
+    share_prefix: bool, shares: int
+) -> None:
     batch = pack(
         [*pairs(6, low=1, high=20), *pairs(9, seed=1, low=1, high=3)],
         share_prefix=share_prefix,
@@ -227,7 +231,9 @@ def test_every_scored_token_of_packed_rows_is_in_one_share(share_prefix: bool, s
     slots, sides = batch.slots_MBS[0], batch.sides_MBS[0]
     order, own = (
         np.asarray(x)
-        for x in logprobs.scored_by_share(jnp.asarray(slots), jnp.asarray(sides), 448, 15, shares)
+        for x in logprobs.loss_tokens_by_shard(
+            jnp.asarray(slots), jnp.asarray(sides), 448, 15, shares
+        )
     )
     for row, share in np.ndindex(2, shares):
         found = order[row * shares + share][own[row * shares + share]]
@@ -235,7 +241,7 @@ def test_every_scored_token_of_packed_rows_is_in_one_share(share_prefix: bool, s
         np.testing.assert_array_equal(found, expected)
 
 
-def test_num_chunks_counts_those_with_a_scored_token_in_any_row() -> None:
+def test_num_chunks_counts_those_with_a_loss_token_in_any_sequence() -> None:
     sides = np.full((3, 32), -1, np.int32)
     assert int(logprobs.num_chunks(jnp.asarray(sides), 8)) == 0
     sides[1, :1] = 0
@@ -246,13 +252,16 @@ def test_num_chunks_counts_those_with_a_scored_token_in_any_row() -> None:
     assert int(logprobs.num_chunks(jnp.asarray(sides), 8)) == 4
 
 
-def test_sums_by_side() -> None:
+def test_sums_by_completion() -> None:
     sides = jnp.array([[0, 0, 1, 2, 3, 3, -1], [3, 0, -1, -1, -1, -1, -1]], jnp.int32)
     values = jnp.array([[1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64]], jnp.float32)
-    assert logprobs.sum_by_side(values, sides, 2).tolist() == [[[3, 4], [8, 48]], [[2, 0], [0, 1]]]
+    assert logprobs.sum_by_completion(values, sides, 2).tolist() == [
+        [[3, 4], [8, 48]],
+        [[2, 0], [0, 1]],
+    ]
 
 
-def test_gathered_states_are_those_of_the_slots() -> None:
+def test_gathered_hidden_states_are_those_of_the_indices() -> None:
     hidden = jnp.arange(2 * 5 * 3, dtype=jnp.float32).reshape(2, 5, 3)
     slots = jnp.array([[4, 0], [2, 2]], jnp.int32)
     np.testing.assert_array_equal(

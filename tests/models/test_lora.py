@@ -1,4 +1,4 @@
-"""Adapters: where they go, that they start as nothing, and that merging them changes no result."""
+"""LoRA adapters: their targets, their initial values, and that merging changes no result."""
 
 from typing import Any
 
@@ -65,12 +65,13 @@ def test_names_that_the_model_does_not_have_are_refused_with_those_it_has() -> N
     with pytest.raises(ValueError) as caught:
         find_targets(tiny("gpt2"), ["q", "gate", "lm_head"])
     assert str(caught.value).split("\n") == [
-        f"lora.targets={name}: the model has no such projection. Choose from all-linear, q, k, v, o, up, down, c_attn, c_proj, c_fc"
+        f"lora.targets={name}: the model has no such projection. "
+        "Choose from all-linear, q, k, v, o, up, down, c_attn, c_proj, c_fc"
         for name in ("gate", "lm_head")
     ]
 
 
-def test_what_the_options_leave_open() -> None:
+def test_defaults_of_the_lora_options() -> None:
     lora = lora_of(LoraSection(rank=8), tiny("llama"))
     assert (lora.rank, lora.alpha, lora.scale, len(lora.targets)) == (8, 16.0, 2.0, 7)
     assert (
@@ -80,7 +81,7 @@ def test_what_the_options_leave_open() -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_an_adapter_starts_as_nothing(name: str) -> None:
+def test_an_initial_adapter_changes_nothing(name: str) -> None:
     config = tiny(name)
     lora = lora_of(LoraSection(rank=4), config)
     adapter = init_adapter(adapter_shapes(config, lora), jax.random.key(0))
@@ -95,7 +96,7 @@ def test_an_adapter_starts_as_nothing(name: str) -> None:
         assert abs(update["a"].std() / bound - 3**-0.5) < 0.06
 
 
-def test_what_a_target_starts_with_does_not_depend_on_the_others() -> None:
+def test_initial_values_of_a_target_do_not_depend_on_the_others() -> None:
     config, key = tiny("llama"), jax.random.key(1)
     loras = (lora_of(LoraSection(rank=4, targets=targets), config) for targets in ("v", None))
     some, every = (by_target(init_adapter(adapter_shapes(config, lora), key)) for lora in loras)
@@ -127,8 +128,8 @@ def layer_by_layer(weight: Any) -> np.ndarray:
     )
 
 
-def test_a_small_update_is_not_lost_in_a_weight_of_few_bits() -> None:
-    """What is merged stays float32 until the file's type is known."""
+def test_a_small_update_is_not_lost_in_a_bfloat16_weight() -> None:
+    """Merged weights stay float32 until the file's dtype is known."""
     config = tiny("llama")
     base = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params(0, config))
     adapter = random_adapter(config, LORA)
@@ -142,7 +143,7 @@ def test_a_small_update_is_not_lost_in_a_weight_of_few_bits() -> None:
     assert not np.array_equal(merged, base["layers"]["attn"]["q"][1].astype(np.float32))
 
 
-def test_an_adapter_lies_as_its_weights_and_its_rank_is_whole() -> None:
+def test_an_adapter_is_sharded_as_its_weights_except_its_rank() -> None:
     config, some = tiny("llama"), mesh(fsdp=4, tensor=2)
     weights, adapter = (
         trained_shardings(config, some)["layers"],

@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdpo.models.config import ModelConfig
-from jaxdpo.models.layers import gated
-from jaxdpo.models.moe import MoE, RouterLoad, balance_loss, grouped_product
+from jaxdpo.models.layers import gated_activation
+from jaxdpo.models.moe import MoE, RouterLoad, balance_loss, grouped_matmul
 from tests.families import tiny
 from tests.tiny import mesh
 
@@ -78,7 +78,7 @@ def every_expert(
         biased(f"{name}_bias", jnp.einsum("BTD,EDF->BTEF", x_BTD, weights[name]))
         for name in ("gate", "up")
     )
-    inner_BTEF = gated(config.activation, config.activation_limit, gate, up)
+    inner_BTEF = gated_activation(config.activation, config.activation_limit, gate, up)
     out_BTED = biased("down_bias", jnp.einsum("BTEF,EFD->BTED", inner_BTEF, weights["down"]))
     load = RouterLoad((weights_BTE > 0).sum((0, 1)), probs_BTE.sum((0, 1)), jnp.asarray(B * T))
     return jnp.einsum("BTED,BTE->BTD", out_BTED, weights_BTE), load
@@ -111,7 +111,7 @@ def check_equal(ours: Any, theirs: Any, rtol: float) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_tokens_through_their_experts_alone_are_all_experts_weighted(name: str) -> None:
+def test_tokens_through_their_experts_equal_all_experts_weighted(name: str) -> None:
     config = FAMILIES[name]
     ours, theirs = (value_and_grads(how, *inputs(config), config) for how in (run, every_expert))
     (_, load), (grads, _) = ours
@@ -136,7 +136,7 @@ def test_tokens_through_their_experts_alone_are_all_experts_weighted(name: str) 
     ]
     + [("qwen3_moe", (1, 1, 2, 2, 2))],  # without biases
 )
-def test_experts_on_other_devices_give_the_same(name: str, sizes: tuple[int, ...]) -> None:
+def test_expert_parallelism_gives_the_same(name: str, sizes: tuple[int, ...]) -> None:
     config = FAMILIES[name]
     alone, spread = (
         value_and_grads(run, *inputs(config), config, where=where) for where in (None, mesh(*sizes))
@@ -144,7 +144,7 @@ def test_experts_on_other_devices_give_the_same(name: str, sizes: tuple[int, ...
     check_equal(spread, alone, 1e-5)
 
 
-def test_bfloat16_products_stay_near_float32() -> None:
+def test_bfloat16_matmuls_stay_near_float32() -> None:
     config = FAMILIES["qwen3_moe"]
     weights, x_BTD = inputs(config)
     weights["router"] = weights["router"].astype(jnp.bfloat16).astype(jnp.float32)
@@ -157,11 +157,11 @@ def test_bfloat16_products_stay_near_float32() -> None:
     check_equal((y_BTD, grads), (exact, exact_grads), 0.03)
 
 
-def test_weight_gradients_of_bfloat16_products_are_sums_in_float32() -> None:
+def test_weight_gradients_of_bfloat16_matmuls_accumulate_in_float32() -> None:
     sizes = jnp.array([1000, 0, 20], jnp.int32)
 
     def total(weight: jax.Array) -> jax.Array:
-        y: Any = grouped_product(jnp.dtype("bfloat16"), jnp.ones((1100, 1)), weight, sizes)
+        y: Any = grouped_matmul(jnp.dtype("bfloat16"), jnp.ones((1100, 1)), weight, sizes)
         return y.sum()
 
     value, grad = jax.value_and_grad(total)(jnp.ones((3, 1, 1)))

@@ -1,4 +1,7 @@
-"""Logits of every family equal transformers' (torch, float32): plain rows, packed rows, and how experts are used."""
+"""Logits and router load of every family equal transformers' (torch, float32).
+
+For plain and for packed sequences.
+"""
 
 import dataclasses
 import functools
@@ -51,14 +54,14 @@ def compute(params: Params, slots: Slots, config: ModelConfig, attention: str) -
 
 
 def our_logits(model: Both, slots: Slots, attention: str = "dense") -> np.ndarray:
-    """Logits [T, V] of the first row."""
+    """Logits [T, V] of the first sequence."""
     return np.asarray(
         compute(model.params, tuple(map(jnp.asarray, slots)), model.config, attention)
     )[0]
 
 
 def plain(row: np.ndarray) -> Slots:
-    """One causal row, with padding behind that sees itself."""
+    """One causal sequence, then padding that sees itself."""
     slots = np.arange(SLOTS, dtype=np.int32)[None]
     inside = slots < len(row)
     tokens = np.zeros_like(slots)
@@ -71,7 +74,7 @@ def close(ours: np.ndarray, theirs: np.ndarray, what: str = "") -> None:
 
 
 def packed(share_prefix: bool) -> tuple[Batch, Slots]:
-    """PAIRS in one row."""
+    """PAIRS in one packed sequence."""
     batch = pack(PAIRS, share_prefix=share_prefix, size=SLOTS)
     assert batch.tokens_MBT.shape == (1, 1, SLOTS)
     return batch, tuple(
@@ -80,7 +83,7 @@ def packed(share_prefix: bool) -> tuple[Batch, Slots]:
 
 
 def answer_slots(batch: Batch) -> list[np.ndarray]:
-    """The slots that predict each answer, in the order of ANSWERED."""
+    """Indices of the tokens that predict each completion, in the order of ANSWERED."""
     sides = batch.sides_MBS[0, 0]
     places = {int(index): place for place, index in enumerate(batch.index_MBP[0, 0])}
     return [
@@ -90,7 +93,7 @@ def answer_slots(batch: Batch) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("attention", ["dense", "blocks"])
-def test_logits_are_those_of_transformers_in_plain_and_packed_rows(
+def test_logits_equal_transformers_in_plain_and_packed_sequences(
     both: Both, attention: str
 ) -> None:
     *answered, long = both.logits([*ANSWERED, LONG])
@@ -113,7 +116,7 @@ def test_logits_are_those_of_transformers_in_plain_and_packed_rows(
 
 
 def test_every_weight_matters(both: Both) -> None:
-    """A weight in another order gives other logits, by far more than what passes for equal above."""
+    """A weight in another order gives other logits, by far more than the tolerance above."""
     leaves, tree = jax.tree.flatten(both.params)
     exact = our_logits(both, plain(LONG))
     for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(both.params)):
@@ -130,8 +133,8 @@ def test_every_weight_matters(both: Both) -> None:
 @pytest.mark.parametrize(
     "both", [case for case in CASES if "num_experts_per_tok" in raw_of(case)], indirect=True
 )
-def test_router_load_is_that_of_transformers(both: Both) -> None:
-    """Over all real tokens of a packed row, each sequence once; transformers sees them padded."""
+def test_router_load_equals_transformers(both: Both) -> None:
+    """Over all tokens of a packed sequence without padding; transformers gets them padded."""
     batch, slots = packed(False)
     run = jax.jit(forward_moe, static_argnames=("config", "options"))
     load = run(both.params, both.config, *slots, ForwardOptions(), token_mask(batch)[0])[1]

@@ -1,4 +1,4 @@
-"""Greedy answers of every family are transformers', token by token."""
+"""Greedy completions of every family equal transformers', token by token."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,9 @@ def their_answers(model: Any, prompts: Sequence[np.ndarray]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("case", TINY)
-def test_greedy_answers_to_unequal_prompts_are_transformers(tmp_path: Path, case: str) -> None:
+def test_greedy_completions_of_unequal_prompts_equal_transformers(
+    tmp_path: Path, case: str
+) -> None:
     both = make(tmp_path, case)
     window = both.config.sliding_window
     assert window is None or any(

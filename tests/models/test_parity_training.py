@@ -1,4 +1,7 @@
-"""One DPO step of every family: its gradients are torch's, and what it leaves computes the same in transformers."""
+"""One DPO step of every family has torch's gradients.
+
+The weights it leaves compute the same in transformers.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +40,10 @@ def sides(pair: EncodedPair) -> list[np.ndarray]:
 
 
 def their_loss(model: Any, some: Sequence[EncodedPair]) -> Any:
-    """DPO (2305.18290 eq. 7) at policy = reference, as a mean over pairs, and the router's balance loss where there are experts."""
+    """DPO (2305.18290 eq. 7) at policy = reference, as a mean over pairs.
+
+    With experts, the router's load-balancing loss is added.
+    """
     ids, mask = padded([row for pair in some for row in sides(pair)])
     more = {"output_router_logits": True} if hasattr(model.config, "num_experts_per_tok") else {}
     out = model(ids, attention_mask=mask, **more)
@@ -55,7 +61,7 @@ def their_loss(model: Any, some: Sequence[EncodedPair]) -> Any:
 
 
 def their_gradients(both: Both, folder: Path) -> tuple[float, Any]:
-    """The loss, and its gradients as our tree: put in the weights' place, saved, and read as weights are."""
+    """The loss, and its gradients as our tree: saved and loaded in place of the weights."""
     loss = their_loss(both.model, PAIRS)
     loss.backward()
     kept = {name: weight.detach().clone() for name, weight in both.model.named_parameters()}

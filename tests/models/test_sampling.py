@@ -15,7 +15,7 @@ from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.forward import forward, logits
 from jaxdpo.models.params import Params, logical_axes
-from jaxdpo.models.sampling import Draw, generate
+from jaxdpo.models.sampling import SamplingParams, generate
 from tests.tiny import mesh, model, params
 
 PROMPTS = [np.array(ids, np.int32) for ids in ([5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8])]
@@ -47,7 +47,7 @@ def logits_of_row(weights: Params, tokens: jax.Array, config: ModelConfig) -> ja
 
 
 def next_logits(ids: Sequence[int], config: ModelConfig) -> np.ndarray:
-    """Logits after a row, computed alone and whole."""
+    """Logits after a sequence, computed alone and without a cache."""
     padded = np.zeros((1, 16), np.int32)
     padded[0, : len(ids)] = ids
     return np.asarray(logits_of_row(params(0, config), padded, config)[len(ids) - 1])
@@ -55,7 +55,7 @@ def next_logits(ids: Sequence[int], config: ModelConfig) -> np.ndarray:
 
 @functools.cache
 def greedy(kind: str = "llama", num_tokens: int = 64) -> list[list[int]]:
-    """Each prompt's likeliest continuation, by a whole forward pass for each token."""
+    """Each prompt's likeliest continuation, by a full forward pass for each token."""
     config = KINDS[kind]
 
     def answer(prompt: np.ndarray) -> list[int]:
@@ -77,16 +77,16 @@ def sample(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_takes_the_likeliest_token_of_each_row_computed_alone_and_whole(kind: str) -> None:
+def test_greedy_takes_the_likeliest_token_of_each_full_sequence_alone(kind: str) -> None:
     assert sample(kind=kind) == greedy(kind)
 
 
-def test_bfloat16_answers_begin_as_float32_answers() -> None:
+def test_bfloat16_completions_begin_as_float32_ones() -> None:
     found = sample(options=ForwardOptions(compute_dtype="bfloat16"))
     assert [ids[0] for ids in found] == [ids[0] for ids in greedy()]
 
 
-def test_an_answer_ends_with_the_first_stop_token_its_limit_or_the_last_position() -> None:
+def test_a_completion_ends_with_the_first_stop_token_its_limit_or_the_last_position() -> None:
     assert sample(max_new_tokens=3) == [ids[:3] for ids in greedy()]
     stops = {greedy()[0][2], greedy()[2][0]}
     wanted = [
@@ -99,7 +99,7 @@ def test_an_answer_ends_with_the_first_stop_token_its_limit_or_the_last_position
     assert [ids.tolist() for ids in found] == [greedy()[0][:5], greedy()[1], []]
 
 
-def test_padding_rows_of_the_vocabulary_are_never_drawn() -> None:
+def test_padding_ids_of_the_vocab_are_never_sampled() -> None:
     largest = max(max(ids) for ids in greedy())
     assert sample(num_tokens=largest) == greedy("llama", largest) != greedy()
     assert all(
@@ -108,7 +108,7 @@ def test_padding_rows_of_the_vocabulary_are_never_drawn() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)])
-def test_devices_do_not_change_the_answers_and_nothing_moves_unasked(
+def test_meshes_give_the_same_completions_without_implicit_transfers(
     shape: tuple[int, int, int],
 ) -> None:
     where = mesh(*shape)
@@ -125,7 +125,7 @@ def test_devices_do_not_change_the_answers_and_nothing_moves_unasked(
     assert [ids.tolist() for ids in found] == sample(**how)
 
 
-def test_low_rank_updates_are_part_of_the_model() -> None:
+def test_lora_updates_are_part_of_the_model() -> None:
     rng = np.random.default_rng(3)
     a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 32, 3), (2, 3, 4, 8)))
     lora = {"layers": {"attn": {"q": {"a": a, "b": b}}}}
@@ -145,22 +145,22 @@ def test_low_rank_updates_are_part_of_the_model() -> None:
     assert [ids.tolist() for ids in ours] == [ids.tolist() for ids in theirs] != greedy()
 
 
-def test_a_sample_depends_on_seed_and_place_but_not_on_the_batch() -> None:
+def test_a_sample_depends_on_seed_and_prompt_index_but_not_on_the_batch() -> None:
     how: dict[str, Any] = {"temperature": 1.0, "seed": 1}
     together = sample(**how)
-    told: list[int] = []
-    assert sample(**how, batch_size=2, report=told.append) == sample(
+    reported: list[int] = []
+    assert sample(**how, batch_size=2, report=reported.append) == sample(
         **how, batch_size=1
-    ) == together and told == [2, 3]
+    ) == together and reported == [2, 3]
     assert sample(PROMPTS[:2], **how) == together[:2]
     assert sample(temperature=1.0, seed=2) != together
     same = sample([PROMPTS[0]] * 3, **how)
     assert same[0] == together[0] and same[1] != same[0] != same[2]
 
 
-def test_few_programs_serve_many_lengths() -> None:
+def test_few_programs_are_compiled_for_many_lengths() -> None:
     rng = np.random.default_rng(0)
-    program: Any = sampling._answer
+    program: Any = sampling._generate_batch
     before = program._cache_size()
     for length, new, temperature in ((3, 2, 0.3), (16, 16, 0.5), (9, 11, 2.0), (1, 1, 1.0)):
         sample(
@@ -177,7 +177,7 @@ def test_few_programs_serve_many_lengths() -> None:
     ("count", "bucket"),
     [(1, 16), (16, 16), (17, 24), (24, 24), (25, 32), (33, 48), (97, 128), (1025, 1536)],
 )
-def test_sizes_are_rounded_up_to_few(count: int, bucket: int) -> None:
+def test_lengths_are_rounded_up_to_buckets(count: int, bucket: int) -> None:
     assert sampling._bucket(count) == bucket
 
 
@@ -188,13 +188,13 @@ SCORES = np.array([2.0, -1.0, 0.5, 1.9, -np.inf, 0.0, 3.0], np.float32)
 def frequencies(scores: np.ndarray, **how: float) -> np.ndarray:
     """How often each token is drawn."""
     knobs = {"temperature": 1.0, "top_k": None, "top_p": None} | how
-    draw = Draw(
+    draw = SamplingParams(
         np.uint32(7),
         np.array([-1], np.int32),
         *(None if value is None else np.float32(value) for value in knobs.values()),
     )
     rows = jnp.broadcast_to(jnp.asarray(scores)[:, None], (len(scores), DRAWN))
-    ids = jax.jit(sampling._draw)(rows, draw, jnp.arange(DRAWN, dtype=jnp.int32), jnp.int32(0))
+    ids = jax.jit(sampling._sample)(rows, draw, jnp.arange(DRAWN, dtype=jnp.int32), jnp.int32(0))
     return np.bincount(np.asarray(ids), minlength=len(scores)) / DRAWN
 
 
@@ -247,4 +247,4 @@ def test_the_likeliest_are_those_that_a_sort_finds(scores: list[float], k: int) 
     np.testing.assert_array_equal(found, row >= np.sort(row[0])[::-1][min(k, 12) - 1])
 
 
-LIKELIEST = jax.jit(sampling._likeliest)
+LIKELIEST = jax.jit(sampling._top)

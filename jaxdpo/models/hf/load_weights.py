@@ -35,12 +35,12 @@ def load_weights(
 
     def convert(path: str, weight: jax.Array) -> Any:
         """A weight that was just read, in the form in which it is stored."""
-        if not quantize.is_quantised(path):
+        if not quantize.is_quantized(path):
             return weight
         target = quantised_shardings
         for name in path.split("/"):
             target = target[name]
-        quantise = functools.partial(quantize.quantise, kind=kind)
+        quantise = functools.partial(quantize.quantize, kind=kind)
         return jax.jit(quantise, out_shardings=target)(weight)
 
     return load_params(folder, model, shardings, jnp.dtype(dtype), convert)
