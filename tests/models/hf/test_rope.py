@@ -201,12 +201,12 @@ def test_gemma3_has_another_rope_in_layers_with_a_window() -> None:
         (
             "phi3",
             {"partial_rotary_factor": 0.1},
-            r"partial_rotary_factor=0.1: turns 0 of 8 numbers",
+            r"partial_rotary_factor=0.1: rotates 0 of 8 dimensions",
         ),
         (
             "phi3",
             {"partial_rotary_factor": 2.0},
-            r"partial_rotary_factor=2.0: turns 16 of 8 numbers",
+            r"partial_rotary_factor=2.0: rotates 16 of 8 dimensions",
         ),
         (
             "phi3 long",
