@@ -7,10 +7,11 @@ Not transformers' AutoConfig behind our refusals, because they need the raw keys
 5.24 a llama without vocab_size and hidden_size becomes a 7B, rope_theta=5 beside
 rope_parameters.rope_theta=7 becomes 7, rope_type="foo" and factor="x" are lines in the log, and
 num_hidden_layers=10**9 builds a list of that length. Of the 68 configs that our tests refuse it
-accepts 44, and stops at the first problem of the others, with five types of exception. Phi-3's first
-config.json (rope_scaling.type "su") is a KeyError. It could replace the defaults and the sliding
-window patterns, about 80 lines, which would then change with the installed version. Instead, tests
-compare ours with transformers: its configs in test_config_json.py, its models in test_parity.py.
+accepts 44, and stops at the first problem of the others, with five types of exception. Phi-3's
+first config.json (rope_scaling.type "su") is a KeyError. It could replace the defaults and the
+sliding window patterns, about 80 lines, which would then change with the installed version.
+Instead, tests compare ours with transformers: its configs in test_config_json.py, its models in
+test_parity.py.
 """
 
 import dataclasses

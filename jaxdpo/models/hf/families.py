@@ -1,7 +1,7 @@
 """FAMILIES: what a Hugging Face model_type means, one entry each.
 
-Nothing else in the package compares a family's name. Defaults are those of the configuration classes
-of transformers, for keys that config.json leaves out.
+Nothing else in the package compares a family's name. Defaults are those of the configuration
+classes of transformers, for keys that config.json leaves out.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Family:
     """Keys that change the computation -> the one value that is implemented."""
     activation_key: str = "hidden_act"
     activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"silu": "silu"})
-    """Value of that key -> ModelConfig.activation. The first is the default, and what is written."""
+    """Value of that key -> ModelConfig.activation. The first is the default and what is written."""
     scalar_key: str | None = None
     """Key of n in the attention scale 1 / sqrt(n); None: n is the head size."""
     scaled_embedding: bool = False
@@ -284,7 +284,7 @@ FAMILIES: dict[str, Family] = {
             "swiglu_limit": 7.0,
             "router_aux_loss_coef": 0.001,
         },
-        only={"swiglu_alpha": 1.702},  # a constant in transformers' code
+        only={"swiglu_alpha": 1.702},  # the constant of clamped_swish
         quantizations=("mxfp4",),
     ),
 }

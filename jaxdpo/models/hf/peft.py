@@ -21,9 +21,9 @@ import numpy as np
 
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.folder import read_json, write_json
-from jaxdpo.models.hf.load_save import fold_names
 from jaxdpo.models.hf.lora_targets import Projection, projections
 from jaxdpo.models.hf.safetensors_io import DTYPES, TensorInfo, read_header, write_file
+from jaxdpo.models.hf.tensor_check import fold_names
 from jaxdpo.models.hf.tensor_map import weight_table
 from jaxdpo.models.lora import Lora, by_target, nested
 from jaxdpo.models.params import Params

@@ -19,8 +19,10 @@ from jaxdpo.distributed.sharding import make_mesh, param_shardings
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf import mxfp4
 from jaxdpo.models.hf.config_json import load_model_config
-from jaxdpo.models.hf.load_save import fold_names, load_params, save_params, weights_fingerprint
+from jaxdpo.models.hf.load_save import load_params, save_params
+from jaxdpo.models.hf.tensor_check import fold_names
 from jaxdpo.models.hf.tensor_map import files_of, readable_tables, weight_table
+from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.params import abstract_params, logical_axes
 from tests.families import TINY, tiny
 
