@@ -168,7 +168,7 @@ def test_other_ranks_and_alphas_of_single_modules_are_understood(tmp_path: Path)
     )
     with pytest.raises(
         ValueError,
-        match=r"model.layers.1.self_attn.v_proj: is scaled otherwise than in the first layer",
+        match=r"model.layers.1.self_attn.v_proj: has another scale than in the first layer",
     ):
         read_peft(tmp_path, config)
     (tmp_path / CONFIG).write_text(
