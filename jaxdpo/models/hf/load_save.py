@@ -105,8 +105,8 @@ def _load_array(
     dtype: np.dtype,
 ) -> jax.Array:
     """The parameter of `row`; a shard that several devices hold (replicas) is read once."""
-    # Not jax.make_array_from_callback, because it calls once for each device (jax 0.10): replicas of a
-    # shard would be read again and again.
+    # Not jax.make_array_from_callback, because it calls once for each device (jax 0.10): replicas
+    # of a shard would be read again and again.
     replicas: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(row.full_shape).items():
         parts = zip(index or (), row.full_shape, strict=True)

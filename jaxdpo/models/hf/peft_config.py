@@ -20,7 +20,7 @@ CONFIG = "adapter_config.json"
 _BASE_CHANGING = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Values of init_lora_weights that change the base model's weights."""
 _PATTERN_KEY = re.compile(r"\^?[\w.]+\$?")
-"""Keys of rank_pattern and alpha_pattern that are plain names. PEFT takes any regular expression."""
+"""Keys of rank_pattern and alpha_pattern that are plain names; PEFT takes any expression."""
 _MAX_NUMBER = 2**31
 """Above every rank and alpha in use; a larger number is a mistake."""
 
@@ -192,7 +192,7 @@ def _shortest_names(config: ModelConfig, wanted: list[str]) -> dict[str, str]:
 
 
 def _ends(module: str) -> Iterator[str]:
-    """q_proj, self_attn.q_proj: the ends of a module's name within its layer, the shortest first."""
+    """Ends of a module's name within its layer, the shortest first: q_proj, self_attn.q_proj."""
     words = module.partition("{layer}.")[2].split(".")
     for count in range(1, len(words) + 1):
         yield ".".join(words[-count:])

@@ -5,9 +5,9 @@ A file is 8 bytes (length of the header, little endian), a JSON header
 
 Not the safetensors package, because (measured with 0.8.0) its save_file takes all tensors at once:
 four of 256 MiB raise the peak memory by 1024 MiB, where `write_file`, which takes an iterator, adds
-256 MiB. Its reader slices as fast as ours, but accepts a header that gives a name twice and names
-with escape codes, and says of a damaged file "incomplete metadata" where `read_header` names tensor
-and byte.
+512 MiB (the tensor being written and the next). Its reader slices as fast as ours, but accepts a
+header that gives a name twice and names with escape codes, and says of a damaged file "incomplete
+metadata" where `read_header` names tensor and byte.
 """
 
 import dataclasses
@@ -183,8 +183,7 @@ def write_file(
     dtype: np.dtype,
     tensors: Iterable[np.ndarray],
 ) -> None:
-    """Write a safetensors file of tensors that all have one dtype, with one tensor in memory at a
-    time.
+    """Write a safetensors file of tensors that all have one dtype, tensor by tensor.
 
     Args:
         path: the file, overwritten if it exists.

@@ -107,12 +107,12 @@ def test_a_repository_that_is_public_already_is_refused(
     api.repos["me/mine"] = False
     assert run_export(run_dir, tmp_path / "out") == 1
     assert (
-        "push_to=me/mine: is there and public, for all to see. Set private=false"
+        "push_to=me/mine: exists and is public. Set private=false"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists() and not api.pushed
     with pytest.raises(
-        ValueError, match="is there and public"
+        ValueError, match="exists and is public"
     ):  # also one that appears between the check and the push
         HubModel(name="me/mine", private=True).push(tmp_path, [])
     assert not api.pushed
