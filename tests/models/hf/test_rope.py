@@ -1,4 +1,4 @@
-"""Rope in config.json: both forms, the scalings, rope of a part of each head and of the layers with a window."""
+"""Rope in config.json: both forms, rope scaling, partial rope, rope of sliding-window layers."""
 
 import math
 from typing import Any
@@ -65,7 +65,7 @@ def test_hub_form_and_transformers_5_form_are_read_alike(
 
 
 def test_yarn_reads_deepseeks_factors() -> None:
-    """attention_factor is the ratio of two logarithms where both are given (transformers' mscale, mscale_all_dim)."""
+    """attention_factor is a ratio where mscale and mscale_all_dim are given, as in transformers."""
     scaling = tiny(
         "llama", rope_scaling={**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5}
     ).rope_scaling
