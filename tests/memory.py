@@ -22,8 +22,9 @@ from jaxdpo.export import ExportConfig, export_run
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.hf.folder import copy_model_files, write_json
-from jaxdpo.models.hf.load_save import load_params, save_params, weights_fingerprint
+from jaxdpo.models.hf.load_save import load_params, save_params
 from jaxdpo.models.hf.lora_targets import lora_of
+from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.lora import adapter_shapes
 from jaxdpo.models.params import abstract_params, logical_axes
 from tests.tiny import HF

@@ -20,9 +20,10 @@ from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.forward import forward
 from jaxdpo.models.hf.config_json import load_model_config, to_hf
 from jaxdpo.models.hf.folder import copy_model_files, set_chat_template, write_json
-from jaxdpo.models.hf.load_save import load_params, save_params, weights_fingerprint
+from jaxdpo.models.hf.load_save import load_params, save_params
 from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.peft import read_peft
+from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.params import Params
 from tests.families import TINY, raw_config, tiny
 from tests.models.test_lora import random_adapter

@@ -17,8 +17,8 @@ from jaxdpo.config import cli
 from jaxdpo.config.schema import LoraSection
 from jaxdpo.inference.model import Answer, LoadedModel, Sampling, Source
 from jaxdpo.models.decoder import ForwardOptions
-from jaxdpo.models.hf.load_save import weights_fingerprint
 from jaxdpo.models.hf.lora_targets import lora_of
+from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.lora import adapter_shapes
 from jaxdpo.models.sampling import generate as generate_ids
 from tests.tiny import config, mesh, model, params, write_model, write_rows

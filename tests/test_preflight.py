@@ -46,7 +46,7 @@ PROBLEMS = [
     (
         "model",
         {"model": {"path": "/nowhere"}},
-        "model.path=/nowhere: neither a folder here nor a model that the hub gives",
+        "model.path=/nowhere: is neither a local folder nor a model on the hub that can be fetched",
     ),
     ("model", {"mesh": {"fsdp": 3}}, "mesh.fsdp=3"),
     ("data", {"data": {"train": ["/nowhere.jsonl"]}}, "data.train=/nowhere.jsonl"),

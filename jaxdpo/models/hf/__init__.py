@@ -1,1 +1,1 @@
-"""Everything that knows Hugging Face's files: config.json, tensor names, safetensors, PEFT, the hub."""
+"""All that knows Hugging Face's files: config.json, weights, adapters, the hub, model cards."""

@@ -1,4 +1,8 @@
-"""FAMILIES: what a Hugging Face model_type means, one row each; nothing else in the package compares a family's name."""
+"""FAMILIES: what a Hugging Face model_type means, one entry each.
+
+Nothing else in the package compares a family's name. Defaults are those of the configuration
+classes of transformers, for keys that config.json leaves out.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,50 +33,53 @@ class Family:
 
     architecture: str
     tensors: tuple[Tensor, ...] = tensor_names.LLAMA
+    """Names of the tensors, as they are written."""
     other_tensors: tuple[tuple[Tensor, ...], ...] = ()
-    """Other forms of its files that are read."""
+    """Other layouts of the files that are read too."""
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """ModelConfig fields that the model_type fixes."""
     keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
-    """What differs from KEYS, or comes on top; None: config.json does not tell, the value follows from others."""
+    """Differences from KEYS, and additions; None: no key, the value follows from others."""
     mlp_ratio: int | None = None
-    """The MLP is so many times wider than the model when config.json does not tell."""
+    """mlp_size / hidden_size when config.json has no mlp_size."""
     other_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Key -> a second name that it may have. Both are written."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Values that transformers takes for keys that config.json leaves out."""
+    """transformers' values for keys that config.json leaves out."""
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Keys that change the computation and are implemented for this value (or when left out) only."""
+    """Keys that change the computation -> the one value that is implemented."""
     activation_key: str = "hidden_act"
     activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"silu": "silu"})
-    """Value of that key -> ModelConfig.activation. The first is the default, and what is written."""
+    """Value of that key -> ModelConfig.activation. The first is the default and what is written."""
     scalar_key: str | None = None
-    """Key of the number whose square root divides attention scores; None: the head's size."""
+    """Key of n in the attention scale 1 / sqrt(n); None: n is the head size."""
     scaled_embedding: bool = False
-    """Whether token vectors are multiplied by the square root of the model's size."""
+    """Whether token embeddings are multiplied by sqrt(hidden_size)."""
     window: Literal["never", "always", "flag"] = "never"
-    """Whether the key sliding_window counts: never, always, or only when use_sliding_window is true."""
+    """Whether sliding_window is read: never, always, or only when use_sliding_window is true."""
     mixed_windows: bool = False
-    """Whether layers may differ: layer_types, or a default by `window_period` or max_window_layers."""
+    """Whether layers may differ: by layer_types, `window_period` or max_window_layers."""
     window_period: int | None = None
-    """Without layer_types, every so many layers the last has no window."""
+    """Without layer_types, every so many layers the last one has no window."""
     period_key: str | None = None
     """Key that gives another period."""
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    """The rope_type values that are implemented; () for a model without rope."""
     rope_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Old names of rope kinds."""
+    """Old names of rope types."""
     rope_default: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Rope parameters of a config.json that has none."""
     partial_rope: bool = False
-    """Whether partial_rotary_factor counts."""
+    """Whether partial_rotary_factor may differ from 1."""
     local_rope: bool = False
-    """Whether layers that have the window have a rope of their own (rope_local_base_freq)."""
+    """Whether layers with a sliding window have a rope of their own (rope_local_base_freq)."""
     quantizations: tuple[str, ...] = ()
-    """quant_methods whose files are read; they are written unquantised."""
+    """quant_methods whose files are read; weights are always written unquantized."""
 
     def all_keys(self) -> dict[str, str]:
         """ModelConfig field -> key of config.json."""
-        return {field: key for field, key in {**KEYS, **self.keys}.items() if key is not None}
+        keys = {**KEYS, **self.keys}
+        return {field: key for field, key in keys.items() if key is not None}
 
 
 _ATTENTION_BIAS = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
@@ -167,7 +174,7 @@ FAMILIES: dict[str, Family] = {
         tensors=tensor_names.PHI3,
         window="always",
         rope_kinds=("default", "longrope"),
-        rope_aliases={"su": "longrope", "yarn": "longrope"},
+        rope_aliases={"su": "longrope", "yarn": "longrope"},  # in the first Phi-3 files
         partial_rope=True,
         defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
     ),
@@ -277,7 +284,7 @@ FAMILIES: dict[str, Family] = {
             "swiglu_limit": 7.0,
             "router_aux_loss_coef": 0.001,
         },
-        only={"swiglu_alpha": 1.702},
+        only={"swiglu_alpha": 1.702},  # the constant of clamped_swish
         quantizations=("mxfp4",),
     ),
 }

@@ -1,4 +1,4 @@
-"""The small files of a Hugging Face folder: config.json, generation_config.json, tokenizer and chat template."""
+"""The small files of a Hugging Face folder: configs, tokenizer and chat template."""
 
 import json
 import shutil
@@ -23,17 +23,19 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-"""Names and patterns of all files that a tokenizer may consist of. Python files are never among them."""
+"""All files that a tokenizer may consist of, as names and patterns. Never Python files."""
 _MODEL_FILES = ("config.json", "generation_config.json")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def copy_model_files(source: Path, target: Path, chat_template: str | None = None) -> None:
-    """Copy config.json, generation_config.json and the tokenizer; with them and a checkpoint a run needs its source no more.
+    """Copy config.json, generation_config.json and the tokenizer.
+
+    With them and a checkpoint, a run no longer needs the folder that it started from.
 
     Args:
-        source: a Hugging Face folder (links are followed: the hub's cache consists of them).
-        target: the folder to fill; made if it does not exist.
+        source: a Hugging Face folder (links are followed: the hub's cache consists of links).
+        target: the folder to fill; created if it does not exist.
         chat_template: Jinja text that replaces the tokenizer's own.
     """
     _copy(source, target, (*_MODEL_FILES, *TOKENIZER_FILES))
@@ -47,14 +49,20 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    for path in (path for pattern in patterns for path in source.glob(pattern) if path.is_file()):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            if path.is_file():
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 def set_chat_template(folder: Path, template: str) -> None:
-    """Make `template` (Jinja) the chat template of a folder, for transformers old (tokenizer_config.json) and new (its own file)."""
+    """Make `template` (Jinja) the chat template of a folder.
+
+    Old versions of transformers read it from tokenizer_config.json, new ones from a file of its
+    own.
+    """
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = folder / "tokenizer_config.json"
     if path.is_file():
@@ -63,10 +71,12 @@ def set_chat_template(folder: Path, template: str) -> None:
 
 
 def generation_config(folder: Path, raw_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What generation_config.json should hold: the folder's own, else the special token ids of config.json or of the tokenizer.
+    """Contents for generation_config.json.
+
+    The folder's own file, else the special token ids of config.json or of the tokenizer.
 
     Args:
-        folder: a Hugging Face folder with a tokenizer, or not.
+        folder: a Hugging Face folder, with a tokenizer or without.
         raw_config: its config.json.
     """
     own = folder / "generation_config.json"
@@ -77,29 +87,36 @@ def generation_config(folder: Path, raw_config: Mapping[str, Any]) -> dict[str, 
 
 
 def end_ids(folder: Path, raw_config: Mapping[str, Any]) -> list[int]:
-    """The tokens that end an answer, as generation_config.json says, or what stands in for it."""
+    """The eos tokens, which end a completion, by generation_config.json or what replaces it."""
     ids = generation_config(folder, raw_config).get("eos_token_id")
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
 
 
 def _tokenizer_ids(folder: Path) -> dict[str, int]:
-    paths = [folder / name for name in ("tokenizer_config.json", "tokenizer.json")]
-    if not all(path.is_file() for path in paths):
+    """Ids of the special tokens that tokenizer_config.json names, from tokenizer.json."""
+    settings_file, tokenizer_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not settings_file.is_file() or not tokenizer_file.is_file():
         return {}
-    settings, tokenizer = map(read_json, paths)
-    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    texts = {key: settings.get(key.removesuffix("_id")) for key in _TOKEN_IDS}
-    texts = {
-        key: text.get("content") if isinstance(text, dict) else text for key, text in texts.items()
-    }
-    return {key: ids[text] for key, text in texts.items() if text in ids}
+    settings = read_json(settings_file)
+    added = read_json(tokenizer_file).get("added_tokens", [])
+    id_of = {token["content"]: token["id"] for token in added}
+    ids = {}
+    for key in _TOKEN_IDS:
+        token = settings.get(key.removesuffix("_id"))
+        if isinstance(token, dict):  # an AddedToken with its flags
+            token = token.get("content")
+        if token in id_of:
+            ids[key] = id_of[token]
+    return ids
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file is something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

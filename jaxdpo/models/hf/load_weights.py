@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder onto a mesh, quantised one at a time as they are read."""
+"""The weights of a Hugging Face folder onto a mesh, quantized one at a time while they are read."""
 
 import functools
 from pathlib import Path
@@ -18,29 +18,31 @@ from jaxdpo.models.shardings import base_shardings, trained_shardings
 def load_weights(
     folder: Path, model: ModelConfig, mesh: Mesh, dtype: str, kind: str = "none"
 ) -> Params:
-    """All weights of a model, each device's share on it.
+    """All weights of a model, sharded over the mesh.
 
     Args:
         folder: a Hugging Face folder.
-        dtype: of the weights that are not quantised.
-        kind: none, int8 or nf4: how the projections are quantised.
+        model: its config.
+        mesh: the devices.
+        dtype: of the weights that are not quantized.
+        kind: none, int8 or nf4: how the projections are quantized.
 
     Raises:
-        ValueError: the files do not hold the model's weights.
+        ValueError: the files do not fit the model.
     """
     shardings = trained_shardings(model, mesh)
     if kind == "none":
         return load_params(folder, model, shardings, jnp.dtype(dtype))
-    quantised_shardings: Any = base_shardings(model, mesh, dtype, kind)
+    quantized_shardings: Any = base_shardings(model, mesh, dtype, kind)
 
     def convert(path: str, weight: jax.Array) -> Any:
-        """A weight that was just read, in the form in which it is stored."""
+        # Each weight is quantized before the next is read, so the unquantized model never exists.
         if not quantize.is_quantized(path):
             return weight
-        target = quantised_shardings
+        sharding = quantized_shardings
         for name in path.split("/"):
-            target = target[name]
-        quantise = functools.partial(quantize.quantize, kind=kind)
-        return jax.jit(quantise, out_shardings=target)(weight)
+            sharding = sharding[name]
+        quantize_one = functools.partial(quantize.quantize, kind=kind)
+        return jax.jit(quantize_one, out_shardings=sharding)(weight)
 
     return load_params(folder, model, shardings, jnp.dtype(dtype), convert)

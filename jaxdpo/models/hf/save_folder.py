@@ -1,4 +1,4 @@
-"""Writing a model or an adapter as a Hugging Face folder that appears complete or not at all."""
+"""Saving a model or an adapter as a Hugging Face folder that appears complete or not at all."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from jaxdpo.models.lora import Lora
 
 
 class Tokenizer(Protocol):
-    """What export needs of a tokenizer object."""
+    """The part of transformers' tokenizers that export calls."""
 
     def save_pretrained(self, save_directory: str) -> Any:
         """Write the tokenizer's files into a folder."""
@@ -38,15 +38,21 @@ def export_model(
     dtype: str = "auto",
     max_shard_bytes: int | None = None,
 ) -> list[Path]:
-    """Write a Hugging Face folder. Where the parameters are spread over several hosts, all of them call this, and process 0 writes.
+    """Write a model as a Hugging Face folder.
+
+    Where the parameters are sharded over several processes, all of them call this, and process 0
+    writes.
 
     Args:
         folder: must not exist, or be empty; appears only when complete.
         config: the model.
-        params: its parameters, nested dict of arrays as `save_params` takes them: on devices, on the host, or in files.
-        card: what README.md tells.
-        raw_config: the config.json the model came from; keys that say nothing about its computation are kept.
-        tokenizer: a folder whose tokenizer files (and generation_config.json) are copied, or a tokenizer object, or none.
+        params: its parameters, nested dict of arrays as `save_params` takes them: on devices, on
+            the host, or in files.
+        card: contents of README.md.
+        raw_config: the config.json the model came from; keys that do not describe its computation
+            are copied.
+        tokenizer: a folder whose tokenizer files (and generation_config.json) are copied, or a
+            tokenizer object, or none.
         chat_template: Jinja text that replaces the tokenizer's own.
         dtype: float32, bfloat16 or float16; auto: as raw_config says, else float32.
         max_shard_bytes: see `save_params`.
@@ -57,15 +63,16 @@ def export_model(
     Raises:
         ValueError: `folder` is not empty, or `params` do not fit `config`.
     """
-    dtype = source_dtype(raw_config or {}) if dtype == "auto" else dtype
-    with _written_by_one(folder) as draft:
+    if dtype == "auto":
+        dtype = source_dtype(raw_config or {})
+    with _complete_folder(folder) as draft:
         if draft is None:
-            save_params(folder, config, params, dtype)  # gathers; writes nothing
+            save_params(folder, config, params, dtype)  # takes part in gathering, writes nothing
         else:
             hf_config = to_hf(config, raw_config, dtype=dtype)
             write_json(draft / "config.json", hf_config)
             save_params(draft, config, params, dtype, max_shard_bytes)
-            _write_beside(draft, card, tokenizer, chat_template)
+            _write_small_files(draft, card, tokenizer, chat_template)
             source = tokenizer if isinstance(tokenizer, Path) else draft
             write_json(draft / "generation_config.json", generation_config(source, hf_config))
     return _files(folder)
@@ -83,14 +90,17 @@ def export_adapter(
     tokenizer: Path | Tokenizer | None = None,
     chat_template: str | None = None,
 ) -> list[Path]:
-    """Write a folder that PEFT loads. Where the adapter is spread over several hosts, all of them call this, and process 0 writes.
+    """Write an adapter as a folder that PEFT loads.
+
+    Where the adapter is sharded over several processes, all of them call this, and process 0
+    writes.
 
     Args:
         folder: must not exist, or be empty; appears only when complete.
         config: the model that the adapter is for.
         adapter: arrays as `save_params` takes them.
-        lora: what the adapter is, its weights aside.
-        base: hub id or folder of the model, as adapter_config.json is to name it.
+        lora: rank, alpha and targets.
+        base: hub id or folder of the model, for adapter_config.json.
         revision: of a hub id.
         card, tokenizer, chat_template: see `export_model`.
 
@@ -100,20 +110,23 @@ def export_adapter(
     Raises:
         ValueError: `folder` is not empty.
     """
-    with _written_by_one(folder) as draft:
+    with _complete_folder(folder) as draft:
         on_host = jax.tree.map(lambda array: fetch(array, ()), dict(adapter))
         if draft is not None:
             write_peft(draft, config, on_host, lora, base=base, revision=revision)
-            _write_beside(draft, card, tokenizer, chat_template)
+            _write_small_files(draft, card, tokenizer, chat_template)
     return _files(folder)
 
 
 @contextlib.contextmanager
-def _written_by_one(folder: Path) -> Iterator[Path | None]:
-    """A folder to fill, which becomes `folder` when it is complete and vanishes when it is not; None in processes other than 0."""
+def _complete_folder(folder: Path) -> Iterator[Path | None]:
+    """A draft folder to fill, renamed to `folder` at the end and removed on an error.
+
+    Processes other than 0 get None.
+    """
     if problem := occupied(folder):
         raise ValueError(problem)
-    _meet("all have seen that there is room")
+    _barrier("no process found the folder occupied")
     if jax.process_index() == 0:
         draft = folder.parent / f".{folder.name}.{os.getpid()}.exporting"
         draft.mkdir(parents=True)
@@ -122,18 +135,18 @@ def _written_by_one(folder: Path) -> Iterator[Path | None]:
             if folder.exists():
                 folder.rmdir()
             draft.rename(folder)
-        except BaseException:
+        except BaseException:  # also KeyboardInterrupt: no draft is left behind
             shutil.rmtree(draft, ignore_errors=True)
             raise
     else:
         yield None
-    _meet("the folder is complete")
+    _barrier("the folder is complete")
 
 
-def _meet(where: str) -> None:
+def _barrier(name: str) -> None:
     """Wait until all processes are here."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+        multihost_utils.sync_global_devices(name)
 
 
 def occupied(folder: Path) -> str | None:
@@ -147,10 +160,10 @@ def occupied(folder: Path) -> str | None:
     return None
 
 
-def _write_beside(
+def _write_small_files(
     draft: Path, card: Card, tokenizer: Path | Tokenizer | None, chat_template: str | None
 ) -> None:
-    """What lies beside the weights: tokenizer, chat template, model card."""
+    """Tokenizer, chat template and model card."""
     if isinstance(tokenizer, Path):
         copy_tokenizer(tokenizer, draft)
     elif tokenizer is not None:
@@ -166,7 +179,6 @@ def _files(folder: Path) -> list[Path]:
 
 def source_dtype(raw_config: Mapping[str, Any]) -> str:
     """The dtype that a config.json names; float32 where it names none that an export can write."""
-    name = str(raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32").removeprefix(
-        "torch."
-    )
+    value = raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32"
+    name = str(value).removeprefix("torch.")
     return name if name in ("float32", "bfloat16", "float16") else "float32"

@@ -1,9 +1,11 @@
-"""The table of weights: every parameter of a model, its shape, and the tensors of Hugging Face's files in which it lies.
+"""The weight table: every parameter of a model, its shape, and where it is in Hugging Face's files.
 
-Ours are stacked on leading axes (layers, then experts) and projections are [in, out] with heads apart. A tensor of the files is often
-one layer's, has heads flat and is [out, in], and may hold several of our parameters side by side.
+Our parameters are stacked on leading axes (layers, then experts), and projections are [in, out]
+with heads as an axis of their own. A tensor of the files is often one layer's, has heads and head
+dimensions in one axis, is [out, in], and may contain several of our parameters side by side.
 
-Capitals in shapes: L layers, E experts, D model, F mlp, N query heads, K kv heads, H head dim, V vocabulary, P positions.
+Capitals in shapes: L layers, E experts, D model, F mlp, N query heads, K kv heads, H head dim, V
+vocabulary, P positions.
 """
 
 import dataclasses
@@ -23,7 +25,10 @@ Sizes = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class WeightRow:
-    """One parameter and its place: the outputs `cut` of the tensor (of each layer, of each expert) that `hf_name` names."""
+    """One parameter and where it is stored.
+
+    It is the outputs `cut` of the tensor `hf_name` (of the tensors of all layers and experts).
+    """
 
     path: str
     hf_name: str
@@ -33,15 +38,17 @@ class WeightRow:
     hf_shape: Sizes
     """Shape of one tensor."""
     named: int
-    """How many leading axes of ours the name counts."""
+    """How many leading axes of ours the name numbers: 0, 1 (layers) or 2 (and experts)."""
     cut: slice
+    """Along the outputs of the tensor."""
     transposed: bool
     """Whether the tensor is [out, in]."""
     mxfp4: bool
+    """Whether it is stored as blocks and scales, see mxfp4.py."""
 
     @property
     def stack(self) -> Sizes:
-        """How many tensors there are, along the axes that the name counts."""
+        """How many tensors there are, along the axes that the name numbers."""
         return self.full_shape[: self.named]
 
     def name(self, index: Sizes) -> str:
@@ -49,81 +56,78 @@ class WeightRow:
         return self.hf_name.format(**dict(zip(("layer", "expert"), index, strict=False)))
 
     def names(self) -> list[str]:
-        """The names of all its tensors, in the order of ours."""
+        """The names of all its tensors, layer by layer, expert by expert."""
         return [self.name(index) for index in np.ndindex(self.stack)]
 
     def matrix(self, tensor: np.ndarray) -> np.ndarray:
         """The part of a tensor that is this parameter's, [..., in, out], as a view."""
-        return (
-            tensor[..., self.cut, :].swapaxes(-1, -2) if self.transposed else tensor[..., self.cut]
-        )
+        if self.transposed:
+            return tensor[..., self.cut, :].swapaxes(-1, -2)
+        return tensor[..., self.cut]
 
     def ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The same in the shape of ours, without the axes that the name counts."""
+        """The same in the shape of ours, without the axes that the name numbers."""
         return self.matrix(tensor).reshape(self.full_shape[self.named :])
 
 
 def weight_table(config: ModelConfig) -> list[WeightRow]:
-    """Every parameter of a model where it is written to; the product of the `full_shape`s is the parameter count."""
+    """Every parameter of a model, in the layout that is written."""
     return _table(FAMILIES[config.family].tensors, param_shapes(config))
 
 
 def readable_tables(config: ModelConfig) -> list[list[WeightRow]]:
-    """Every form in which files may hold the parameters; the first is that of `weight_table`."""
+    """The table in every layout that is read; the first is that of `weight_table`."""
     family, shapes = FAMILIES[config.family], param_shapes(config)
     return [_table(tensors, shapes) for tensors in (family.tensors, *family.other_tensors)]
 
 
 def _table(tensors: Iterable[Tensor], shapes: dict[str, Shape]) -> list[WeightRow]:
-    rows = [
-        row
-        for tensor in tensors
-        for row in _rows(tensor, {path: shapes[path] for path in tensor.holds if path in shapes})
-    ]
-    assert len(rows) == len(shapes), (
-        f"parameters without a tensor: {shapes.keys() - {row.path for row in rows}}"
-    )
+    rows = []
+    for tensor in tensors:
+        parts = {path: shapes[path] for path in tensor.holds if path in shapes}
+        rows += _rows(tensor, parts)
+    without = shapes.keys() - {row.path for row in rows}
+    assert len(rows) == len(shapes), f"parameters without a tensor: {without}"
     return rows
 
 
-def _rows(tensor: Tensor, held: dict[str, Shape]) -> list[WeightRow]:
-    """A row for each parameter that the tensor holds."""
-    widths = [math.prod(shape.outputs) for shape in held.values()]
+def _rows(tensor: Tensor, parts: dict[str, Shape]) -> list[WeightRow]:
+    """A row for each parameter in the tensor."""
+    widths = [math.prod(shape.outputs) for shape in parts.values()]
     named = tensor.name.count("{")
     rows, begin = [], 0
-    for number, (path, shape) in enumerate(held.items()):
+    for number, (path, shape) in enumerate(parts.items()):
+        end = begin + widths[number]
+        cut = slice(begin, end)
+        if tensor.interleaved:
+            cut = slice(number, None, len(parts))
+        begin = end
         transposed = bool(shape.inputs) and not tensor.inputs_first
-        cut = (
-            slice(number, None, len(held))
-            if tensor.interleaved
-            else slice(begin, begin + widths[number])
+        matrix = [sum(widths)]
+        if shape.inputs:
+            inputs = math.prod(shape.inputs)
+            matrix = [*matrix, inputs] if transposed else [inputs, *matrix]
+        row = WeightRow(
+            path=path,
+            hf_name=tensor.name,
+            full_shape=shape.full,
+            hf_shape=(*shape.stack[named:], *matrix),
+            named=named,
+            cut=cut,
+            transposed=transposed,
+            mxfp4=tensor.mxfp4,
         )
-        matrix = [math.prod(shape.inputs)] if shape.inputs else []
-        matrix = [sum(widths), *matrix] if transposed else [*matrix, sum(widths)]
-        full_shape = shape.full
-        rows.append(
-            WeightRow(
-                path,
-                tensor.name,
-                full_shape,
-                (*shape.stack[named:], *matrix),
-                named,
-                cut,
-                transposed,
-                tensor.mxfp4,
-            )
-        )
-        begin += widths[number]
+        rows.append(row)
     return rows
 
 
 def files_of(row: WeightRow) -> dict[str, Sizes]:
-    """Name -> shape of the tensors in the files that hold a row: its own, or the two that MXFP4 makes of each."""
+    """Name -> shape of the tensors in the files that a row is read from."""
     if not row.mxfp4:
         return dict.fromkeys(row.names(), row.hf_shape)
     blocks, scales = mxfp4.stored_shapes(row.hf_shape)
-    return {
-        f"{name}{ending}": shape
-        for name in row.names()
-        for ending, shape in (("_blocks", blocks), ("_scales", scales))
-    }
+    files = {}
+    for name in row.names():
+        files[f"{name}_blocks"] = blocks
+        files[f"{name}_scales"] = scales
+    return files

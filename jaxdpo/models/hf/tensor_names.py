@@ -1,19 +1,19 @@
-"""What tensors are called in Hugging Face files, a list for each kind of decoder; a family names its list in families.py."""
+"""Names of the tensors in Hugging Face files, a list for each kind of decoder."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of the files, or one for each layer and expert when its name has {layer} and {expert}."""
+    """A tensor of the files, or one for each layer (and expert) when the name has {layer}."""
 
     name: str
     holds: tuple[str, ...]
-    """Our parameters in it, one after another along the outputs. Those that a model lacks do not count."""
+    """Our parameters in it, side by side along the outputs; a model may lack some."""
     inputs_first: bool = False
-    """Matrices lie as [in, out] like ours; otherwise as [out, in]."""
+    """Matrices are [in, out] like ours; otherwise [out, in]."""
     interleaved: bool = False
-    """The parameters take turns along the outputs: the first, the second, the first, ..."""
+    """Outputs alternate between the parameters: the first, the second, the first, ..."""
     mxfp4: bool = False
     """Stored as NAME_blocks and NAME_scales, see mxfp4.py."""
 
@@ -66,13 +66,13 @@ _MLP = (
     *(_layer(f"mlp.{name}_proj.weight", f"mlp/{name}") for name in ("gate", "up", "down")),
     *(_layer(f"mlp.{name}_proj.bias", f"mlp/{name}_bias") for name in ("gate", "up", "down")),
 )
-_BEFORE = (
+_PRE_NORMS = (
     _layer("input_layernorm.weight", "attn_norm/scale"),
     _layer("post_attention_layernorm.weight", "mlp_norm/scale"),
 )
 _SINKS = _layer("self_attn.sinks", "attn/sinks")
 
-LLAMA = (_EMBED, *_BEFORE, *_ATTENTION, *_MLP, *_END)
+LLAMA = (_EMBED, *_PRE_NORMS, *_ATTENTION, *_MLP, *_END)
 
 GEMMA = (
     _EMBED,
@@ -96,7 +96,7 @@ OLMO2 = (
 
 PHI3 = (
     _EMBED,
-    *_BEFORE,
+    *_PRE_NORMS,
     _layer("self_attn.qkv_proj.weight", "attn/q", "attn/k", "attn/v"),
     *_OUTPUT,
     _layer("mlp.gate_up_proj.weight", "mlp/gate", "mlp/up"),
@@ -123,7 +123,7 @@ GPT2 = (
 _EXPERT = "block_sparse_moe.experts.{expert}."
 MIXTRAL = (
     _EMBED,
-    *_BEFORE,
+    *_PRE_NORMS,
     *_ATTENTION,
     _layer("block_sparse_moe.gate.weight", "moe/router"),
     *(
@@ -136,7 +136,7 @@ MIXTRAL = (
 _ROUTER = _layer("mlp.gate.weight", "moe/router")
 QWEN3_MOE = (
     _EMBED,
-    *_BEFORE,
+    *_PRE_NORMS,
     *_ATTENTION,
     _ROUTER,
     *(
@@ -148,18 +148,18 @@ QWEN3_MOE = (
 
 JOINT_EXPERTS = (
     _EMBED,
-    *_BEFORE,
+    *_PRE_NORMS,
     *_ATTENTION,
     _ROUTER,
     _layer("mlp.experts.gate_up_proj", "moe/gate", "moe/up"),
     _layer("mlp.experts.down_proj", "moe/down"),
     *_END,
 )
-"""What transformers 5 calls Mixtral's and Qwen3-MoE's tensors in memory, and in files when it is told to keep that form."""
+"""Mixtral's and Qwen3-MoE's names in transformers 5's modules, which its files can have too."""
 
 _GPT_OSS = (
     _EMBED,
-    *_BEFORE,
+    *_PRE_NORMS,
     *_ATTENTION,
     _SINKS,
     _layer("mlp.router.weight", "moe/router"),

@@ -1,4 +1,4 @@
-"""ModelConfig from config.json and back: every family, the real configs, and what is refused."""
+"""ModelConfig from config.json and back: every family, the real configs, and transformers' own."""
 
 import dataclasses
 import json
@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from jaxdpo.models.config import ModelConfig
@@ -65,89 +63,72 @@ def test_every_real_config_is_tried(real_data: Path) -> None:
 
 
 def test_what_the_real_configs_say(real_data: Path) -> None:
-    gemma2, gemma3, oss, gpt2, olmo, phi3, mixtral, qwen_moe = (
-        load_model_config(real_data / "model_configs" / name)
-        for name in (
-            "gemma-2-2b",
-            "gemma-3-1b",
-            "gpt-oss-20b",
-            "gpt2",
-            "olmo-2-1124-7b",
-            "phi-3-mini-4k",
-            "mixtral-8x7b",
-            "qwen3-30b-a3b",
-        )
+    def has(name: str, **fields: Any) -> None:
+        config = load_model_config(real_data / "model_configs" / name)
+        assert {field: getattr(config, field) for field in fields} == fields
+
+    has(
+        "gemma-2-2b",
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+        embed_scale=48.0,
+        attention_scale=1 / 16,
+        window_layers=(True, False) * 13,
+        sliding_window=4096,
+        tied_head=True,
+        norm="rms_offset",
+        pre_norm=True,
+        post_norm=True,
+        qk_norm="none",
     )
-    assert (
-        gemma2.attention_softcap,
-        gemma2.logit_softcap,
-        gemma2.embed_scale,
-        gemma2.attention_scale,
-    ) == (50.0, 30.0, 48.0, 1 / 16)
-    assert (
-        gemma2.window_layers == (True, False) * 13
-        and gemma2.sliding_window == 4096
-        and gemma2.tied_head
+    has(
+        "gemma-3-1b",
+        window_layers=((True,) * 5 + (False,)) * 4 + (True, True),
+        attention_softcap=None,
+        rope_theta=1e6,
+        local_rope_theta=1e4,
+        qk_norm="head",
     )
-    assert (gemma2.norm, gemma2.pre_norm, gemma2.post_norm, gemma2.qk_norm) == (
-        "rms_offset",
-        True,
-        True,
-        "none",
+    has(
+        "gpt-oss-20b",
+        attention_sinks=True,
+        router_bias=True,
+        expert_bias=True,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=False,
+        activation="clamped_swish",
+        activation_limit=7.0,
+        num_experts=32,
+        experts_per_token=4,
+        window_layers=(True, False) * 12,
+        sliding_window=128,
     )
-    assert (
-        gemma3.window_layers == ((True,) * 5 + (False,)) * 4 + (True, True)
-        and gemma3.attention_softcap is None
+    scaling = load_model_config(real_data / "model_configs" / "gpt-oss-20b").rope_scaling
+    assert scaling is not None and (scaling.kind, scaling.truncate) == ("yarn", False)
+    assert scaling.attention_factor == pytest.approx(1.3465735902799727)
+    has(
+        "gpt2",
+        norm="layer",
+        positions="learned",
+        gated=False,
+        mlp_size=3072,
+        activation="gelu_tanh",
+        tied_head=True,
+        num_kv_heads=12,
+        head_dim=64,
+        norm_eps=1e-5,
     )
-    assert (gemma3.rope_theta, gemma3.local_rope_theta, gemma3.qk_norm) == (1e6, 1e4, "head")
-    assert oss.rope_scaling is not None and (oss.rope_scaling.kind, oss.rope_scaling.truncate) == (
-        "yarn",
-        False,
+    has("olmo-2-1124-7b", pre_norm=False, post_norm=True, qk_norm="all", norm_eps=1e-6)
+    has(
+        "phi-3-mini-4k",
+        sliding_window=2047,
+        window_layers=(True,) * 32,
+        rotary_dim=96,
+        head_dim=96,
     )
-    assert oss.rope_scaling.attention_factor == pytest.approx(1.3465735902799727)
-    assert (
-        oss.attention_sinks
-        and oss.router_bias
-        and oss.expert_bias
-        and oss.qkv_bias
-        and oss.o_bias
-        and not oss.mlp_bias
-    )
-    assert (oss.activation, oss.activation_limit, oss.num_experts, oss.experts_per_token) == (
-        "clamped_swish",
-        7.0,
-        32,
-        4,
-    )
-    assert oss.window_layers == (True, False) * 12 and oss.sliding_window == 128
-    assert (gpt2.norm, gpt2.positions, gpt2.gated, gpt2.mlp_size, gpt2.activation) == (
-        "layer",
-        "learned",
-        False,
-        3072,
-        "gelu_tanh",
-    )
-    assert (
-        gpt2.tied_head and gpt2.num_kv_heads == 12 and gpt2.head_dim == 64 and gpt2.norm_eps == 1e-5
-    )
-    assert (olmo.pre_norm, olmo.post_norm, olmo.qk_norm, olmo.norm_eps) == (
-        False,
-        True,
-        "all",
-        1e-6,
-    )
-    assert (
-        phi3.sliding_window == 2047
-        and all(phi3.window_layers)
-        and phi3.rotary_dim == phi3.head_dim == 96
-    )
-    assert (
-        mixtral.num_experts,
-        mixtral.experts_per_token,
-        mixtral.norm_topk,
-        mixtral.router_aux_coef,
-    ) == (8, 2, True, 0.02)
-    assert (qwen_moe.mlp_size, qwen_moe.qk_norm, qwen_moe.norm_topk) == (768, "head", True)
+    has("mixtral-8x7b", num_experts=8, experts_per_token=2, norm_topk=True, router_aux_coef=0.02)
+    has("qwen3-30b-a3b", mlp_size=768, qk_norm="head", norm_topk=True)
 
 
 def test_the_tiny_models_are_of_every_family() -> None:
@@ -289,169 +270,6 @@ def test_sliding_window(
     assert from_hf(to_hf(config)) == from_hf(to_hf(config, raw)) == config
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"model_type": "bert"},
-            r'model_type="bert": is not implemented. Implemented are: llama, mistral, qwen2, qwen3',
-        ),
-        ({"model_type": "gemma3"}, r'model_type="gemma3": is not implemented'),
-        ({"model_type": ...}, r"model_type=null"),
-        ({"model_type": ["llama"]}, r'model_type=\["llama"\]'),
-        ({"hidden_act": "gelu"}, r'hidden_act="gelu": only "silu"'),
-        ({"hidden_act": ["silu"]}, r'hidden_act=\["silu"\]: only "silu"'),
-        (
-            {"model_type": "gemma2", "hidden_activation": "gelu"},
-            r'hidden_activation="gelu": only "gelu_pytorch_tanh"',
-        ),
-        (
-            {"model_type": "gemma3_text", "use_bidirectional_attention": True},
-            r"use_bidirectional_attention=true: only false",
-        ),
-        (
-            {"model_type": "gemma2", "query_pre_attn_scalar": 0},
-            r"query_pre_attn_scalar=0: must be a whole number",
-        ),
-        (
-            {"model_type": "gemma2", "final_logit_softcapping": -1},
-            r"final_logit_softcapping=-1: must be a number above 0",
-        ),
-        (
-            {"model_type": "gemma2", "sliding_window": None},
-            r"sliding_window=null: 2 layers have a window",
-        ),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config=.*gptq"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, r"quantization_config=.*mxfp4"),
-        ({"model_type": "gpt_oss", "quantization_config": "fp8"}, r"quantization_config=.*fp8"),
-        ({"model_type": "gpt_oss", "swiglu_alpha": 1.5}, r"swiglu_alpha=1.5: only 1.702"),
-        (
-            {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
-            r"decoder_sparse_step=2: only 1 is",
-        ),
-        (
-            {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
-            r"mlp_only_layers=\[0\]: only \[\] is",
-        ),
-        (
-            {"model_type": "mixtral", "num_experts_per_tok": 9},
-            r"num_experts_per_tok=9: .*at most num_local_experts=8",
-        ),
-        (
-            {"model_type": "mixtral", "num_local_experts": None},
-            r"num_experts_per_tok=2: .*at most num_local_experts=0",
-        ),
-        (
-            {"model_type": "mixtral", "router_aux_loss_coef": -1},
-            r"router_aux_loss_coef=-1: must be a number of at least 0",
-        ),
-        (
-            {"architectures": ["LlamaForSequenceClassification"]},
-            r"architectures=.*not a causal language model",
-        ),
-        ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping=30.0"),
-        ({"num_key_value_heads": 3}, r"num_key_value_heads=3: must divide num_attention_heads=4"),
-        ({"hidden_size": 30}, r"hidden_size=30: is not a multiple of num_attention_heads=4"),
-        ({"head_dim": 7}, r"head_dim=7: must be even"),
-        ({"num_hidden_layers": 0}, r"num_hidden_layers=0: must be a whole number"),
-        ({"num_hidden_layers": 10**11}, r"num_hidden_layers=100000000000: must be at most 16384"),
-        ({"vocab_size": "96"}, r'vocab_size="96": must be a whole number'),
-        ({"hidden_size": 10**30}, r"hidden_size=1000"),
-        ({"rms_norm_eps": float("nan")}, r"rms_norm_eps=NaN: must be a number above 0"),
-        ({"tie_word_embeddings": "yes"}, r'tie_word_embeddings="yes": must be true or false'),
-        (
-            {"layer_types": ["linear_attention"] * 3},
-            r"layer_types=.*other kinds are not implemented",
-        ),
-        ({"layer_types": 3}, r"layer_types=3: must name 3 layers"),
-        (
-            {"model_type": "gemma2", "layer_types": ["full_attention"] * 4},
-            r"layer_types=.*must name 3 layers",
-        ),
-        (
-            {"layer_types": ["sliding_attention"] * 3},
-            r"3 layers have a window \(layer_types\), but none is switched on",
-        ),
-        (
-            {"model_type": "mistral", "layer_types": ["full_attention"] * 3},
-            r"one kind of layer, and sliding_window=4096",
-        ),
-        (
-            {
-                "model_type": "qwen2",
-                "sliding_window": 16,
-                "use_sliding_window": True,
-                "max_window_layers": "1",
-            },
-            r"max_window_layers=\"1\"",
-        ),
-    ],
-)
-def test_refused_by_name(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        from_hf(hub_config(**({"hidden_act": ...} if "model_type" in changes else {}) | changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"scale_attn_by_inverse_layer_idx": True},
-            "scale_attn_by_inverse_layer_idx=true: only false",
-        ),
-        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=true: only false"),
-        ({"scale_attn_weights": False}, "scale_attn_weights=false: only true"),
-        ({"add_cross_attention": True}, "add_cross_attention=true: only false"),
-        (
-            {"activation_function": "relu"},
-            'activation_function="relu": only "gelu_new" or "gelu_pytorch_tanh"',
-        ),
-        ({"n_head": 5}, "n_embd=32: is not a multiple of n_head=5"),
-        ({"n_positions": ...}, "n_positions: is missing"),
-        (
-            {"architectures": ["GPT2DoubleHeadsModel"]},
-            "architectures=.*not a causal language model",
-        ),
-    ],
-)
-def test_refused_by_name_of_gpt2(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tiny("gpt2", **changes)
-
-
-def test_all_problems_are_told_at_once_and_once() -> None:
-    with pytest.raises(ValueError) as error:
-        from_hf({"model_type": "llama", "hidden_act": "relu", "rope_scaling": {"type": "dynamic"}})
-    needed = [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-    ]
-    assert all(str(error.value).count(f"{key}: is missing") == 1 for key in needed)
-    assert "hidden_act" in str(error.value) and "dynamic" in str(error.value)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '"llama"'])
-def test_a_config_json_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        load_model_config(tmp_path)
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json: (is not valid JSON|holds a)"):
-        load_model_config(tmp_path)
-
-
-def test_an_unknown_architecture_is_refused_with_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(hub_config("deepseek_v3")))
-    with pytest.raises(
-        ValueError,
-        match=rf'{tmp_path}.*\n.*model_type="deepseek_v3": is not implemented. Implemented are: llama',
-    ):
-        load_model_config(tmp_path)
-
-
 def test_a_config_is_hashable_and_frozen() -> None:
     config = from_hf(hub_config())
     assert isinstance(config, ModelConfig) and hash(config) == hash(from_hf(hub_config()))
@@ -479,38 +297,3 @@ def test_a_key_with_two_names() -> None:
     assert to_hf(config)["num_experts"] == to_hf(config)["num_local_experts"] == 4
     with pytest.raises(ValueError, match="num_experts=4: num_local_experts=8 says otherwise"):
         tiny("qwen3_moe", num_local_experts=8)
-
-
-_WORDS = ["yarn", "default", "sliding_attention"]
-_JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(_WORDS),
-    lambda part: (
-        st.lists(part, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["rope_type", "factor", "full_attention"]), part, max_size=3
-        )
-    ),
-    max_leaves=6,
-)
-_KEYS = sorted(
-    {key for name in TINY for raw in (raw_config(name), to_hf(tiny(name))) for key in raw}
-    | {"quantization_config"}
-)
-
-
-@given(
-    name=st.sampled_from(sorted(TINY)),
-    changes=st.dictionaries(st.sampled_from(_KEYS), _JSON, min_size=1, max_size=3),
-)
-@settings(max_examples=200)
-def test_whatever_config_json_says_is_read_or_refused(name: str, changes: dict) -> None:
-    try:
-        config = from_hf(raw_config(name) | changes)
-    except ValueError:
-        return
-    assert from_hf(json.loads(json.dumps(to_hf(config)))) == config

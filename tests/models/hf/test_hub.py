@@ -1,4 +1,4 @@
-"""Pushing to the hub, with a hub that is an object here."""
+"""Pushing to the hub, with a fake hub."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,16 +76,16 @@ def run_export(run: Path, out: Path, *more: str) -> int:
 def test_what_is_pushed_is_listed_first_and_private(
     run_dir: Path, tmp_path: Path, api: FakeApi, capsys: pytest.CaptureFixture
 ) -> None:
-    told_before_upload = []
+    printed_before_upload = []
     upload = api.upload_folder
     api.upload_folder = lambda **given: (
-        told_before_upload.append(capsys.readouterr().out),
+        printed_before_upload.append(capsys.readouterr().out),
         upload(**given),
     )  # type: ignore[method-assign]
     assert run_export(run_dir, tmp_path / "out") == 0
     files = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert api.repos == {"me/mine": True} and sorted(api.pushed["me/mine"]) == sorted(files)
-    (told,) = told_before_upload
+    (told,) = printed_before_upload
     assert all(f"{size:,}  {tmp_path / 'out' / name}" in told for name, size in files.items())
     assert (
         f"pushing these {len(files)} files, {sum(files.values()):,} bytes, to me/mine (private)"
@@ -106,13 +106,10 @@ def test_a_repository_that_is_public_already_is_refused(
     """The hub keeps the visibility of what exists, whatever a push asks for."""
     api.repos["me/mine"] = False
     assert run_export(run_dir, tmp_path / "out") == 1
-    assert (
-        "push_to=me/mine: is there and public, for all to see. Set private=false"
-        in capsys.readouterr().err
-    )
+    assert "push_to=me/mine: exists and is public. Set private=false" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not api.pushed
     with pytest.raises(
-        ValueError, match="is there and public"
+        ValueError, match="exists and is public"
     ):  # also one that appears between the check and the push
         HubModel(name="me/mine", private=True).push(tmp_path, [])
     assert not api.pushed
@@ -161,7 +158,7 @@ def test_the_folder_stays_when_the_push_fails(
     ("name", "token", "complaint"),
     [("mine", SECRET, "is no name of a model"), ("me/mine", "", "Set HF_TOKEN")],
 )
-def test_a_wrong_name_and_a_missing_token_are_told_before_anything(
+def test_a_wrong_name_and_a_missing_token_are_refused_first(
     run_dir: Path,
     tmp_path: Path,
     api: FakeApi,

@@ -1,4 +1,7 @@
-"""Loading holds the model once, and exports hold a piece of it; measured in processes of their own (tests/memory.py)."""
+"""Peak memory: loading holds the model once, exports a small part of it.
+
+Measured in processes of their own (tests/memory.py).
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[3]
 ROOM = 150.0
-"""MiB for what does not grow with the model: compiled programs, buffers of the allocator, pages of libraries."""
+"""MiB for what does not grow with the model: compiled programs, allocator, pages of libraries."""
 
 
 def measured(what: str, folder: Path) -> float:
@@ -49,7 +52,7 @@ def test_a_sharded_load_holds_the_model_once(folder: Path, axis: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["full", "merged", "adapter"])
-def test_an_export_holds_a_piece_of_the_model(folder: Path, form: str) -> None:
-    """The largest piece, the token embedding, is a tenth of the model: 62 MiB in float32, and 31 as it is in the file."""
+def test_an_export_holds_a_part_of_the_model(folder: Path, form: str) -> None:
+    """The largest weight, the token embedding, is a tenth of the model: 62 MiB, 31 in the file."""
     model = model_mib(load_model_config(folder / "model"))
     assert measured(f"export {form}", folder) < 62 + 31 + ROOM + 20 < 0.45 * model

@@ -1,4 +1,4 @@
-"""Weights: round trips through files and meshes for every family, and what reading and writing hold in memory."""
+"""Weights: round trips through files and meshes for every family, and peak memory."""
 
 import dataclasses
 import functools
@@ -19,8 +19,9 @@ from jaxdpo.distributed.sharding import make_mesh, param_shardings
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf import mxfp4
 from jaxdpo.models.hf.config_json import load_model_config
-from jaxdpo.models.hf.load_save import fold_names, load_params, save_params, weights_fingerprint
+from jaxdpo.models.hf.load_save import load_params, save_params
 from jaxdpo.models.hf.tensor_map import files_of, readable_tables, weight_table
+from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.params import abstract_params, logical_axes
 from tests.families import TINY, tiny
 
@@ -104,7 +105,7 @@ def header_bytes(path: Path) -> int:
 
 @pytest.mark.parametrize("name", TINY)
 def test_files_to_parameters_to_files(tmp_path: Path, name: str) -> None:
-    """Every number of the files comes back to its place, so the table is right in both directions."""
+    """Every number of the files comes back, so the table is right in both directions."""
     tensors = random_files(tmp_path / "in", tiny(name))
     params = load_params(tmp_path / "in", tiny(name), None, "float32")
     (tmp_path / "out").mkdir()
@@ -137,7 +138,7 @@ def test_sharded_over_eight_devices_and_back(
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_joint_experts_are_read_too(tmp_path: Path, name: str) -> None:
-    """The form that transformers 5 has in memory: one tensor for all experts, gate and up one after the other."""
+    """transformers 5's layout in memory: one tensor for all experts, gate and up side by side."""
     tensors = random_files(tmp_path, tiny(name), form=1)
     loaded = load_params(tmp_path, tiny(name), shardings(tiny(name), fsdp=4, tensor=2), "float32")[
         "layers"
@@ -148,7 +149,7 @@ def test_joint_experts_are_read_too(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_packed_experts_are_unpacked_while_they_are_read(
+def test_mxfp4_experts_are_dequantized_while_they_are_read(
     tmp_path: Path, mesh: dict[str, int] | None
 ) -> None:
     config = tiny("gpt_oss")
@@ -186,7 +187,7 @@ def test_files_of_a_bare_decoder_are_read(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}])
 def test_loaded_arrays_can_be_donated(tmp_path: Path, mesh: dict[str, int]) -> None:
-    """Copies on several devices must not share memory: an update in place on one would show on the others."""
+    """Replicas must not share memory: a donated update in place would show on the others."""
     config = dataclasses.replace(PLAIN, vocab_size=4096)
     params = random_params(config)
     save_params(tmp_path, config, params, "float32")
@@ -257,7 +258,7 @@ def test_only_the_slices_of_a_device_are_read(
     ) - sum(whole)
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------------------
+# ---- memory -------------------------------------------------------------------------------------
 
 
 def peak_of(function: Any) -> int:
@@ -271,7 +272,7 @@ def peak_of(function: Any) -> int:
 
 
 @pytest.mark.parametrize("form", [0, 1])
-def test_reading_holds_one_piece_of_one_parameter(
+def test_reading_holds_one_shard_of_one_parameter(
     tmp_path: Path, form: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny("gpt_oss", hidden_size=128, intermediate_size=256)
@@ -293,59 +294,6 @@ def test_writing_holds_one_tensor(tmp_path: Path) -> None:
     params = random_params(config)
     largest = max(int(np.prod(row.hf_shape)) * 4 for row in weight_table(config))
     assert peak_of(lambda: save_params(tmp_path, config, params, "float32")) < 2 * largest + 300_000
-
-
-# ---- differences --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_tied_head_is_not_written_and_an_equal_copy_is_accepted(tmp_path: Path) -> None:
-    params = random_params(TIED)
-    (file,) = save_params(tmp_path, TIED, params, "float32")
-    tensors = safetensors.numpy.load_file(file)
-    assert "lm_head.weight" not in tensors
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
-    safetensors.numpy.save_file(tensors, file)
-    assert_equal(load_params(tmp_path, TIED, None, "float32"), params)
-    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
-    safetensors.numpy.save_file(tensors, file)
-    with pytest.raises(
-        ValueError,
-        match=r"lm_head\.weight: differs from model\.embed_tokens\.weight, although tie_word_embeddings=true",
-    ):
-        load_params(tmp_path, TIED, None, "float32")
-
-
-def test_every_difference_is_told_at_once_with_layers_folded(tmp_path: Path) -> None:
-    save_params(tmp_path, TIED, random_params(TIED), "float32")
-    wider = dataclasses.replace(PLAIN, mlp_size=32)
-    with pytest.raises(ValueError) as error:
-        load_params(tmp_path, wider, None, "float32")
-    told = str(error.value)
-    assert "missing: lm_head.weight" in told
-    assert "not a tensor of this model: model.layers.{0-2}.self_attn.k_proj.bias" in told
-    assert "model.layers.1.mlp.up_proj.weight: has shape [24, 16], must have [32, 16]" in told
-
-
-def test_fold_names() -> None:
-    names = [f"model.layers.{layer}.a" for layer in (0, 1, 2, 5)] + [
-        "model.layers.3.b",
-        "c",
-        "layers.x.d",
-        "layers.99999999999999.e",
-    ]
-    assert fold_names(names) == [
-        "model.layers.{0-2,5}.a",
-        "model.layers.3.b",
-        "c",
-        "layers.x.d",
-        "layers.99999999999999.e",
-    ]
-    names = [f"layers.{layer}.experts.{expert}.w1" for layer in range(2) for expert in range(8)]
-    assert fold_names([*names, "h.3.ln", "h.4.ln"]) == [
-        "layers.{0-1}.experts.{0-7}.w1",
-        "h.{3-4}.ln",
-    ]
 
 
 def test_parameters_that_do_not_fit_are_not_written(tmp_path: Path) -> None:

@@ -57,10 +57,10 @@ def test_pieces_are_those_of_the_whole(index: tuple[slice, slice, slice], dtype:
 def test_only_the_groups_of_a_piece_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, scales = random_weight()
     sizes: list[int] = []
-    numbers = mxfp4._numbers
+    numbers = mxfp4._dequantized
     monkeypatch.setattr(
         mxfp4,
-        "_numbers",
+        "_dequantized",
         lambda blocks, scales: sizes.append(blocks.size * 2) or numbers(blocks, scales),
     )
     mxfp4.read(

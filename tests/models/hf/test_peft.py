@@ -76,7 +76,7 @@ def test_the_files_are_what_peft_writes(tmp_path: Path) -> None:
     assert len(tensors) == 2 * 2 * 4
 
 
-def test_weights_of_one_module_are_written_as_one_adapter(tmp_path: Path) -> None:
+def test_projections_of_one_module_are_written_as_one_adapter(tmp_path: Path) -> None:
     adapter, _ = written(tmp_path, "phi3")
     config, tensors = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
     assert config["target_modules"] == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
@@ -94,7 +94,7 @@ def test_weights_of_one_module_are_written_as_one_adapter(tmp_path: Path) -> Non
     )
 
 
-def test_gpt2s_modules_are_told_apart(tmp_path: Path) -> None:
+def test_gpt2s_two_c_proj_modules_are_distinguished(tmp_path: Path) -> None:
     written(tmp_path / "o", "gpt2", targets=["o"])
     config = json.loads((tmp_path / "o" / CONFIG).read_text())
     assert (
@@ -113,7 +113,7 @@ def test_gpt2s_modules_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_a_module_that_was_trained_whole_falls_apart_exactly(tmp_path: Path, name: str) -> None:
+def test_a_fused_module_that_peft_trained_is_split_exactly(tmp_path: Path, name: str) -> None:
     """As PEFT trains it: one A for q, k and v, and a full B."""
     config, some = tiny(name), lora(name, targets=["q", "k", "v"])
     written(tmp_path, name, targets=["q", "k", "v"])
@@ -168,7 +168,7 @@ def test_other_ranks_and_alphas_of_single_modules_are_understood(tmp_path: Path)
     )
     with pytest.raises(
         ValueError,
-        match=r"model.layers.1.self_attn.v_proj: is scaled otherwise than in the first layer",
+        match=r"model.layers.1.self_attn.v_proj: has another scale than in the first layer",
     ):
         read_peft(tmp_path, config)
     (tmp_path / CONFIG).write_text(
@@ -256,14 +256,14 @@ CORRUPT: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a deeper base": (
         one_of(Q0.replace(".0.", ".4.") + "A.weight", np.zeros((4, 32), np.float32)),
-        r"not a projection of this model: base_model.model.model.layers.4.self_attn.q_proj.lora_A.weight",
+        r"not a projection of this model: base_model.model.model.layers.4.self_attn.q_proj.lora_A",
     ),
     "another family": (
         one_of(
             "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight",
             np.zeros((4, 32), np.float32),
         ),
-        "not a projection of this model: base_model.model.transformer.h.0.attn.c_attn.lora_A.weight",
+        "not a projection of this model: base_model.model.transformer.h.0.attn.c_attn.lora_A",
     ),
     "integers": (
         one_of(Q0 + "A.weight", np.zeros((4, 32), np.int8)),
@@ -283,7 +283,7 @@ def test_what_is_no_adapter_for_the_model_is_refused_by_name(tmp_path: Path, cas
     assert str(tmp_path) in str(caught.value)
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     written(tmp_path, "llama")
     settings(use_dora=True, bias="all", r=-1)(tmp_path)
     with pytest.raises(ValueError) as caught:

@@ -1,4 +1,4 @@
-"""Adapters in PEFT: ours load there and compute what they compute here, and PEFT's own load here."""
+"""Adapters in PEFT: ours load there, PEFT's load here, and both compute the same logits."""
 
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,20 @@ def theirs(model: Any) -> np.ndarray:
 
 def ours(weights: Params, config: ModelConfig, scale: float) -> np.ndarray:
     tokens, options = jnp.asarray(TOKENS), ForwardOptions(attention="dense", lora_scale=scale)
-    slots = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), tokens.shape)
     return np.asarray(
         logits(
             weights,
             config,
-            forward(weights, config, tokens, slots, jnp.zeros_like(slots), slots + 1, options),
+            forward(
+                weights,
+                config,
+                tokens,
+                positions,
+                jnp.zeros_like(positions),
+                positions + 1,
+                options,
+            ),
             options,
         )
     )

@@ -1,4 +1,4 @@
-"""Rope in config.json: both forms, the scalings, rope of a part of each head and of the layers with a window."""
+"""Rope in config.json: both forms, rope scaling, partial rope, rope of sliding-window layers."""
 
 import math
 from typing import Any
@@ -65,7 +65,7 @@ def test_hub_form_and_transformers_5_form_are_read_alike(
 
 
 def test_yarn_reads_deepseeks_factors() -> None:
-    """attention_factor is the ratio of two logarithms where both are given (transformers' mscale, mscale_all_dim)."""
+    """attention_factor is a ratio where mscale and mscale_all_dim are given, as in transformers."""
     scaling = tiny(
         "llama", rope_scaling={**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5}
     ).rope_scaling
@@ -201,12 +201,12 @@ def test_gemma3_has_another_rope_in_layers_with_a_window() -> None:
         (
             "phi3",
             {"partial_rotary_factor": 0.1},
-            r"partial_rotary_factor=0.1: turns 0 of 8 numbers",
+            r"partial_rotary_factor=0.1: rotates 0 of 8 dimensions",
         ),
         (
             "phi3",
             {"partial_rotary_factor": 2.0},
-            r"partial_rotary_factor=2.0: turns 16 of 8 numbers",
+            r"partial_rotary_factor=2.0: rotates 16 of 8 dimensions",
         ),
         (
             "phi3 long",

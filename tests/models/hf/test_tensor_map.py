@@ -1,4 +1,4 @@
-"""The table of weights: sizes and names of the real models, and that it agrees with the decoder and with transformers."""
+"""The weight table: sizes and names of real models, agreement with decoder and transformers."""
 
 import json
 import math
@@ -116,12 +116,14 @@ def test_tiny_models_have_the_decoders_parameters_in_every_form(name: str) -> No
         ("gpt_oss", "layers/attn/sinks", "model.layers.2.self_attn.sinks", (4,)),
     ],
 )
-def test_where_parameters_lie(name: str, path: str, tensor: str, shape: tuple[int, ...]) -> None:
+def test_where_parameters_are_stored(
+    name: str, path: str, tensor: str, shape: tuple[int, ...]
+) -> None:
     (row,) = [row for row in weight_table(tiny(name)) if row.path == path]
     assert files_of(row)[tensor] == shape and tensor in row.names()
 
 
-def test_parts_of_a_shared_tensor_are_told_apart() -> None:
+def test_parameters_of_a_shared_tensor_are_sliced_out() -> None:
     rows = {row.path: row for row in weight_table(tiny("phi3"))}
     tensor = np.arange(64 * 32, dtype=np.float32).reshape(64, 32)
     np.testing.assert_array_equal(
@@ -137,7 +139,7 @@ def test_parts_of_a_shared_tensor_are_told_apart() -> None:
     )
 
 
-# ---- against transformers -----------------------------------------------------------------------------------------------------
+# ---- against transformers -----------------------------------------------------------------------
 
 
 def meta_model(config: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Corrupt folders are refused by name, with no more memory than the files take; fingerprints name the weights."""
+"""Corrupt files and folders are refused by name, in bounded memory; fingerprints."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ PLAIN = ModelConfig(
     max_positions=64,
 )
 SLACK = 4_000_000
-"""Bytes that refusing may take beyond the size of the files: what JSON becomes in Python, and the text of the error."""
+"""Bytes that refusing may take beyond the size of the files: parsed JSON, text of the error."""
 
 
 def write(folder: Path, max_shard_bytes: int | None = None, seed: int = 0) -> list[Path]:
@@ -52,7 +52,7 @@ def write(folder: Path, max_shard_bytes: int | None = None, seed: int = 0) -> li
 
 
 def refusal(folder: Path, config: ModelConfig = PLAIN) -> str:
-    """The ValueError with which a folder is refused; it must not have taken more memory than the folder's files."""
+    """The ValueError that refuses a folder, with no more memory than the folder's files."""
     files = sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
     tracemalloc.start()
     try:
@@ -83,7 +83,7 @@ def test_fingerprint_names_the_weights(tmp_path: Path, monkeypatch: pytest.Monke
     assert before.startswith("sha256-blocks:")
 
 
-# ---- corrupt folders: each is made from a sound one by one change --------------------------------------------------------------
+# ---- corrupt folders: each is made from a sound one by one change ------------------------------
 
 
 def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
