@@ -151,7 +151,7 @@ def measured(name: str, sizes: dict[str, int], devices: list[Any]) -> dict[str, 
 
 def described(one: Collective) -> str:
     """For the .json: one collective in a line."""
-    return f"{one.times} x {one.kind} over {' and '.join(one.axes)}, {one.sent / 2**20:.1f} MiB: {one.shapes} {one.where[-80:]}"
+    return f"{one.count} x {one.kind} over {' and '.join(one.axes)}, {one.sent / 2**20:.1f} MiB: {one.shapes} {one.op_name[-80:]}"
 
 
 def compiled_step(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
