@@ -103,7 +103,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--rounds", type=int, default=6, help="undisturbed rounds wanted, each of both orders"
     )
     parser.add_argument("--steps-per-round", type=int, default=2)
-    parser.add_argument("--pairs-per-step", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results")
@@ -122,7 +122,7 @@ def prepare(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
         f"--out={setup.folder}",
     ]
     command += [f"--rounds={SPARE * args.rounds}", f"--steps-per-round={args.steps_per_round}"]
-    command += [f"--pairs-per-step={args.batch_size}", f"--max-length={args.max_length}"]
+    command += [f"--batch-size={args.batch_size}", f"--max-length={args.max_length}"]
     subprocess.run(command, cwd=BENCHMARKS, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     return json.loads((setup.folder / "plan.json").read_text(encoding="utf-8"))
 

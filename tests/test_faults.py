@@ -1,4 +1,4 @@
-"""The short form of benchmarks/faults.py: a few of each fault, done to real processes; and disks that are full or cannot be written."""
+"""A few of each fault of benchmarks/faults.py, on real processes; and disks full or read-only."""
 
 import contextlib
 import random
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import faults
-from benchmarks.faults import MUTATIONS, Runs
+from benchmarks import fault_runs, faults
+from benchmarks.fault_runs import Runs
+from benchmarks.faults import MUTATIONS
 from benchmarks.forks import Server
 
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
@@ -21,28 +22,28 @@ TOTAL = 150
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """Of forks that share their imports."""
-    with contextlib.closing(Server(faults.ENVIRONMENT)) as server:
+    """A server of forks that share their imports."""
+    with contextlib.closing(Server(fault_runs.ENVIRONMENT)) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The inputs, and the untouched run: as it is typed, not in a fork."""
+    """The inputs, and the uninterrupted run: a process as a user starts it, not a fork."""
     return Runs(tmp_path_factory.mktemp("faults"), TOTAL)
 
 
 @pytest.fixture(scope="module")
 def stopped(runs: Runs, server: Server) -> Path:
-    """A run that SIGTERM stopped halfway, to be copied."""
-    event = faults.interrupt(
+    """A run that SIGTERM stopped halfway, for copies."""
+    event = fault_runs.interrupt(
         runs, runs.folder / "stopped", signal.SIGTERM, "step", TOTAL // 2, random.Random(0), server
     )
     assert event["code"] == 75 and event["saved"] >= event["logged"] >= TOTAL // 2
     return runs.folder / "stopped"
 
 
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(runs: Runs) -> None:
+def test_after_sigkill_at_any_moment_a_resumed_run_ends_with_the_same_bits(runs: Runs) -> None:
     found = faults.lane(
         runs,
         runs.folder / "killed",
@@ -53,14 +54,14 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(runs: Runs) -> None:
     assert found["failures"] == [] and [event["code"] for event in found["events"]] == [-9] * 5
 
 
-def test_a_signal_at_any_moment_loses_nothing(runs: Runs) -> None:
+def test_sigterm_at_any_moment_loses_nothing(runs: Runs) -> None:
     kinds = ["before the first step", "evaluation", "save", "generation", "step"]
     found = faults.lane(runs, runs.folder / "stopped-often", signal.SIGTERM, kinds, 2)
     assert found["failures"] == [], found["events"]
 
 
 @pytest.mark.parametrize("lost", MUTATIONS)
-def test_the_suite_sees_what_is_left_out(
+def test_an_incomplete_resume_is_noticed(
     runs: Runs, stopped: Path, server: Server, lost: str, tmp_path: Path
 ) -> None:
     shutil.copytree(stopped, tmp_path / "run")
@@ -68,31 +69,34 @@ def test_the_suite_sees_what_is_left_out(
     assert runs.differences(tmp_path / "run") != []
 
 
-def test_no_flipped_bit_is_silent(stopped: Path) -> None:
+def test_every_flipped_bit_is_found(stopped: Path) -> None:
     assert faults.flips(stopped, 60, 3)["silent"] == []
 
 
-def test_broken_files_and_junk_are_told_and_survived(
+def test_damaged_files_and_junk_are_logged_and_survived(
     runs: Runs, stopped: Path, server: Server
 ) -> None:
     assert faults.broken_files(runs, stopped, server, every=True)["failures"] == []
 
 
-def test_a_wish_for_a_checkpoint_is_granted(runs: Runs, server: Server, tmp_path: Path) -> None:
+def test_a_file_named_save_asks_for_a_checkpoint(
+    runs: Runs, server: Server, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "save").touch()
+    # No save is due by itself.
     process = runs.start(
-        run, server, "from jaxdpo import runner\nrunner._due = lambda step, every: False"
-    )  # no save is due by itself
-    until = time.monotonic() + faults.PATIENCE
-    while not faults.newest(run) and process.poll() is None:
+        run, server, "from jaxdpo.training import loop\nloop._due = lambda step, every: False"
+    )
+    until = time.monotonic() + fault_runs.PATIENCE
+    while not fault_runs.newest(run) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.01)
-    early = faults.newest(run)
+    early = fault_runs.newest(run)
     assert (
-        process.wait(faults.PATIENCE) == 0 and 0 < early < TOTAL and not (run / "save").exists()
-    ), faults.told(run)
+        process.wait(fault_runs.PATIENCE) == 0 and 0 < early < TOTAL and not (run / "save").exists()
+    ), fault_runs.printed(run)
 
 
 # --- disks ---
@@ -100,7 +104,7 @@ def test_a_wish_for_a_checkpoint_is_granted(runs: Runs, server: Server, tmp_path
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of two megabytes; the test is skipped where none can be made."""
+    """A tmpfs of two megabytes; the test is skipped where none can be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
     made = subprocess.run(
@@ -115,23 +119,23 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """A file that leaves so many bytes free."""
+    """Fill the disk with a file but for so many bytes."""
     path = disk / "filler"
     path.write_bytes(b"x" * (shutil.disk_usage(disk).free - leave))
     return path
 
 
-def test_a_disk_without_room_is_found_before_the_first_step(
+def test_a_disk_too_small_for_a_checkpoint_is_found_before_the_first_step(
     runs: Runs, server: Server, small_disk: Path
 ) -> None:
     fill(small_disk, 150_000)
     assert runs.finish(small_disk / "run", server) == 1
-    words = faults.told(small_disk / "run")
+    words = fault_runs.printed(small_disk / "run")
     assert (
         "a checkpoint takes up to 235," in words
         and f"the disk of {small_disk}/run/checkpoints has" in words
     ), words
-    assert "nothing was trained" in words and faults.last_step(small_disk / "run") == 0
+    assert "nothing was trained" in words and fault_runs.last_step(small_disk / "run") == 0
 
 
 def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(
@@ -139,24 +143,23 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(
 ) -> None:
     run = small_disk / "run"
     run.mkdir()
-    (run / "out.txt").symlink_to(
-        small_disk.parent / "out.txt"
-    )  # what is printed must not need the full disk
+    # The output must not need the full disk.
+    (run / "out.txt").symlink_to(small_disk.parent / "out.txt")
     process = runs.start(run, server)
-    while not faults.newest(run):
-        assert process.poll() is None, faults.told(run)
+    while not fault_runs.newest(run):
+        assert process.poll() is None, fault_runs.printed(run)
         time.sleep(0.005)
     filler = fill(small_disk, 40_000)
-    assert process.wait(faults.PATIENCE) == 1, faults.told(run)
-    words, kept = faults.told(run), faults.newest(run)
+    assert process.wait(fault_runs.PATIENCE) == 1, fault_runs.printed(run)
+    words, kept = fault_runs.printed(run), fault_runs.newest(run)
     assert "disk is full" in words or "No space left on device" in words, words
     assert str(run) in words.splitlines()[-1] and kept > 0
     filler.unlink()
-    assert runs.finish(run, server) == 0, faults.told(run)
-    assert f"resuming after step {kept}" in faults.told(run) and runs.differences(run) == []
+    assert runs.finish(run, server) == 0, fault_runs.printed(run)
+    assert f"resuming after step {kept}" in fault_runs.printed(run) and runs.differences(run) == []
 
 
-def test_a_disk_that_cannot_be_written_is_told(
+def test_a_read_only_disk_is_an_error(
     runs: Runs, server: Server, small_disk: Path, tmp_path: Path
 ) -> None:
     (small_disk / "run").mkdir()
@@ -169,5 +172,5 @@ def test_a_disk_that_cannot_be_written_is_told(
     process = server.start(
         [*words, "data.max_length=32", "data.packed_length=64"], "", tmp_path / "out.txt"
     )
-    assert process.wait(faults.PATIENCE) == 1
+    assert process.wait(fault_runs.PATIENCE) == 1
     assert f"run_dir={small_disk / 'run'}: cannot write to" in (tmp_path / "out.txt").read_text()

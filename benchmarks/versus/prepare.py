@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, required=True, help="rounds of each phase")
     parser.add_argument("--steps-per-round", type=int, required=True)
-    parser.add_argument("--pairs-per-step", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

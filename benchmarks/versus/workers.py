@@ -129,7 +129,7 @@ def start(setup: Setup, rival: Rival, cache: str, steps: list[list[int]] | None 
         ]
         command += [
             f"--cache={setup.scratch / f'cache-{cache}'}",
-            f"--pairs-per-step={setup.batch_size}",
+            f"--batch-size={setup.batch_size}",
         ]
         command += [f"--max-length={setup.max_length}"]
     else:
