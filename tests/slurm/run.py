@@ -1,13 +1,13 @@
 """launch/slurm.sbatch on a real SLURM cluster of this machine: SIGTERM, save, requeue, resume.
 
-    python tests/slurm/run.py              SIGTERM by scancel after a third of the steps: two minutes
-    python tests/slurm/run.py --limit 2    SIGTERM from SLURM before the time limit of two minutes;
-                                           also a cancelled job that must not come back
+    python tests/slurm/run.py             SIGTERM by scancel after a third of the steps (2 minutes)
+    python tests/slurm/run.py --limit 2   SIGTERM from SLURM before the time limit of two minutes;
+                                          also a cancelled job that must not come back
 
 Two tasks train. They must end with the bits of an uninterrupted run. It needs slurmctld, slurmd and
-munge (Debian: apt-get install slurmctld slurmd slurm-client munge), no systemd and no configuration:
-everything is in a temporary folder and is stopped at the end. Without them it says so and ends
-with 0.
+munge (Debian: apt-get install slurmctld slurmd slurm-client munge), no systemd and no
+configuration: everything is in a temporary folder and is stopped at the end. Without them it says
+so and ends with 0.
 """
 
 import argparse
@@ -64,7 +64,7 @@ ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-# cred_expire: a requeued job is held until its old credentials expire, by default after two minutes.
+# cred_expire: a requeued job starts when its old credentials have expired, by default in 2 minutes.
 
 
 class Failure(Exception):
