@@ -1,4 +1,7 @@
-"""A few of each fault of benchmarks/faults.py, on real processes; and disks full or read-only."""
+"""The short form of benchmarks/faults.py: a few of each fault, done to real processes.
+
+Also disks that are full or cannot be written.
+"""
 
 import contextlib
 import random
@@ -22,20 +25,20 @@ TOTAL = 150
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """A server of forks that share their imports."""
+    """Of forks that share their imports."""
     with contextlib.closing(Server(fault_runs.ENVIRONMENT)) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The inputs, and the uninterrupted run: a process as a user starts it, not a fork."""
+    """The inputs, and the untouched run: as it is typed, not in a fork."""
     return Runs(tmp_path_factory.mktemp("faults"), TOTAL)
 
 
 @pytest.fixture(scope="module")
 def stopped(runs: Runs, server: Server) -> Path:
-    """A run that SIGTERM stopped halfway, for copies."""
+    """A run that SIGTERM stopped halfway, to be copied."""
     event = fault_runs.interrupt(
         runs, runs.folder / "stopped", signal.SIGTERM, "step", TOTAL // 2, random.Random(0), server
     )
@@ -43,7 +46,7 @@ def stopped(runs: Runs, server: Server) -> Path:
     return runs.folder / "stopped"
 
 
-def test_after_sigkill_at_any_moment_a_resumed_run_ends_with_the_same_bits(runs: Runs) -> None:
+def test_resume_after_sigkill_at_any_moment_ends_with_the_same_bits(runs: Runs) -> None:
     found = faults.lane(
         runs,
         runs.folder / "killed",
@@ -61,7 +64,7 @@ def test_sigterm_at_any_moment_loses_nothing(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("lost", MUTATIONS)
-def test_an_incomplete_resume_is_noticed(
+def test_the_suite_notices_what_a_resume_leaves_out(
     runs: Runs, stopped: Path, server: Server, lost: str, tmp_path: Path
 ) -> None:
     shutil.copytree(stopped, tmp_path / "run")
@@ -69,26 +72,23 @@ def test_an_incomplete_resume_is_noticed(
     assert runs.differences(tmp_path / "run") != []
 
 
-def test_every_flipped_bit_is_found(stopped: Path) -> None:
+def test_no_flipped_bit_is_silent(stopped: Path) -> None:
     assert faults.flips(stopped, 60, 3)["silent"] == []
 
 
-def test_damaged_files_and_junk_are_logged_and_survived(
+def test_broken_files_and_junk_are_reported_and_survived(
     runs: Runs, stopped: Path, server: Server
 ) -> None:
     assert faults.broken_files(runs, stopped, server, every=True)["failures"] == []
 
 
-def test_a_file_named_save_asks_for_a_checkpoint(
-    runs: Runs, server: Server, tmp_path: Path
-) -> None:
+def test_a_requested_checkpoint_is_saved(runs: Runs, server: Server, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "save").touch()
-    # No save is due by itself.
     process = runs.start(
-        run, server, "from jaxdpo.training import loop\nloop._due = lambda step, every: False"
-    )
+        run, server, "from jaxdpo.training import loop\nloop.is_due = lambda step, every: False"
+    )  # no save is due by itself
     until = time.monotonic() + fault_runs.PATIENCE
     while not fault_runs.newest(run) and process.poll() is None:
         assert time.monotonic() < until
@@ -104,7 +104,7 @@ def test_a_file_named_save_asks_for_a_checkpoint(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of two megabytes; the test is skipped where none can be mounted."""
+    """A disk of two megabytes; the test is skipped where none can be made."""
     place = tmp_path / "disk"
     place.mkdir()
     made = subprocess.run(
@@ -119,13 +119,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Fill the disk with a file but for so many bytes."""
+    """A file that leaves so many bytes free."""
     path = disk / "filler"
     path.write_bytes(b"x" * (shutil.disk_usage(disk).free - leave))
     return path
 
 
-def test_a_disk_too_small_for_a_checkpoint_is_found_before_the_first_step(
+def test_a_disk_without_room_is_found_before_the_first_step(
     runs: Runs, server: Server, small_disk: Path
 ) -> None:
     fill(small_disk, 150_000)
@@ -143,8 +143,9 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(
 ) -> None:
     run = small_disk / "run"
     run.mkdir()
-    # The output must not need the full disk.
-    (run / "out.txt").symlink_to(small_disk.parent / "out.txt")
+    (run / "out.txt").symlink_to(
+        small_disk.parent / "out.txt"
+    )  # what is printed must not need the full disk
     process = runs.start(run, server)
     while not fault_runs.newest(run):
         assert process.poll() is None, fault_runs.printed(run)
@@ -159,7 +160,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(
     assert f"resuming after step {kept}" in fault_runs.printed(run) and runs.differences(run) == []
 
 
-def test_a_read_only_disk_is_an_error(
+def test_a_disk_that_cannot_be_written_is_reported(
     runs: Runs, server: Server, small_disk: Path, tmp_path: Path
 ) -> None:
     (small_disk / "run").mkdir()
