@@ -92,7 +92,7 @@ def _weights(products: Array, sink: float, config: ModelConfig) -> Array:
 
 
 def _turned(x: Array, theta: float, size: int) -> Array:
-    """Pairs of numbers half of `size` apart, as complex numbers, turned by position times frequency."""
+    """Numbers half of `size` apart, as complex pairs, rotated by position times frequency."""
     half = size // 2
     turns = np.exp(1j * np.arange(len(x))[:, None] * theta ** (-np.arange(half) / half))[:, None]
     pairs = (x[..., :half] + 1j * x[..., half:size]) * turns

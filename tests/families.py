@@ -1,4 +1,4 @@
-"""A tiny config.json for every family, in the hub's form, and small variants that read or compute something in another way."""
+"""A tiny config.json for every family, as on the hub, and variants of it."""
 
 from typing import Any
 
