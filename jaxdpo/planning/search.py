@@ -91,7 +91,8 @@ def search(target: Target, config: Config, pair_tokens: PairTokens) -> list[Plan
 def candidates(target: Target, config: Config, pair_tokens: PairTokens) -> Iterator[Plan]:
     """Every sensible mesh, remat policy and packed length, whether it fits or not."""
     # A packed sequence has to hold a pair of the maximal length without a shared prompt.
-    shortest = 2 * config.data.lengths_for(target.model.max_positions)[0]
+    max_length, _ = config.data.lengths_for(target.model.max_positions)
+    shortest = 2 * max_length
     lengths = sorted(
         {length for length in PACKED_LENGTHS if length >= shortest} | {config.data.packed_length}
     )
