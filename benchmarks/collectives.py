@@ -1,11 +1,12 @@
-"""Count what a training step sends between eight devices, by mesh: read from the compiled program, nothing is run or timed.
+"""Bytes that a training step sends between eight devices, by mesh, read from the compiled program.
 
     python benchmarks/collectives.py
     python benchmarks/collectives.py --topology v5e:2x4     (with jax[tpu] installed; needs no TPU)
 
-A step is 8 rows of 2,048 tokens with a frozen reference, in one microbatch on every mesh: a mesh whose devices see one row together has
-one of 16,384. Weights are float32; products are float32 on virtual CPU devices and bfloat16 on TPUs. Loops of unknown length (the LM
-head's chunks) count once; all that they send are two numbers a token along `tensor`.
+Nothing is run or timed. A step is 8 packed sequences of 2,048 tokens with a frozen reference, in
+one microbatch on every mesh; a mesh whose devices share a sequence has one of 16,384. Weights are
+float32; matmuls are float32 on virtual CPU devices and bfloat16 on TPUs. Loops of unknown length
+(the LM head's chunks) count once; all that they send is two numbers per token along `tensor`.
 
 Writes benchmarks/results/collectives-<date>[-<topology>].md and .json.
 """
@@ -151,8 +152,11 @@ def measured(name: str, sizes: dict[str, int], devices: list[Any]) -> dict[str, 
 
 
 def described(one: Collective) -> str:
-    """For the .json: one collective in a line."""
-    return f"{one.times} x {one.kind} over {' and '.join(one.axes)}, {one.sent / 2**20:.1f} MiB: {one.shapes} {one.where[-80:]}"
+    """One collective as a line of the .json file."""
+    return (
+        f"{one.count} x {one.kind} over {' and '.join(one.axes)}, {one.sent / 2**20:.1f} MiB: "
+        f"{one.shapes} {one.op_name[-80:]}"
+    )
 
 
 def compiled_step(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
@@ -166,10 +170,8 @@ def compiled_step(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
     state = jax.eval_shape(
         lambda params: init_state(params, options.optim), abstract_params(model, "float32")
     )
-    fixed, fixed_where = (
-        FrozenState(reference=abstract_params(model, dtype)),
-        FrozenState(reference=where.params),
-    )
+    fixed = FrozenState(reference=abstract_params(model, dtype))
+    fixed_where = FrozenState(reference=where.params)
     train_step, _ = compile_steps(options, mesh, where, fixed_where)
     placed = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
@@ -182,7 +184,7 @@ def compiled_step(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
 
 
 def batch(mesh: jax.sharding.Mesh) -> Batch:
-    """Shapes of a batch of TOKENS slots."""
+    """Shapes of a batch of TOKENS token positions."""
     rows, ids = sharding.num_row_shards(mesh), np.ones(2, np.int32)
     packed = Packer(
         share_prefix=True, num_rows=rows, packed_lengths=(TOKENS // rows,), num_places=PAIRS
@@ -195,23 +197,23 @@ def batch(mesh: jax.sharding.Mesh) -> Batch:
 
 def markdown(about: dict[str, Any], found: list[dict[str, Any]]) -> str:
     """The tables."""
-    head = f"{about['date']}, commit {about['commit']}, jax {about['jax']}, compiled for {about['devices']}: `{about['command']}`."
+    head = (
+        f"{about['date']}, commit {about['commit']}, jax {about['jax']}, "
+        f"compiled for {about['devices']}: `{about['command']}`."
+    )
     what = f"MiB that each device sends in a step of {TOKENS:,} tokens, along the axes of the mesh."
     lines = ["# Bytes sent by a training step", "", head, what, ""]
     for name in dict.fromkeys(item["model"] for item in found):
         some = [item for item in found if item["model"] == name]
         lines += [f"## {name}: {some[0]['weights'] / 1e6:.0f} million weights", ""]
-        lines += ["| mesh | sent, MiB | of which | temporaries, MiB |", "|---|---|---|---|"]
+        lines += ["| mesh | sent, MiB | by kind | temporaries, MiB |", "|---|---|---|---|"]
         for item in some:
-            total, parts = (
-                sum(item["sent"].values()),
-                [(key, size / 2**20) for key, size in item["sent"].items()],
-            )
-            told = ", ".join(f"{size:,.0f} {key}" for key, size in parts if size >= 1)
+            total = sum(item["sent"].values()) / 2**20
+            mebibytes = {key: size / 2**20 for key, size in item["sent"].items()}
+            parts = ", ".join(f"{size:,.0f} {key}" for key, size in mebibytes.items() if size >= 1)
             mesh = " x ".join(f"{axis} {size}" for axis, size in item["mesh"].items())
-            lines.append(
-                f"| {mesh} | {total / 2**20:,.0f} | {told} | {item['temporary_bytes'] / 2**20:,.0f} |"
-            )
+            temporaries = item["temporary_bytes"] / 2**20
+            lines.append(f"| {mesh} | {total:,.0f} | {parts} | {temporaries:,.0f} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -1,9 +1,13 @@
-"""Processes of `python -m jaxdpo.train` that share their imports: a server imports once, and forks for each command before JAX has devices.
+"""Processes of `python -m jaxdpo.train` that share their imports: a server that forks.
 
-A fork has its own process id, ends by signals sent to it, and runs the command's main from its first line on. It saves the ten seconds
-of imports that a hundred starts would take a hundred times.
+The server imports once and forks for each command, before JAX has devices. A fork has its own
+process id, is ended by signals, and runs the command's main from its first line on. This saves the
+ten seconds of imports that each of a hundred starts would take.
 
-    python -m benchmarks.forks        reads a line {"argv", "before", "out"}; answers with the process id, and in the end with the status
+    python -m benchmarks.forks
+
+reads lines of JSON, {"argv", "before", "out"}, and answers each with the process id and, when the
+process has ended, with its exit status.
 """
 
 import json
@@ -20,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Forked:
-    """A process of the server's, used like subprocess.Popen."""
+    """A fork of the server, with the methods of subprocess.Popen."""
 
     def __init__(self, server: "Server", pid: int):
         """The newest process of the server."""
@@ -39,7 +43,7 @@ class Forked:
         """The exit status, negative for a signal.
 
         Raises:
-            TimeoutExpired: it goes on running.
+            TimeoutExpired: it is still running.
         """
         if not self._ended.wait(timeout):
             raise subprocess.TimeoutExpired("fork", timeout or 0)
@@ -52,7 +56,7 @@ class Forked:
 
 
 class Server:
-    """The process that imports; has one fork at a time."""
+    """The importing process. It has one fork at a time."""
 
     def __init__(self, env: dict[str, str]):
         """Start it."""
@@ -71,7 +75,13 @@ class Server:
         return self._process.stdout.readline()
 
     def start(self, argv: list[str], before: str, out: Path) -> Forked:
-        """Run jaxdpo.train's main with these words in a fork; `before` is a program to run first, `out` takes what is printed."""
+        """Run jaxdpo.train's main in a fork.
+
+        Args:
+            argv: the command's options.
+            before: Python source to run first.
+            out: file that the output is appended to.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(
             json.dumps({"argv": argv, "before": before, "out": str(out)}) + "\n"
@@ -90,16 +100,16 @@ class Server:
 def serve() -> None:
     """Fork for each line of standard input."""
     for line in sys.stdin:
-        wish = json.loads(line)
+        request = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            out = os.open(wish["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            out = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
-            exec(wish["before"], {})
+            exec(request["before"], {})
             code = 1
             try:
-                code = main(wish["argv"], leave=os._exit)
+                code = main(request["argv"], leave=os._exit)
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

@@ -1,14 +1,15 @@
-"""Measure decoding beside transformers on CPU: tokens a second of greedy answers, one prompt at a time and sixteen.
+"""Decoding speed beside transformers on CPU: tokens/s of greedy decoding at batch sizes 1 and 16.
 
-    python benchmarks/generate.py --torch-python <python of an environment with torch and transformers>
+    python benchmarks/generate.py --torch-python <python with torch and transformers>
 
-The same 56M-parameter Llama with the same random weights, the same prompts, answers of one length. Every rival is a process of
-its own that lives through the run; the rounds go around all of them, one working at a time, and a ratio is taken within a round. The
-answers are compared: in float32 both sides must say the same. Before anything is timed the script waits for the machine to be
-quiet; a round in which other processes used more than a twentieth of the cores does not count, and another takes its place.
+The same 56M-parameter Llama with the same random weights, the same prompts, completions of one
+length. Every rival is a process of its own for the whole run; the rounds go around all of them, one
+working at a time, and a ratio is taken within a round. The completions are compared: in float32
+they must be equal. Before anything is timed the script waits until the machine is idle; a round in
+which other processes used more than 5% of the cores is repeated.
 
-Writes benchmarks/results/generate-<date>.json with every number and generate-<date>.md with the table. How each side is run is told
-in versus/generate_ours.py and versus/generate_theirs.py.
+Writes benchmarks/results/generate-<date>.json with every number and generate-<date>.md with the
+table. See versus/generate_ours.py and versus/generate_theirs.py for how each side is run.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from versus.workers import BENCHMARKS, FOREIGN_LIMIT, Worker, environment, wait_
 BATCHES = (1, 16)
 DTYPES = ("float32", "bfloat16")
 AIM = 3.0
-"""How many times faster ours is to be with the larger batch."""
+"""The speed-up to reach with the larger batch."""
 VOCAB = 32_000
 SPARE = 3
 """Rounds that may be run for each that is wanted."""
@@ -74,7 +75,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5, help="undisturbed rounds wanted")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--new", type=int, default=128, help="tokens of a completion")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results")
     parser.add_argument("--suffix", default="", help="put after the date in the files' names")
@@ -82,9 +83,12 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def measure(scratch: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Start all rivals, have each answer once untimed, and go around until enough rounds were undisturbed."""
+    """Start all rivals, warm each up, and go around until enough rounds were undisturbed."""
     tell("making the model")
-    code = "import sys, pathlib; from versus.prepare import make_weights; make_weights(pathlib.Path(sys.argv[1]), 0)"
+    code = (
+        "import pathlib, sys; from versus.prepare import make_weights; "
+        "make_weights(pathlib.Path(sys.argv[1]), 0)"
+    )
     folder = scratch / "model"
     subprocess.run(
         [sys.executable, "-c", code, str(folder)],
@@ -144,17 +148,17 @@ def tokens(answer: dict[str, Any]) -> int:
 
 
 def agreement(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Share of the answers' tokens up to the first difference, ours beside transformers', by type.
+    """Share of the completions' tokens before the first difference between the sides, by dtype.
 
     Raises:
         ValueError: in float32 they differ, so the sides did not do the same work.
     """
 
     def same(ours: list[int], theirs: list[int]) -> int:
-        return next(
-            (place for place, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b),
-            len(ours),
-        )
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if a != b:
+                return i
+        return len(ours)
 
     shares = {}
     for dtype in DTYPES:
@@ -167,7 +171,8 @@ def agreement(rounds: list[dict[str, Any]]) -> dict[str, float]:
         )
     if shares["float32"] < 1:
         raise ValueError(
-            f"only {shares['float32']:.1%} of the float32 answers agree; the sides did not do the same work"
+            f"only {shares['float32']:.1%} of the float32 completions agree; "
+            "the sides did not do the same work"
         )
     return shares
 
@@ -200,29 +205,39 @@ def markdown(results: dict[str, Any]) -> str:
                 f"| {batch} | {dtype} | {cells[0]} | {cells[1]} | {faster} | {aim} | {met} |"
             )
     clean = sum(item["clean"] for item in results["rounds"])
-    disturbed = (
-        "" if clean else "**Other work ran beside every round: these numbers mean little.**\n\n"
-    )
+    disturbed = ""
+    if not clean:
+        disturbed = "**Other work ran beside every round: these numbers mean little.**\n\n"
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return (
-        f"# Decoding: jaxdpo and transformers side by side, {config['date']}\n\n`{config['command']}` at commit {config['commit']}\n\n"
-        f"- {machine['cpu']} (family/model {machine['family_model']}; {', '.join(machine['isa'])}), {machine['cores_used']} of "
-        f"{machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['system']}; "
+        f"# Decoding: jaxdpo and transformers side by side, {config['date']}\n\n"
+        f"`{config['command']}` at commit {config['commit']}\n\n"
+        f"- {machine['cpu']} (family/model {machine['family_model']}; "
+        f"{', '.join(machine['isa'])}), {machine['cores_used']} of {machine['cores']} cores, "
+        f"{machine['memory_bytes'] / 1e9:.0f} GB, {machine['system']}; "
         f"load before the run {machine['load_before']:.2f}\n"
-        f"- {', '.join(f'{name} {number}' for name, number in results['versions'].items())}\n"
-        "- Llama of 56M parameters (hidden 512, 8 layers, 8 heads, 4 kv heads, mlp 1408, vocabulary 32,000, untied head), random weights; "
-        f"prompts of {config['prompt']} tokens, answers of {config['new']}, greedy\n\n{disturbed}"
-        "| batch | type | ours, tokens/s, median (range) | transformers, tokens/s | ours is faster by | wanted | met |\n"
+        f"- {versions}\n"
+        "- Llama of 56M parameters (hidden 512, 8 layers, 8 heads, 4 kv heads, mlp 1408, "
+        "vocabulary 32,000, untied head), random weights; "
+        f"prompts of {config['prompt']} tokens, completions of {config['new']}, greedy\n\n"
+        f"{disturbed}"
+        "| batch | dtype | ours, tokens/s, median (range) | transformers, tokens/s "
+        "| ours is faster by | wanted | met |\n"
         "| ---: | --- | ---: | ---: | ---: | --- | --- |\n" + "\n".join(rows) + "\n\n"
-        "A call from prompts on the host to answers on the host, the prompts' own pass included; new tokens divided by its seconds. "
-        f"{clean} of {len(results['rounds'])} rounds were undisturbed and count. Both sides hold the weights in the type named. CompletionLogps "
-        "agree in all float32 tokens; in bfloat16, where rounding decides between near equals, they part after "
+        "A call from prompts on the host to completions on the host, with prefill; new tokens "
+        f"divided by its seconds. {clean} of {len(results['rounds'])} rounds were undisturbed and "
+        "count. Both sides have the weights in the dtype named. Completions agree in all float32 "
+        "tokens; in bfloat16, where rounding decides between near equals, they diverge after "
         f"{results['agreement']['bfloat16']:.0%} of their tokens.\n"
     )
 
 
 def configuration(args: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for, without places on this machine."""
-    command = f"python benchmarks/generate.py --torch-python <python> --rounds {args.rounds} --cores {args.cores}"
+    """The options of the run, without paths of this machine."""
+    command = (
+        "python benchmarks/generate.py --torch-python <python> "
+        f"--rounds {args.rounds} --cores {args.cores}"
+    )
     today = datetime.date.today().isoformat()
     return {
         "date": today,

@@ -1,10 +1,12 @@
-"""Kill a training run at random moments, run the same command again, and compare with a run that nobody touched.
+"""Kill a training run at random moments, resume it, and compare with an uninterrupted run.
 
-    python benchmarks/kill_and_resume.py --model <Hugging Face folder> --data <pairs> [--kills 3] [option=value ...]
+    python benchmarks/kill_and_resume.py --model <Hugging Face folder> --data <pairs> [--kills 3]
+                                         [option=value ...]
 
-Two epochs are trained. The run under test is ended by SIGKILL `--kills` times, at random steps of its own progress (the last
-one in epoch 2), and started again each time. In the end every array of the last checkpoint, and every row of metrics.jsonl
-but for the keys that depend on the clock, must equal the untouched run's, bit for bit. Writes results/kill_and_resume-<date>.json.
+Two epochs are trained. The run under test is ended by SIGKILL `--kills` times, at random steps of
+its own progress (the last one in epoch 2), and started again each time. In the end every array of
+the last checkpoint, and every row of metrics.jsonl except the keys that depend on the clock, must
+equal the uninterrupted run's, bit for bit. Writes results/kill_and_resume-<date>.json.
 """
 
 import argparse
@@ -40,23 +42,24 @@ def main() -> int:
             "train.epochs=2",
             *options,
         ]
-        untouched, killed = Path(folder) / "untouched", Path(folder) / "killed"
-        subprocess.run([*command, f"run_dir={untouched}"], check=True, stdout=subprocess.DEVNULL)
-        total = max(row["step"] for row in rows(untouched))
+        uninterrupted, killed = Path(folder) / "uninterrupted", Path(folder) / "killed"
+        subprocess.run(
+            [*command, f"run_dir={uninterrupted}"], check=True, stdout=subprocess.DEVNULL
+        )
+        total = max(row["step"] for row in rows(uninterrupted))
         draw = random.Random(args.seed)
-        marks = sorted(draw.randint(2, total - 2) for _ in range(args.kills - 1)) + [
-            draw.randint(total // 2 + 1, total - 1)
-        ]
-        kills = [
-            kill_at([*command, f"run_dir={killed}"], killed, mark, draw) for mark in sorted(marks)
-        ]
+        marks = sorted(draw.randint(2, total - 2) for _ in range(args.kills - 1))
+        marks.append(draw.randint(total // 2 + 1, total - 1))
+        kills = []
+        for mark in sorted(marks):
+            kills.append(kill_at([*command, f"run_dir={killed}"], killed, mark, draw))
         subprocess.run([*command, f"run_dir={killed}"], check=True, stdout=subprocess.DEVNULL)
         result = {
             "command": " ".join(["python -m jaxdpo.train", *options, "train.epochs=2"]),
             "steps": total,
             "killed after step": kills,
-            "different arrays": different_arrays(untouched, killed, total),
-            "different metrics rows": different_rows(untouched, killed),
+            "different arrays": different_arrays(uninterrupted, killed, total),
+            "different metrics rows": different_rows(uninterrupted, killed),
         }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"kill_and_resume-{datetime.date.today()}.json").write_text(
@@ -79,7 +82,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def kill_at(command: list[str], run: Path, mark: int, draw: random.Random) -> int:
-    """Start the command and kill it a random moment after it logged step `mark`; returns the last step logged."""
+    """Start the command and kill it shortly after it logged step `mark`; returns the last step."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None and last_step(run) < mark:
             time.sleep(0.02)
@@ -104,23 +107,22 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def different_rows(one: Path, other: Path) -> list[int]:
     """Steps whose rows differ, or that one run lacks."""
     a, b = rows(one), rows(other)
-    return sorted(
-        {row["step"] for row in a if row not in b}
-        | {row["step"] for row in b if row not in a}
-        | ({-1} if len(a) != len(b) else set())
-    )
+    different = {row["step"] for row in a if row not in b}
+    different |= {row["step"] for row in b if row not in a}
+    if len(a) != len(b):
+        # A row that is there twice.
+        different.add(-1)
+    return sorted(different)
 
 
 def different_arrays(one: Path, other: Path, step: int) -> list[str]:
     """Arrays of the checkpoint of `step` that differ in any bit."""
-    leaves = [flat(load(run / "checkpoints" / str(step) / "state")) for run in (one, other)]
-    names = leaves[0].keys() | leaves[1].keys()
-    return sorted(
-        name
-        for name in names
-        if not all(name in side for side in leaves)
-        or leaves[0][name].tobytes() != leaves[1][name].tobytes()
-    )
+    ours, theirs = (flat(load(run / "checkpoints" / str(step) / "state")) for run in (one, other))
+    different = ours.keys() ^ theirs.keys()
+    for name in ours.keys() & theirs.keys():
+        if ours[name].tobytes() != theirs[name].tobytes():
+            different.add(name)
+    return sorted(different)
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -133,11 +135,10 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
     """Arrays by path."""
     found: dict[str, np.ndarray] = {}
     for key, value in tree.items():
-        found |= (
-            flat(value, f"{prefix}{key}/")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": np.asarray(value)}
-        )
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}/")
+        else:
+            found[f"{prefix}{key}"] = np.asarray(value)
     return found
 
 

@@ -1,7 +1,10 @@
-"""How long the search for near-duplicates takes, what it holds, and what it finds: `python benchmarks/near_duplicates.py [pairs ...]`.
+"""Time, memory and recall of the search for near-duplicate pairs.
 
-Synthetic pairs of about hh-rlhf's lengths, of which one in a hundred is the one before it with the last word of its prompt and of its
-chosen answer exchanged. Times are the processor seconds of one process, which a busy machine changes least.
+    python benchmarks/near_duplicates.py [pairs ...]
+
+Synthetic pairs of about hh-rlhf's lengths, of which one in a hundred repeats the one before it with
+the last word of its prompt and of its chosen completion replaced. Times are CPU seconds of one
+process, which other work on the machine changes least.
 """
 
 import json
@@ -31,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def pairs(count: int) -> Iterator[Preference]:
-    """Synthetic pairs; of EVERY many the last is the one before it, but for two words."""
+    """Synthetic pairs; the last of every EVERY repeats the one before it but for two words."""
     random = np.random.default_rng(0)
     vocabulary = np.array([f"w{number}" for number in range(30_000)])
     common = 1 / np.arange(1, len(vocabulary) + 1)
@@ -70,7 +73,7 @@ def measure(count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure each size in a process of its own, and keep what was found."""
+    """Measure each size in a process of its own and write the results."""
     sizes = tuple(map(int, sys.argv[1:])) or SIZES
     if sizes[0] < 0:
         print(json.dumps(measure(-sizes[0])))

@@ -1,14 +1,16 @@
-"""A model of a billion parameters on a small machine: load it, train LoRA for one step, export it, and read back what was exported.
+"""A model of a billion parameters on a small machine: load, train LoRA for a step, export, reload.
 
     python benchmarks/one_billion.py [--data <folder>]
 
-The checkpoint is random, in the shape of Llama 3.2 1B: 1,235,814,400 weights, bfloat16, in several safetensors files, with GPT-2's
-tokenizer. It is made, and everything else is done, in a temporary folder (about 11 GB). Training and exports are the commands as users type
-them, each a process of its own; loads and the comparison of logits are processes of this file. What is told of each is the most memory
-that the operating system saw it hold (ru_maxrss: devices of a CPU are host memory, and mapped pages of files count too) and its seconds.
+The checkpoint is random, in the shape of Llama 3.2 1B: 1,235,814,400 weights, bfloat16, in several
+safetensors files, with GPT-2's tokenizer. Everything is done in a temporary folder (about 11 GB).
+Training and exports are the commands as users run them, each a process of its own; loads and logits
+are processes of this file. Reported are the peak memory of each process (ru_maxrss: the memory of
+CPU devices is host memory, and mapped pages of files count too) and its seconds.
 
-In the end logits of one prompt are computed in float32 by the base, by the base with the exported adapter, and by the merged models:
-the merged float32 model must be what the adapter makes of the base. Writes results/one_billion-<date>.json and .md.
+In the end logits of one prompt are computed in float32 by the base, by the base with the exported
+adapter, and by the merged models: the merged float32 model must equal the base with the adapter.
+Writes results/one_billion-<date>.json and .md.
 """
 
 import argparse
@@ -76,15 +78,16 @@ TRAINING = {
     "log.tensorboard": "false",
     "train.compilation_cache": "null",
 }
-"""The learning rate is far too high, so that one step shows in bfloat16."""
+"""The learning rate is far too high, so that one step changes bfloat16 weights."""
 FREE_BYTES = 10e9
+"""Memory that has to be available: training peaked at 9.15 GiB (results of 2026-11-23)."""
 
 
-# ---- parts, each run in a process of its own ----------------------------------------------------------------------------------
+# --- parts, each run in a process of its own ---
 
 
 class Drawn:
-    """A parameter that is drawn when it is asked for, one layer at a time; norms are 1."""
+    """A random parameter that is drawn when it is read, one layer at a time; norms are 1."""
 
     def __init__(self, path: str, shape: tuple[int, ...]):
         """Of this shape."""
@@ -92,12 +95,11 @@ class Drawn:
 
     def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
         """The layer, or all of it."""
-        shape, rng = self.shape[len(index) :], np.random.default_rng((self._seed, *index))
-        return (
-            np.ones(shape, np.float32)
-            if self._norm
-            else np.float32(0.02) * rng.standard_normal(shape, dtype=np.float32)
-        )
+        shape = self.shape[len(index) :]
+        if self._norm:
+            return np.ones(shape, np.float32)
+        rng = np.random.default_rng((self._seed, *index))
+        return np.float32(0.02) * rng.standard_normal(shape, dtype=np.float32)
 
 
 def make(folder: Path, tokenizer: Path) -> dict[str, Any]:
@@ -119,13 +121,13 @@ def make(folder: Path, tokenizer: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, axis: str, dtype: str) -> dict[str, Any]:
-    """Load it, over all devices along one axis of the mesh."""
+    """Load the checkpoint, sharded over all devices along one axis of the mesh."""
     model = load_model_config(folder)
     mesh = sharding.make_mesh(MeshSection(**{axis: len(jax.devices())}))
     shapes = abstract_params(model, dtype)
-    places = sharding.param_shardings(mesh, logical_axes(model), shapes)
+    shardings = sharding.param_shardings(mesh, logical_axes(model), shapes)
     began = time.perf_counter()
-    params = jax.block_until_ready(load_params(folder, model, places, dtype))
+    params = jax.block_until_ready(load_params(folder, model, shardings, dtype))
     seconds = time.perf_counter() - began
     return {
         "devices": len(jax.devices()),
@@ -137,18 +139,18 @@ def load(folder: Path, axis: str, dtype: str) -> dict[str, Any]:
 def answer(folder: Path, adapter: str, out: str) -> dict[str, Any]:
     """Logits of the prompt, in float32, by a model or by one with an adapter."""
     model = load_model_config(folder)
-    found = read_peft(Path(adapter), model) if adapter else None
-    params = load_params(folder, model, None, "float32") | (
-        {} if found is None else {"lora": found.adapter}
-    )
-    options = ForwardOptions(
-        compute_dtype="float32", lora_scale=1.0 if found is None else found.lora.scale
-    )
+    params, lora_scale = load_params(folder, model, None, "float32"), 1.0
+    if adapter:
+        found = read_peft(Path(adapter), model)
+        params, lora_scale = params | {"lora": found.adapter}, found.lora.scale
+    options = ForwardOptions(compute_dtype="float32", lora_scale=lora_scale)
     tokens = jnp.asarray([load_tokenizer(str(folder))(PROMPT)["input_ids"]], jnp.int32)
-    slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
     def run(params: Any) -> jax.Array:
-        hidden = forward(params, model, tokens, slots, jnp.zeros_like(slots), slots + 1, options)
+        # A token sees the keys [0, its own position]: causal attention.
+        k_start, k_end = jnp.zeros_like(positions), positions + 1
+        hidden = forward(params, model, tokens, positions, k_start, k_end, options)
         return logits(params, model, hidden, options)
 
     found_logits = np.asarray(jax.jit(run)(params)[0])
@@ -168,11 +170,11 @@ def part(name: str, *args: str) -> list[str]:
     return [sys.executable, __file__, "--part", name, *args]
 
 
-# ---- measuring ----------------------------------------------------------------------------------------------------------------
+# --- measuring ---
 
 
 def measured(command: list[str], log: Path, devices: int = 1) -> dict[str, Any]:
-    """Run a command: its seconds, the most memory it held, and its last line where that is a JSON object."""
+    """Run a command; returns its seconds, peak memory, and the JSON object of its last line."""
     tell(" ".join(command[1:]))
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -186,12 +188,13 @@ def measured(command: list[str], log: Path, devices: int = 1) -> dict[str, Any]:
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
         _, status, usage = os.wait4(process.pid, 0)
-    seconds, lines = time.perf_counter() - began, log.read_text().splitlines()
+    seconds = time.perf_counter() - began
+    lines = log.read_text().splitlines()
     if os.waitstatus_to_exitcode(status) != 0:
         raise SystemExit("\n".join([*lines[-30:], f"failed: {' '.join(command)}"]))
-    told = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    printed = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
     tell(f"{seconds:.0f} s, {usage.ru_maxrss / 2**20:.2f} GiB")
-    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024, **told}
+    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024, **printed}
 
 
 def run_all(data: Path, scratch: Path) -> dict[str, Any]:
@@ -248,54 +251,57 @@ def num_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-# ---- the report ---------------------------------------------------------------------------------------------------------------
+# --- the report ---
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The table."""
     parts, machine, made = results["parts"], results["hardware"], results["parts"]["make"]
     step = parts["train"]["metrics"]
+    load = parts["load"]
     notes = {
-        "make": f"{made['parameters']:,} weights, {made['bytes'] / 1e9:.2f} GB in {made['files']} files",
-        "load": f"{parts['load']['load_seconds']:.1f} s of it loading; the weights are {gib(parts['load']['weights_bytes'])}",
-        "train": f"the step {step['step_seconds']:.1f} s, {step['tokens']:,} tokens; the rest: start, load, compilation, closed form, save",
+        "make": f"{made['parameters']:,} weights, {made['bytes'] / 1e9:.2f} GB "
+        f"in {made['files']} files",
+        "load": f"{load['load_seconds']:.1f} s of it loading; "
+        f"the weights are {gib(load['weights_bytes'])}",
+        "train": f"the step {step['step_seconds']:.1f} s, {step['tokens']:,} tokens; "
+        "the rest: start, load, compilation, closed form, save",
     }
-    notes |= {
-        name: f"{item['load_seconds']:.1f} s of it loading"
-        for name, item in parts.items()
-        if name.startswith("load, ")
-    }
-    notes |= {
-        name: f"{item['bytes'] / 1e9:.3f} GB written"
-        for name, item in parts.items()
-        if name.startswith("export")
-    }
-    rows = [
-        f"| {name} | {item['seconds']:.0f} | {gib(item['peak_bytes'])} | {notes.get(name, '')} |"
-        for name, item in parts.items()
-        if "seconds" in item
-    ]
+    rows = []
+    for name, item in parts.items():
+        if name.startswith("load, "):
+            notes[name] = f"{item['load_seconds']:.1f} s of it loading"
+        if name.startswith("export"):
+            notes[name] = f"{item['bytes'] / 1e9:.3f} GB written"
+        if "seconds" in item:
+            peak = gib(item["peak_bytes"])
+            rows.append(f"| {name} | {item['seconds']:.0f} | {peak} | {notes.get(name, '')} |")
     differences = parts["difference"]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    training = " ".join(f"{key}={value}" for key, value in TRAINING.items())
     return "\n".join(
         [
             f"# One billion parameters, {results['date']}",
             "",
-            f"{machine['cpu']}, {machine['cores_used']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; "
-            + ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-            + f"; commit {results['commit']}. Command: `{results['command']}`",
+            f"{machine['cpu']}, {machine['cores_used']} cores, "
+            f"{machine['memory_bytes'] / 2**30:.0f} GiB; {versions}; "
+            f"commit {results['commit']}. Command: `{results['command']}`",
             "",
-            "A random Llama of the shape of Llama 3.2 1B, bfloat16. Each row is a process of its own; memory is the most that it held "
-            "(ru_maxrss, with the interpreter and its libraries and with mapped pages of files).",
+            "A random Llama of the shape of Llama 3.2 1B, bfloat16. Each row is a process; "
+            "memory is its peak (ru_maxrss, with the interpreter, libraries and mapped pages of "
+            "files).",
             "",
             "| what | seconds | peak memory | |",
             "|---|---|---|---|",
             *rows,
             "",
-            f"Training: `{' '.join(f'{key}={value}' for key, value in TRAINING.items())}`, pairs of hh-rlhf.",
-            f"Loss before the update {step['loss']:.6f} (ln 2 is {math.log(2):.6f}), gradient norm {step['grad_norm']:.4g}.",
+            f"Training: `{training}`, pairs of hh-rlhf.",
+            f"Loss before the update {step['loss']:.6f} (ln 2 is {math.log(2):.6f}), "
+            f"gradient norm {step['grad_norm']:.4g}.",
             "",
-            "Logits of one prompt in float32, largest difference from the base with the exported adapter:",
-            f"merged, float32 file {differences['merged float32']:.2e}; merged, bfloat16 file {differences['merged']:.2e}; "
+            "Logits of one prompt in float32, largest difference from the base with the adapter:",
+            f"merged, float32 file {differences['merged float32']:.2e}; "
+            f"merged, bfloat16 file {differences['merged']:.2e}; "
             f"the base without it {differences['base']:.2e}.",
             "",
         ]

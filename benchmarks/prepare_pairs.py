@@ -1,16 +1,18 @@
-"""Preparation of pairs beside TRL's own: from a file of rows to token ids that a trainer can take.
+"""Preparation of pairs beside TRL's own: from a file of rows to token ids.
 
-    python benchmarks/prepare_pairs.py --trl-python <python of an environment with trl> --tokenizer <folder> [--pairs 100000]
+    python benchmarks/prepare_pairs.py --trl-python <python of an environment with trl>
+                                       --tokenizer <folder> [--pairs 100000]
 
-Synthetic dialogues in the style of hh-rlhf (plain text, Human: and Assistant: turns, words drawn by their frequency in the real
-pairs, lengths as there), one JSON lines file for both sides, the same fast tokenizer, two processes each. Ours is `prepare` as
-`python -m jaxdpo.train` calls it, with an empty cache and then with a full one; TRL's is DPOTrainer's `_prepare_dataset` with
-dataset_num_proc on rows loaded by `datasets`, into an empty cache of its own. Counted alike: from the file to prepared rows, imports
-and the tokenizer's loading aside; tokens are prompt + chosen + rejected as prepared.
+Synthetic dialogues in the style of hh-rlhf (plain text, Human: and Assistant: turns, words and
+lengths drawn from the real pairs), one JSON lines file for both sides, the same fast tokenizer, two
+processes each. Ours is `prepare` as `python -m jaxdpo.train` calls it, with an empty cache and then
+with a full one; TRL's is DPOTrainer's `_prepare_dataset` with dataset_num_proc on rows loaded by
+`datasets`, into an empty cache of its own. Timed alike: from the file to prepared rows, without
+imports and loading the tokenizer; tokens are prompt + chosen + rejected as prepared.
 
-Then ours with four times as many pairs: memory must not grow. Memory is the largest resident size of the main process and, added
-to it, that of the largest worker times their number. Last, a run of the 56M-parameter model of vs_trl.py on the real pairs: the
-share of a step that it waits for its batch.
+Then ours with four times as many pairs: memory must not grow. Memory is the peak resident size of
+the main process plus that of the largest worker times their number. Last, a run of the
+56M-parameter model of vs_trl.py on the real pairs: the share of a step that it waits for its batch.
 
 Writes results/prepare_pairs-<date>.json and .md.
 """
@@ -35,7 +37,7 @@ from versus.workers import BENCHMARKS, environment
 
 SPEED_AIM, MEMORY_AIM, WAIT_AIM = 3.0, 1.5, 0.02
 GROWTH = 4
-"""How many times more pairs the memory test takes."""
+"""Factor by which the memory test has more pairs."""
 
 
 def main() -> None:
@@ -101,7 +103,7 @@ def arguments() -> argparse.Namespace:
 
 
 def write_rows(path: Path, data: Path, count: int) -> None:
-    """Rows of {prompt, chosen, rejected}: turns of words drawn as the real ones are, as long as the real ones."""
+    """Rows of {prompt, chosen, rejected}: words and turn lengths are drawn from the real pairs."""
     with gzip.open(data, "rt", encoding="utf-8") as file:
         texts = [json.loads(line)["chosen"] for line in file]
     words, counts = zip(
@@ -127,7 +129,7 @@ def write_rows(path: Path, data: Path, count: int) -> None:
 
 
 def worker(command: list[str], args: argparse.Namespace, rows: Path, cache: Path) -> dict[str, Any]:
-    """Run one side in a process of its own; what it measured."""
+    """Run one side in a process of its own; returns its measurements."""
     tell(f"{command[-1]} on {rows.name}")
     command = [
         *command,
@@ -217,8 +219,9 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# Preparation of pairs, {results['date']}",
         "",
-        f"At commit {results['commit']}; {machine['cpu']} ({machine['family_model']}), {machine['cores_used']} cores, "
-        f"{results['processes']} processes; load before the run {machine['load_before']:.2f}; {versions}",
+        f"At commit {results['commit']}; {machine['cpu']} ({machine['family_model']}), "
+        f"{machine['cores_used']} cores, {results['processes']} processes; "
+        f"load before the run {machine['load_before']:.2f}; {versions}",
         "",
         "|  | wanted | measured | met |",
         "| --- | ---: | ---: | ---: |",
@@ -234,7 +237,8 @@ def markdown(results: dict[str, Any]) -> str:
         row = results[name]
         rate = f"{row['tokens'] / row['seconds']:,.0f}"
         lines.append(
-            f"| {name} | {row['pairs']:,} | {row['tokens']:,} | {row['seconds']:.1f} | {rate} | {row['gigabytes']:.2f} |"
+            f"| {name} | {row['pairs']:,} | {row['tokens']:,} | {row['seconds']:.1f} "
+            f"| {rate} | {row['gigabytes']:.2f} |"
         )
     return "\n".join([*lines, "", "`again`: the same start with encoded pairs in the cache.", ""])
 

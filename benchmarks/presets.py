@@ -1,10 +1,11 @@
-"""Every preset of configs/ planned for its machine, and compiled where its compiler is installed: a Markdown table.
+"""Plan and compile every preset of configs/ for its machine, and print a Markdown table.
 
-    pip install "jax[tpu]" jax-cuda12-plugin jax-cuda12-pjrt     # compilers; no TPU or GPU is needed
+    pip install "jax[tpu]" jax-cuda12-plugin jax-cuda12-pjrt    # compilers; no TPU or GPU is needed
     python benchmarks/presets.py <folder> [preset ...]
 
-`folder` holds a folder with config.json for each model, by the last part of its name; without it the hub is asked. A TPU program takes
-one to four minutes of one core, a GPU program half a minute.
+`folder` has a folder with config.json for each model, by the last part of the model's name; without
+it the hub is asked. A TPU program takes one to four minutes of one core, a GPU program half a
+minute.
 """
 
 import re

@@ -1,16 +1,17 @@
-"""Measure jaxdpo and TRL side by side on CPU: speed, peak memory, start-up.
+"""jaxdpo and TRL side by side on CPU: speed, peak memory, start-up time.
 
-    python benchmarks/vs_trl.py --trl-python <python of an environment with trl> --data <hh-rlhf .jsonl.gz>
+    python benchmarks/vs_trl.py --trl-python <python with trl> --data <hh-rlhf .jsonl.gz>
 
-The same 56M-parameter Llama with the same random weights, the same tokenizer, the same real pairs in the same order (token
-ids compared), 8 pairs a step, the same AdamW. Every rival is a process of its own that lives through the run; the rounds go
-around all of them, one working at a time, and a ratio is taken within a round. A round has two halves: pairs in random
-order, and in batches of similar length. Each side's mean log-prob of every step is compared, so that it is certain that
-both did the same work. Before anything is timed the script waits for the machine to be quiet; a round in which other
-processes used more than a twentieth of the cores does not count, and another takes its place.
+The same 56M-parameter Llama with the same random weights, the same tokenizer, the same real pairs
+in the same order (token ids are compared), 8 pairs a step, the same AdamW. Every rival is a process
+of its own for the whole run; the rounds go around all of them, one working at a time, and a ratio
+is taken within a round. A round has two halves: pairs in random order, and in batches of similar
+length. Each side's mean log-prob of every step is compared, to be sure that both did the same work.
+Before anything is timed the script waits until the machine is idle; a round in which other
+processes used more than 5% of the cores is repeated.
 
-Writes benchmarks/results/vs_trl-<date>.json with every number and vs_trl-<date>.md with the tables. How each side is run
-is told in versus/ours.py and versus/theirs.py.
+Writes benchmarks/results/vs_trl-<date>.json with every number and vs_trl-<date>.md with the tables.
+See versus/ours.py and versus/theirs.py for how each side is run.
 """
 
 import argparse
@@ -45,7 +46,7 @@ THEIRS = ("trl", "torch", "transformers", "accelerate", "datasets")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 """Largest relative difference of log-probs between the sides."""
 SPARE = 2
-"""Rounds that may be run for each that is wanted, as those disturbed by other work on the machine do not count."""
+"""Rounds that may be run per round wanted: those disturbed by other work do not count."""
 ATTEMPTS = 3
 """Starts of a worker, until one is undisturbed."""
 PATIENCE = 120.0
@@ -103,7 +104,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--rounds", type=int, default=6, help="undisturbed rounds wanted, each of both orders"
     )
     parser.add_argument("--steps-per-round", type=int, default=2)
-    parser.add_argument("--pairs-per-step", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results")
@@ -122,13 +123,13 @@ def prepare(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
         f"--out={setup.folder}",
     ]
     command += [f"--rounds={SPARE * args.rounds}", f"--steps-per-round={args.steps_per_round}"]
-    command += [f"--pairs-per-step={args.batch_size}", f"--max-length={args.max_length}"]
+    command += [f"--batch-size={args.batch_size}", f"--max-length={args.max_length}"]
     subprocess.run(command, cwd=BENCHMARKS, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     return json.loads((setup.folder / "plan.json").read_text(encoding="utf-8"))
 
 
 def count(plan: dict[str, Any], steps: list[list[int]]) -> dict[str, int]:
-    """Tokens of steps: real ones (a prompt once), and what padded batches of chosen and rejected rows hold."""
+    """Tokens of steps: real ones (a shared prompt once), and those of padded batches."""
     lengths = [[[len(ids) for ids in plan["ids"][str(row)]] for row in step] for step in steps]
     longest = [max(prompt + max(answers) for prompt, *answers in step) for step in lengths]
     return {
@@ -138,7 +139,7 @@ def count(plan: dict[str, Any], steps: list[list[int]]) -> dict[str, int]:
 
 
 def measure(setup: Setup, args: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
-    """Start all rivals, go around them, and look at what TRL needs when it recomputes activations."""
+    """Start all rivals, go around them, and measure TRL with gradient checkpointing."""
     starts: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker] = {}
     for rival in RIVALS:
@@ -173,7 +174,7 @@ def launch(
     cache: str = "",
     steps: list[list[int]] | None = None,
 ) -> Worker:
-    """Start a worker and note how long that took; again if the machine was not ours meanwhile."""
+    """Start a worker and record its start time; repeat if other work disturbed it."""
     attempt = 1
     while True:
         wait_until_quiet(PATIENCE)
@@ -181,7 +182,8 @@ def launch(
         worker = start(setup, rival, name, steps)
         starts[label] = worker.start | {"cache": name}
         tell(
-            f"{label}: {worker.start['seconds']:.1f} s to the end of the first step, others {worker.start['foreign']:.1%}"
+            f"{label}: {worker.start['seconds']:.1f} s to the end of the first step, "
+            f"others {worker.start['foreign']:.1%}"
         )
         if worker.start["foreign"] <= FOREIGN_LIMIT or attempt == ATTEMPTS:
             return worker
@@ -192,7 +194,10 @@ def launch(
 def rounds(
     workers: dict[str, Worker], plan: dict[str, Any], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Go around until enough rounds were undisturbed, or there are no more spare ones. Each: what every rival answered, by phase."""
+    """Go around until enough rounds were undisturbed or no spare ones are left.
+
+    Returns for each round what every rival answered, by phase.
+    """
     done: list[dict[str, Any]] = []
     size = args.steps_per_round
     while sum(item["clean"] for item in done) < args.rounds and len(done) < SPARE * args.rounds:
@@ -226,7 +231,7 @@ def rounds(
 def recomputing(
     setup: Setup, rival: Rival, steps: list[list[int]], starts: dict[str, dict[str, Any]]
 ) -> dict[str, float]:
-    """Seconds and peak memory of the step with the most padded tokens, in a process that trains on little else."""
+    """Seconds and peak memory of the step with the most padded tokens, in a process of its own."""
     worker = launch(setup, rival, rival.name, starts, steps=steps)
     answer = worker.ask(do="round", phase="random", steps=1)
     worker.quit()
@@ -234,7 +239,7 @@ def recomputing(
 
 
 def same_work(done: list[dict[str, Any]]) -> dict[str, float]:
-    """Largest relative difference of a step's mean chosen log-prob from that of ours in float32, by rival.
+    """Largest relative difference of a step's mean chosen log-prob from ours in float32, by rival.
 
     Raises:
         ValueError: it is so large that the sides cannot have trained on the same pairs.
@@ -252,13 +257,14 @@ def same_work(done: list[dict[str, Any]]) -> dict[str, float]:
         worst[rival.name] = max(abs(a / b - 1) for a, b in pairs)
         if worst[rival.name] > TOLERANCE[rival.dtype]:
             raise ValueError(
-                f"{rival.name}: log-probs differ from ours by {worst[rival.name]:.2g}; the sides did not do the same work"
+                f"{rival.name}: log-probs differ from ours by {worst[rival.name]:.2g}; "
+                "the sides did not do the same work"
             )
     return worst
 
 
 def configuration(args: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for, without places on this machine."""
+    """The options of the run, without paths of this machine."""
     return {
         "date": datetime.date.today().isoformat(),
         "command": "python benchmarks/vs_trl.py --trl-python <python> "
@@ -273,9 +279,13 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def versions(trl_python: str) -> dict[str, str]:
-    """Versions of what is compared. Imports TRL once, so that its files are in the page cache for every start timed."""
-    code = "import sys, json, trl; from trl import DPOTrainer; from importlib.metadata import version; "
-    code += f"print(json.dumps({{'python (TRL)': sys.version.split()[0]}} | {{name: version(name) for name in {THEIRS}}}))"
+    """Versions of both sides. Importing TRL puts its files into the page cache for all starts."""
+    code = (
+        "import sys, json, trl; from trl import DPOTrainer; "
+        "from importlib.metadata import version; "
+        "found = {'python (TRL)': sys.version.split()[0]}; "
+        f"print(json.dumps(found | {{name: version(name) for name in {THEIRS}}}))"
+    )
     theirs = subprocess.run([trl_python, "-c", code], capture_output=True, text=True, check=True)
     return {
         "python": platform.python_version(),

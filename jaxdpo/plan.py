@@ -1,6 +1,7 @@
-"""`python -m jaxdpo.plan --config file.yaml topology=v5e-16`: memory, time and price of a run, before a machine is rented.
+"""`python -m jaxdpo.plan --config file.yaml topology=v5e-16`: memory, time and price of a run.
 
-Nothing is loaded but config.json; no TPU or GPU is needed. Exit status: 0 it fits, 1 it does not or cannot be planned, 2 wrong options.
+Reads config.json of the model alone and needs no TPU or GPU. Exit status: 0 it fits, 1 it does not
+or cannot be planned, 2 wrong options.
 """
 
 import os
@@ -21,42 +22,46 @@ from jaxdpo.distributed.sharding import num_row_shards
 from jaxdpo.models.hf.config_json import read_config_json
 from jaxdpo.models.hf.folder import read_json
 from jaxdpo.models.hf.hub import fetch_config
-from jaxdpo.planning.aot_compile import Unavailable, compile_step, compiler_devices
-from jaxdpo.planning.batch_shapes import Rows
+from jaxdpo.planning.aot_compile import CompilerUnavailable, compile_step, compiler_devices
+from jaxdpo.planning.batch_shapes import BatchShapes
 from jaxdpo.planning.describe import describe, describe_compiled, describe_remedy, describe_search
 from jaxdpo.planning.machines import Topology, topology
-from jaxdpo.planning.search import Choice, search
+from jaxdpo.planning.search import PairTokens, Plan, search
 from jaxdpo.planning.target import Target
 from jaxdpo.training.resolve import validate
 from jaxdpo.training.trainer import model_folder
 
 FITS, FAULT = 0, 1
 UNNEEDED = ("data.train=", "eval.every=", "model.path=null")
-"""Problems of a training run that do not matter to a plan."""
+"""Problems of a training run that do not matter to a plan, by the start of their message."""
 
 
 @section
 class PlanConfig(Config):
-    """Memory, time and price of a training run on a machine, before it is rented. Takes every option of jaxdpo.train, and these."""
+    """Memory, time and price of a training run on a machine, before the machine is rented.
+
+    Takes every option of jaxdpo.train, and these.
+    """
 
     topology: str | None = None
-    """The machine, which has to be named: v5e-8, v5e-16, v5p-128, v6e-8, v4-8, h100-8, h200-1, a100-8, l4-1, cpu-8 ..."""
+    """The machine (required): v5e-8, v5e-16, v5p-128, v6e-8, v4-8, h100-8, a100-8, l4-1 ..."""
     model_config: str | None = None
-    """The model's config.json, or the folder that holds it, instead of model.path."""
+    """The model's config.json, or its folder, instead of model.path."""
     read_data: bool = False
-    """Read data.train for the true lengths; needs the tokenizer. false: all pairs have pair_tokens."""
+    """Read data.train for true lengths (needs the tokenizer); else all pairs have pair_tokens."""
     pair_tokens: list[int] | None = None
-    """Tokens of a usual pair: [prompt, chosen, rejected]. Default: half of what data.max_length and data.max_prompt_length allow."""
+    """Tokens of a typical pair: [prompt, chosen, rejected]. Default: half of what data.max_length
+    and data.max_prompt_length allow."""
     pairs: int = 10_000
-    """Pairs of an epoch, where the data are not read."""
+    """Pairs of an epoch, for its time and price."""
     price: float | None = None
-    """Dollars for one chip and hour, for the price of an epoch."""
+    """Dollars per chip and hour, for the price of an epoch."""
     efficiency: float = 0.5
-    """Share of the roofline's speed that time and price count with. An assumption: measure one step and set it."""
+    """Share of the roofline's speed that time and price assume. Measure one step and set it."""
     compile: bool = True
-    """Compile the step ahead of time where the platform's compiler is installed. false: estimate only."""
+    """Compile the step ahead of time where the platform's compiler is installed; else estimate."""
     search: bool = True
-    """Look for the fastest mesh, remat policy and row length that fit."""
+    """Search for the fastest mesh, remat policy and packed length that fit."""
 
     def __post_init__(self) -> None:
         tokens = self.pair_tokens
@@ -76,7 +81,10 @@ class PlanConfig(Config):
 
 def check(config: PlanConfig) -> list[str]:
     """Problems that involve more than one option, as messages."""
-    problems = [problem for problem in validate(config) if not problem.startswith(UNNEEDED)]
+    problems = []
+    for problem in validate(config):
+        if not problem.startswith(UNNEEDED):
+            problems.append(problem)
     if config.topology is None:
         problems.append("topology=null: name a machine, e.g. topology=v5e-16")
     if config.model.path is None and (config.model_config is None or config.read_data):
@@ -89,7 +97,7 @@ def check(config: PlanConfig) -> list[str]:
 
 
 def read_model(config: PlanConfig) -> dict[str, Any]:
-    """The parsed config.json.
+    """The model's parsed config.json, from a file, a folder or the hub.
 
     Raises:
         ValueError: there is none.
@@ -103,82 +111,86 @@ def read_model(config: PlanConfig) -> dict[str, Any]:
     return fetch_config(name, config.model.revision)
 
 
-def usual_pair(config: Config, longest: int) -> tuple[int, int, int]:
-    """Prompt, chosen and rejected tokens of a pair that is half as long as it may be."""
-    whole, _ = config.data.lengths_for(longest)
-    prompt = config.data.max_prompt_length or whole // 2
-    return max(prompt // 2, 1), max((whole - prompt) // 2, 1), max((whole - prompt) // 2, 1)
+def typical_pair(config: PlanConfig, target: Target) -> PairTokens:
+    """pair_tokens, or a pair half as long as the maximal one."""
+    if config.pair_tokens is not None:
+        prompt, chosen, rejected = config.pair_tokens
+        return prompt, chosen, rejected
+    max_length, max_prompt = config.data.lengths_for(target.model.max_positions)
+    completion = max((max_length - max_prompt) // 2, 1)
+    return max(max_prompt // 2, 1), completion, completion
 
 
-def choose(config: PlanConfig, target: Target) -> Choice:
-    """The plan of the config as it is.
+def plan_of(config: PlanConfig, target: Target) -> Plan:
+    """The plan of the config as it is, without a search.
 
     Raises:
-        ValueError: it does not fit the machine or the model.
+        ValueError: the config does not fit the machine or the model.
     """
     if not config.read_data:
-        return Choice.of(target, config, pair_of(config, target))
-    program, folder = target.program(config), model_folder(config)
-    data = prepare(program.config.data, load_tokenizer(str(folder)), target.model.vocab_size)
-    pairs, num_rows = config.train.batch_size, num_row_shards(program.mesh)
+        return Plan.of(target, config, typical_pair(config, target))
+    program = target.program(config)
+    section = program.config.data
+    tokenizer = load_tokenizer(str(model_folder(config)))
+    data = prepare(section, tokenizer, target.model.vocab_size)
     loader = Loader.create(
-        data.train, program.config.data, batch_size=pairs, num_rows=num_rows, seed=config.seed
+        data.train,
+        section,
+        batch_size=config.train.batch_size,
+        num_rows=num_row_shards(program.mesh),
+        seed=config.seed,
     )
-    return Choice.with_rows(target, config, program, Rows.of(loader))
-
-
-def pair_of(config: PlanConfig, target: Target) -> tuple[int, int, int]:
-    """Tokens of a usual pair."""
-    if config.pair_tokens is None:
-        return usual_pair(config, target.model.max_positions)
-    prompt, chosen, rejected = config.pair_tokens
-    return prompt, chosen, rejected
+    return Plan.with_shapes(target, config, program, BatchShapes.from_loader(loader))
 
 
 def plan(config: PlanConfig) -> int:
     """Print the plan; returns the exit status.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: there is nothing to plan: an option is wrong, or the model is not supported.
     """
     machine = topology(config.topology or "")
-    use_host(machine)
+    use_cpu(machine)
     target = Target.of(machine, read_model(config))
-    choice = choose(config, target)
-    print(
-        "\n".join(
-            describe(
-                choice,
-                machine,
-                pairs=config.pairs,
-                price=config.price,
-                efficiency=config.efficiency,
-            )
-        )
+    chosen = plan_of(config, target)
+    lines = describe(
+        chosen,
+        machine,
+        pairs=config.pairs,
+        price=config.price,
+        efficiency=config.efficiency,
     )
-    fits = choice.fits
+    print(*lines, sep="\n")
+    fits = chosen.fits
     if config.compile:
-        try:
-            program = target.program(
-                config, compiler_devices(machine, offload=bool(config.train.offload))
-            )
-        except Unavailable as reason:
-            print(f"not compiled: {reason}; all of the above is an estimate")
-        else:
-            compiled = compile_step(program, choice.rows)
-            fits = compiled.fits and compiled.peak <= machine.chip.memory
-            print("\n".join(describe_compiled(compiled, choice, machine)))
-    pair = pair_of(config, target)
+        fits = compile_and_compare(config, target, chosen)
+    pair = typical_pair(config, target)
     found = search(target, config, pair) if config.search or not fits else []
     if config.search or found:
-        print("\n".join(describe_search(found, machine)))
+        print(*describe_search(found, machine), sep="\n")
     if not fits and not found:
-        print("\n".join(describe_remedy(target, config, pair)))
+        print(*describe_remedy(target, config, pair), sep="\n")
     return FITS if fits else FAULT
 
 
-def use_host(machine: Topology) -> None:
-    """Keep to this machine's CPU, with as many devices as are planned for where that is the platform."""
+def compile_and_compare(config: PlanConfig, target: Target, chosen: Plan) -> bool:
+    """Compile the step and print the compiler's figures; whether it fits by these.
+
+    By the estimate where the platform's compiler is not installed.
+    """
+    machine = target.topology
+    try:
+        devices = compiler_devices(machine, offload=bool(config.train.offload))
+    except CompilerUnavailable as reason:
+        print(f"not compiled: {reason}; all of the above is an estimate")
+        return chosen.fits
+    compiled = compile_step(target.program(config, devices), chosen.shapes)
+    print(*describe_compiled(compiled, chosen, machine), sep="\n")
+    return compiled.fits and compiled.peak <= machine.chip.memory
+
+
+def use_cpu(machine: Topology) -> None:
+    """Keep JAX to this machine's CPU, with as many devices as are planned for on cpu-N."""
     if os.environ.get("JAX_PLATFORMS") != "cpu":
         jax.config.update("jax_platforms", "cpu")
     if machine.chip.platform == "cpu" and "JAX_NUM_CPU_DEVICES" not in os.environ:

@@ -44,7 +44,7 @@ help_of() { # the comment at the top of a script, without its first line
 }
 
 pack() { # what a machine needs of this folder, into one file
-  # Mac's tar adds files of its own unless told not to.
+  # macOS's tar adds files of its own by default.
   (cd "$ROOT" && act env COPYFILE_DISABLE=1 tar -czf "$1" --exclude=__pycache__ jaxdpo configs launch pyproject.toml README.md LICENSE)
 }
 

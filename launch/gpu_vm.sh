@@ -55,7 +55,7 @@ first_host() {
   fi
 }
 
-everywhere() { # the command on every host; with several, each is told which of them it is
+everywhere() { # the command on every host; with several, each gets its process id
   if ((${#MACHINES[@]} <= 1)); then
     first_host "$1"
     return

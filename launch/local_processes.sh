@@ -18,7 +18,7 @@ shift
 
 PYTHON=${PYTHON:-python}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} JAX_NUM_CPU_DEVICES=${DEVICES:-1} JAX_PROCESS_COUNT=$count
-# XLA's CPU threads: with as many as a small machine has cores, its simulated devices wait for each other for ever.
+# XLA's CPU threads: with no more than a small machine has cores, simulated devices deadlock in collectives.
 export NPROC=${NPROC:-32}
 free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-$("$PYTHON" -c "$free_port")} || exit 1

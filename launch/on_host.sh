@@ -39,12 +39,12 @@ mount_share() {
   if ! mountpoint -q /mnt/runs; then
     command -v mount.nfs >/dev/null || sudo apt-get install -y -qq nfs-common
     sudo mkdir -p /mnt/runs
-    sudo mount -t nfs -o hard "$share" /mnt/runs # hard: a server that is away for a moment is waited for
+    sudo mount -t nfs -o hard "$share" /mnt/runs # hard: wait for a server that is away for a moment
     sudo chmod 1777 /mnt/runs
   fi
 }
 
-is_running() { # by its arguments too: after a restart of the machine its number may be another's
+is_running() { # by its arguments too: after a reboot the pid may belong to another process
   [[ -f $STATE/pid && $(ps -ww -o args= -p "$(cat "$STATE/pid")" 2>/dev/null) == *jaxdpo.train* ]]
 }
 
@@ -54,7 +54,7 @@ status() {
   elif [[ -f $STATE/exit ]]; then
     echo "exit $(cat "$STATE/exit")"
   elif [[ -f $STATE/pid ]]; then
-    echo "exit 137" # nobody was left to note it: the machine was restarted, or all was killed
+    echo "exit 137" # no process was left to write it: the machine was rebooted, or everything was killed
   else
     echo idle
   fi

@@ -4,7 +4,7 @@
 #   TPU=v5e-16 ZONE=us-west4-a SHARE=10.0.0.2:/runs launch/tpu_babysit.sh --config configs/v5e-16.yaml run_dir=/mnt/runs/mine ...
 #
 # Arguments and variables are those of `tpu_vm.sh run`. It must go on all the while itself: in tmux, or on a small VM.
-# What the run's exit status means: 0 done; 1 and 2 a fault that a restart does not mend: stop; 75 (saved after a signal, or another
+# What the run's exit status means: 0 done; 1 and 2 a fault that a restart does not fix: stop; 75 (saved after a signal, or another
 # host is gone) and anything else (killed, aborted, watchdog): run again, at most FAULTS=5 times in a row for runs of less than 10 minutes.
 # At the end the machine is deleted if there is a SHARE to hold the run; else it is kept and costs on. KEEP=1 keeps it always.
 # Exit status: the run's.
@@ -57,7 +57,7 @@ finish() { # exit status, and what it means
 go_on_after() { # exit status
   case $1 in
     0) finish 0 "done" ;;
-    1 | 2) finish "$1" "stopped at a fault that a restart does not mend" ;;
+    1 | 2) finish "$1" "stopped at a fault that a restart does not fix" ;;
     *)
       ((SECONDS - began < LONG_ENOUGH)) || faults=0
       ((++faults <= FAULTS)) || finish "$1" "ended early $faults times in a row"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Cloud TPU VM or slice. It costs money from `create` until `delete`, running or not.
 #
-#   launch/tpu_vm.sh create              ask for it, and wait until it is there
+#   launch/tpu_vm.sh create              request it, and wait until it is up
 #   launch/tpu_vm.sh push                bring this folder to every host and install it there
 #   launch/tpu_vm.sh preflight ARGS...   look at devices, disks and files before paying for steps
 #   launch/tpu_vm.sh run ARGS...         python -m jaxdpo.train ARGS on every host, in the background

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import faults
-from benchmarks.faults import MUTATIONS, Runs
+from benchmarks import fault_runs, faults
+from benchmarks.fault_runs import Runs
+from benchmarks.faults import MUTATIONS
 from benchmarks.forks import Server
 
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
@@ -25,7 +26,7 @@ TOTAL = 150
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Of forks that share their imports."""
-    with contextlib.closing(Server(faults.ENVIRONMENT)) as server:
+    with contextlib.closing(Server(fault_runs.ENVIRONMENT)) as server:
         yield server
 
 
@@ -38,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture(scope="module")
 def stopped(runs: Runs, server: Server) -> Path:
     """A run that SIGTERM stopped halfway, to be copied."""
-    event = faults.interrupt(
+    event = fault_runs.interrupt(
         runs, runs.folder / "stopped", signal.SIGTERM, "step", TOTAL // 2, random.Random(0), server
     )
     assert event["code"] == 75 and event["saved"] >= event["logged"] >= TOTAL // 2
@@ -88,14 +89,14 @@ def test_a_requested_checkpoint_is_saved(runs: Runs, server: Server, tmp_path: P
     process = runs.start(
         run, server, "from jaxdpo.training import loop\nloop.is_due = lambda step, every: False"
     )  # no save is due by itself
-    until = time.monotonic() + faults.PATIENCE
-    while not faults.newest(run) and process.poll() is None:
+    until = time.monotonic() + fault_runs.PATIENCE
+    while not fault_runs.newest(run) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.01)
-    early = faults.newest(run)
+    early = fault_runs.newest(run)
     assert (
-        process.wait(faults.PATIENCE) == 0 and 0 < early < TOTAL and not (run / "save").exists()
-    ), faults.told(run)
+        process.wait(fault_runs.PATIENCE) == 0 and 0 < early < TOTAL and not (run / "save").exists()
+    ), fault_runs.printed(run)
 
 
 # --- disks ---
@@ -129,12 +130,12 @@ def test_a_disk_without_room_is_found_before_the_first_step(
 ) -> None:
     fill(small_disk, 150_000)
     assert runs.finish(small_disk / "run", server) == 1
-    words = faults.told(small_disk / "run")
+    words = fault_runs.printed(small_disk / "run")
     assert (
         "a checkpoint takes up to 235," in words
         and f"the disk of {small_disk}/run/checkpoints has" in words
     ), words
-    assert "nothing was trained" in words and faults.last_step(small_disk / "run") == 0
+    assert "nothing was trained" in words and fault_runs.last_step(small_disk / "run") == 0
 
 
 def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(
@@ -146,17 +147,17 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_no_checkpoint(
         small_disk.parent / "out.txt"
     )  # what is printed must not need the full disk
     process = runs.start(run, server)
-    while not faults.newest(run):
-        assert process.poll() is None, faults.told(run)
+    while not fault_runs.newest(run):
+        assert process.poll() is None, fault_runs.printed(run)
         time.sleep(0.005)
     filler = fill(small_disk, 40_000)
-    assert process.wait(faults.PATIENCE) == 1, faults.told(run)
-    words, kept = faults.told(run), faults.newest(run)
+    assert process.wait(fault_runs.PATIENCE) == 1, fault_runs.printed(run)
+    words, kept = fault_runs.printed(run), fault_runs.newest(run)
     assert "disk is full" in words or "No space left on device" in words, words
     assert str(run) in words.splitlines()[-1] and kept > 0
     filler.unlink()
-    assert runs.finish(run, server) == 0, faults.told(run)
-    assert f"resuming after step {kept}" in faults.told(run) and runs.differences(run) == []
+    assert runs.finish(run, server) == 0, fault_runs.printed(run)
+    assert f"resuming after step {kept}" in fault_runs.printed(run) and runs.differences(run) == []
 
 
 def test_a_disk_that_cannot_be_written_is_reported(
@@ -172,5 +173,5 @@ def test_a_disk_that_cannot_be_written_is_reported(
     process = server.start(
         [*words, "data.max_length=32", "data.packed_length=64"], "", tmp_path / "out.txt"
     )
-    assert process.wait(faults.PATIENCE) == 1
+    assert process.wait(fault_runs.PATIENCE) == 1
     assert f"run_dir={small_disk / 'run'}: cannot write to" in (tmp_path / "out.txt").read_text()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxdpo.config import cli
-from jaxdpo.plan import PlanConfig, check, choose, main
+from jaxdpo.plan import PlanConfig, check, main, plan_of
 from jaxdpo.planning.aot_compile import refused_bytes
 from jaxdpo.planning.machines import GIB, topology
 from jaxdpo.planning.target import Target
@@ -31,7 +31,7 @@ def lines_of(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_a_plan_needs_config_json_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_needs_only_config_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "topology=cpu-2",
         f"model.path={folder}",
@@ -47,7 +47,7 @@ def test_a_plan_needs_config_json_alone(folder: Path, capsys: pytest.CaptureFixt
         assert re.search(rf"^  {re.escape(part)}.* GiB", out, re.M), part
     assert (
         "cpu-2: 2 x CPU" in out
-        and "4 pairs in 1 microbatch of 2 rows of 384 slots, at most 4096" in out
+        and "4 pairs in 1 microbatch of 2 packed sequences of 384 tokens, at most 4096" in out
     )
     assert "compiled ahead of time:" in out and "all-gather:" in out
     hours, dollars = (
@@ -58,7 +58,7 @@ def test_a_plan_needs_config_json_alone(folder: Path, capsys: pytest.CaptureFixt
     assert "recommended: mesh.data=" in out
 
 
-def test_where_there_is_no_compiler_the_estimate_says_so(
+def test_without_a_compiler_the_estimate_says_so(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -91,15 +91,15 @@ def test_where_there_is_no_compiler_the_estimate_says_so(
         == 0
     )
     out = lines_of(capsys)
-    assert "not compiled: away from a GPU" in out and re.search(
+    assert "not compiled: without a GPU" in out and re.search(
         r"^  optimizer moments \(host\) .* GiB$", out, re.M
     )
     assert re.search(
-        r"^brought from the host to a device: optimizer moments .* GB, in .* s$", out, re.M
+        r"^fetched from the host by a device: optimizer moments .* GB, in .* s$", out, re.M
     )
 
 
-def test_what_does_not_fit_is_said_with_what_would(
+def test_where_nothing_fits_a_remedy_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(
@@ -109,7 +109,9 @@ def test_what_does_not_fit_is_said_with_what_would(
     )
     assert main(["topology=l4-1", f"model_config={tmp_path}", "compile=false"]) == 1
     out = lines_of(capsys)
-    assert "does NOT fit into" in out and "search: no mesh, remat policy or row length fits" in out
+    assert (
+        "does NOT fit into" in out and "search: no mesh, remat policy or packed length fits" in out
+    )
     assert re.search(r"^this fits: lora.rank=16 .*mesh.data=1 model.remat=", out, re.M)
 
 
@@ -167,7 +169,7 @@ def test_what_cannot_be_planned_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_data_give_the_rows_that_the_run_will_have(
+def test_read_data_gives_the_packed_lengths_of_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_model(tmp_path / "model", None)
@@ -182,19 +184,20 @@ def test_data_give_the_rows_that_the_run_will_have(
         main(["topology=cpu-1", *arguments, "data.cache=null", "compile=false", "search=false"])
         == 0
     )
-    slots = re.search(
-        r"8 pairs in 1 microbatch of 1 rows of (\d+) slots, at most (\d+)", lines_of(capsys)
+    shapes = re.search(
+        r"8 pairs in 1 microbatch of 1 packed sequence of (\d+) tokens, at most (\d+)",
+        lines_of(capsys),
     )
-    assert slots and 128 <= int(slots[1]) <= int(slots[2]) <= 256
+    assert shapes and 128 <= int(shapes[1]) <= int(shapes[2]) <= 256
 
 
-def test_help_tells_of_its_own_options_and_of_those_of_train(
+def test_help_lists_its_own_options_and_those_of_train(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = lines_of(capsys)
-    assert "topology=null" in out and "has to be named: v5e-8" in out
+    assert "topology=null" in out and "The machine (required): v5e-8" in out
     assert (
         "Folder of this run: config, metrics, checkpoints." in out
     )  # the doc of an inherited field
@@ -252,8 +255,8 @@ def test_every_preset_fits_its_machine_by_the_estimate(path: Path, tmp_path: Pat
     arguments = ["--config", str(path), f"topology={planned_topology(path)}"]
     config, _ = cli.load(PlanConfig, arguments, command="plan", checks=[check])
     target = Target.of(topology(planned_topology(path)), SIZES[config.model.path or ""])
-    choice = choose(config, target)
-    assert choice.fits and choice.speed.mfu > 0.3
+    plan = plan_of(config, target)
+    assert plan.fits and plan.time.mfu > 0.3
     assert cli.load(PlanConfig, arguments, command="train")[
         0
     ].data.train  # there is something to train on
@@ -264,7 +267,8 @@ def test_every_preset_fits_its_machine_by_the_estimate(path: Path, tmp_path: Pat
     [
         ("RESOURCE_EXHAUSTED: Used 25.50G of 15.75G hbm. Exceeded hbm capacity by 9.75G.", 25.5),
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (512.00M) exceeds available",
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
+            "HLO temporaries (512.00M) exceeds available",
             0.5,
         ),
         ("RESOURCE_EXHAUSTED: in words that are new", math.inf),
@@ -290,7 +294,7 @@ def test_a_refusal_says_how_much_memory_is_needed(message: str, gib: float) -> N
         ["topology=2xv5e-4", "mesh.fsdp=4"],
     ],
 )
-def test_a_step_is_compiled_for_tpus_that_are_not_here(
+def test_a_step_is_compiled_ahead_of_time_for_tpus(
     arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
@@ -306,7 +310,7 @@ def test_a_step_is_compiled_for_tpus_that_are_not_here(
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins") is None, reason="the CUDA plugin is not installed"
 )
-def test_a_step_is_compiled_for_gpus_that_are_not_here(
+def test_a_step_is_compiled_ahead_of_time_for_gpus(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (

@@ -1,8 +1,8 @@
-"""Our side of generate.py: a worker that answers with jaxdpo.sampling.generate.
+"""Our side of generate.py: a worker that decodes with jaxdpo.models.sampling.generate.
 
     python -m versus.generate_ours --folder <model> --dtype bfloat16
 
-A call is timed from prompts on the host to answers on the host.
+A call is timed from prompts on the host to completions on the host.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from .protocol import Channel
 
 
 def main() -> None:
-    """Load, then answer as told."""
+    """Load the model, then answer requests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)

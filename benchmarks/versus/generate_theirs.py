@@ -1,10 +1,11 @@
 # pyright: reportMissingImports=false
-"""The side of transformers in generate.py: a worker that answers with model.generate(). Imports nothing of jaxdpo.
+"""The side of transformers in generate.py: a worker that decodes with model.generate().
 
     python -m versus.generate_theirs --folder <model> --dtype bfloat16 --threads 2
 
-A call is timed from prompts on the host to answers on the host. Its defaults, greedy: attention by PyTorch's scaled dot product,
-a cache that grows. The model's end-of-text token is taken away, so that every answer has its full length.
+Imports nothing of jaxdpo. A call is timed from prompts on the host to completions on the host. Its
+defaults, greedy: attention by PyTorch's scaled dot product, a cache that grows. The model's EOS
+token is removed, so that every completion has the full length.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from .protocol import Channel
 
 
 def main() -> None:
-    """Load, then answer as told."""
+    """Load the model, then answer requests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)

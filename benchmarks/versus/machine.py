@@ -1,4 +1,4 @@
-"""What a result file tells of the machine and the code, and progress on stderr."""
+"""Machine and commit for a result file, and progress on stderr."""
 
 import os
 import platform
@@ -22,17 +22,17 @@ ISA = (
 
 
 def git(*command: str) -> str:
-    """What git says; empty without git."""
+    """The output of a git command; empty without git."""
     return subprocess.run(
         ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     ).stdout.strip()
 
 
 def commit() -> str:
-    """The commit that is measured, marked when the package differs from it."""
-    return git("rev-parse", "--short=12", "HEAD") + (
-        "+changes" if git("status", "--porcelain", "--", ":/jaxdpo") else ""
-    )
+    """The measured commit, marked where the package has uncommitted changes."""
+    head = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--", ":/jaxdpo")
+    return f"{head}+changes" if changed else head
 
 
 def hardware(cores: int) -> dict[str, Any]:

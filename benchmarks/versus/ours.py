@@ -1,9 +1,11 @@
-"""Our side: a worker that trains with what `python -m jaxdpo.train` is made of.
+"""Our side: a worker that trains with the parts of `python -m jaxdpo.train`.
 
     python -m versus.ours --folder <prepared> --run-dir <folder> --cache <folder> --dtype bfloat16
+                          --batch-size 8 --max-length 512
 
-A round is timed from its first batch to the metrics of its last step on the host and in metrics.jsonl: Run.advance, as the
-command calls it, with packing in the loader's thread, transfer, step and logging. Start-up includes the closed-form check.
+A round is timed from its first batch until the metrics of its last step are on the host and in
+metrics.jsonl: Run.advance, as the command calls it, with packing in the loader's thread, transfer,
+step and logging. The start includes the closed-form check.
 """
 
 import argparse
@@ -35,7 +37,7 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class Compiles:
-    """Counts what XLA compiles (or takes from the cache on disk), and for how long."""
+    """Counts the programs that XLA compiles or loads from the cache on disk, and their seconds."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -66,7 +68,7 @@ class Phase:
         self._batches: Iterator[Batch] = run.trainer.loader.stream(1, 1)
 
     def prepare(self) -> None:
-        """Compile the program of every row length that the steps need, by a step of each that changes nothing."""
+        """Compile the program of every packed length, by one step of each that updates nothing."""
         trainer, run, seen = self.run.trainer, self.run, set()
         for step in range(self.next_step, self.num_steps + 1):
             batch = trainer.loader.batch(step)
@@ -98,7 +100,7 @@ class Phase:
 
 
 def read_config(args: argparse.Namespace, phase: str) -> Config:
-    """The options of the command, for one order of the pairs."""
+    """The config of the command, for one order of the pairs."""
     command = [
         f"run_dir={args.run_dir / phase}",
         f"model.path={args.folder / 'model'}",
@@ -117,19 +119,19 @@ def read_config(args: argparse.Namespace, phase: str) -> Config:
 
 
 def open_logger(trainer: Trainer) -> Logger:
-    """Where the steps of a trainer are told."""
+    """The metric logger of a trainer."""
     config = trainer.config
     return Logger(config.run_dir, config.log, trainer.total_steps, None, has_reference=True)
 
 
 def main() -> None:
-    """Start, train the first step, then do as told."""
+    """Start, train the first step, then answer requests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
-    parser.add_argument("--pairs-per-step", type=int, required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--max-length", type=int, required=True)
     args = parser.parse_args()
     channel, compiles = Channel(), Compiles()

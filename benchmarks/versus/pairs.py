@@ -1,4 +1,7 @@
-"""What both sides of prepare_pairs.py share: their options, and what they tell. Standard library only, as both environments import it."""
+"""Options and output that both sides of prepare_pairs.py share.
+
+Standard library only, as both environments import it.
+"""
 
 import argparse
 import json
@@ -15,10 +18,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tell(children: int, **measured: Any) -> None:
-    """Print what was measured, with the most memory that this process held and, of its children, as many as the largest one."""
-    mine, child = (
-        resource.getrusage(who).ru_maxrss * 1024 / 1e9
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+def print_measured(children: int, **measured: Any) -> None:
+    """Print the measurements with peak memory: this process plus `children` times the largest."""
+    mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     print(json.dumps({**measured, "gigabytes": mine + children * child, "main": mine}))

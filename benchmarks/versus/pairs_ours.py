@@ -1,4 +1,4 @@
-"""Our side of prepare_pairs.py: rows of a file to a table of pairs, once."""
+"""Our side of prepare_pairs.py: from rows of a file to a table of pairs, once."""
 
 import time
 
@@ -6,11 +6,11 @@ from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.prepare import prepare
 from jaxdpo.data.tokenize import load_tokenizer
 
-from .pairs import arguments, tell
+from .pairs import arguments, print_measured
 
 
 def main() -> None:
-    """Prepare, and tell the seconds, tokens and memory."""
+    """Prepare, and print seconds, tokens and memory."""
     args = arguments()
     tokenizer = load_tokenizer(args.tokenizer)
     section = DataSection(
@@ -27,7 +27,7 @@ def main() -> None:
     pairs, tokens = (
         done.report["train"][name] + done.report["eval"][name] for name in ("pairs", "tokens")
     )
-    tell(args.processes - 1, pairs=pairs, tokens=tokens, seconds=seconds)
+    print_measured(args.processes - 1, pairs=pairs, tokens=tokens, seconds=seconds)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 # pyright: reportMissingImports=false
-"""TRL's side of prepare_pairs.py: rows of a file to a prepared dataset, once. Runs in an environment that has TRL."""
+"""TRL's side of prepare_pairs.py: from rows of a file to a prepared dataset, once.
+
+Runs in an environment that has TRL.
+"""
 
 import time
 from importlib.metadata import version
@@ -8,11 +11,11 @@ import datasets
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from .pairs import arguments, tell
+from .pairs import arguments, print_measured
 
 
 def main() -> None:
-    """Prepare, and tell the seconds, tokens and memory."""
+    """Prepare, and print seconds, tokens and memory."""
     args = arguments()
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
@@ -34,7 +37,9 @@ def main() -> None:
     versions = {
         f"{name} (TRL)": version(name) for name in ("trl", "datasets", "transformers", "tokenizers")
     }
-    tell(args.processes, pairs=len(done), tokens=tokens, seconds=seconds, versions=versions)
+    print_measured(
+        args.processes, pairs=len(done), tokens=tokens, seconds=seconds, versions=versions
+    )
 
 
 if __name__ == "__main__":

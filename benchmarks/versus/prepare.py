@@ -1,15 +1,18 @@
-"""Make what both sides are given: a model folder, the pairs as text in two orders, and the token ids to expect.
+"""The inputs of both sides: a model folder, pairs as text in two orders, the expected token ids.
 
     python -m versus.prepare --data <jsonl> --out <folder> --rounds 12 --steps-per-round 2
 
     <out>/model/          config.json, model.safetensors (random weights), tokenizer files
-    <out>/random.jsonl    {prompt, chosen, rejected} as text, in one random order; step k trains on rows 8 (k-1) to 8 k
+    <out>/random.jsonl    {prompt, chosen, rejected} as text, in one random order; step k trains on
+                          rows 8 (k-1) to 8 k
     <out>/grouped.jsonl   the same rows in batches of similar length
-    <out>/plan.json       for both phases the rows of random.jsonl that each step trains on, their token ids, facts. The
-                          first step of "random" is what a worker starts with; rounds begin with the second.
+    <out>/plan.json       for both phases the rows of random.jsonl that each step trains on, their
+                          token ids, facts. The first step of "random" is what a worker starts with;
+                          rounds begin with the second.
 
-Our own parser, layout and truncation decide what a pair is. Its ids are then turned back into text, for a trainer that
-takes text; the few pairs whose text does not give the same ids again (the cut went through a word) are left out.
+Our own parser, chat template and truncation decide what a pair is. Its ids are then decoded to
+text, for a trainer that takes text; the few pairs whose text does not give the same ids again (the
+truncation went through a word) are filtered.
 """
 
 import argparse
@@ -60,7 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, required=True, help="rounds of each phase")
     parser.add_argument("--steps-per-round", type=int, required=True)
-    parser.add_argument("--pairs-per-step", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -109,7 +112,10 @@ def main() -> None:
 
 
 def make_model(folder: Path, texts: list[str], seed: int) -> int:
-    """A byte-level BPE of these texts and random weights, as a Hugging Face folder; returns the tokenizer's entries."""
+    """Write a Hugging Face folder with a byte-level BPE of these texts and random weights.
+
+    Returns the size of the tokenizer's vocabulary.
+    """
     folder.mkdir(parents=True)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
@@ -145,7 +151,7 @@ def make_weights(folder: Path, seed: int) -> None:
 def make_rows(
     records: list[Preference], folder: Path, max_length: int
 ) -> tuple[list[dict[str, str]], list[EncodedPair], dict[str, int]]:
-    """The pairs as text and as ids, and counts of what was left out."""
+    """The pairs as text and as ids, with counts of what was filtered."""
     tokenizer = load_tokenizer(str(folder))
     encoder = Encoder.create(
         tokenizer, DataSection(max_length=max_length, max_prompt_length=max_length // 2)
@@ -192,10 +198,10 @@ def same_ids(pair: EncodedPair, other: Any) -> bool:
 
 
 def group_by_length(lengths: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
-    """An order in which the items of a batch have similar lengths, the batches themselves being in random order.
+    """An order in which the items of a batch have similar lengths and the batches are shuffled.
 
-    As transformers' group_by_length does it: a random order, cut into megabatches, each sorted. A last batch that is not
-    full stays last.
+    As in transformers' group_by_length: a random order, cut into megabatches, each sorted. A last
+    batch that is not full stays last.
     """
     order = rng.permutation(len(lengths))
     parts = [
@@ -211,7 +217,8 @@ def steps_of(order: np.ndarray, num_steps: int, batch: int) -> list[list[int]]:
     """The first steps of an order, each a list of rows."""
     if num_steps * batch > len(order):
         raise ValueError(
-            f"{num_steps} steps of {batch} pairs: there are only {len(order)} pairs. Measure fewer rounds or steps"
+            f"{num_steps} steps of {batch} pairs: there are only {len(order)} pairs. "
+            "Measure fewer rounds or steps"
         )
     return order[: num_steps * batch].reshape(num_steps, batch).tolist()
 

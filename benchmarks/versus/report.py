@@ -1,4 +1,4 @@
-"""From the numbers of a run to its tables and to whether each aim is met."""
+"""The tables of vs_trl.py, and whether each aim is met."""
 
 import statistics
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ AIMS = [
     ("random", "ours bf16", "TRL best bf16", 2.3),
     ("grouped", "ours bf16", "TRL best bf16", 1.5),
 ]
-"""Phase, ours, theirs, how many times faster ours is to be."""
+"""Phase, ours, theirs, the speed-up to reach."""
 START_SECONDS = 25.0
 PHASES = {"random": "Pairs in random order", "grouped": "Pairs in batches of similar length"}
 NAMES = [rival.name for rival in RIVALS]
@@ -32,10 +32,8 @@ def seconds(results: dict[str, Any], phase: str, name: str) -> list[float]:
 
 def ratios(results: dict[str, Any], phase: str, ours: str, theirs: str) -> list[float]:
     """How many times faster ours was, in each round."""
-    return [
-        b / a
-        for a, b in zip(seconds(results, phase, ours), seconds(results, phase, theirs), strict=True)
-    ]
+    rounds = zip(seconds(results, phase, ours), seconds(results, phase, theirs), strict=True)
+    return [b / a for a, b in rounds]
 
 
 def warm_peak(results: dict[str, Any], name: str) -> int:
@@ -48,7 +46,7 @@ def warm_peak(results: dict[str, Any], name: str) -> int:
 
 
 def peak(results: dict[str, Any], name: str) -> int:
-    """Peak memory in bytes; for ours the larger of a process that compiles and one that need not."""
+    """Peak memory in bytes; for ours with compilation."""
     cold = results["starts"].get(f"{name}, nothing compiled", {}).get("all_programs", {})
     return max(warm_peak(results, name), cold.get("peak_bytes", 0))
 
@@ -105,13 +103,16 @@ def _head(results: dict[str, Any]) -> str:
     return (
         f"# jaxdpo and TRL side by side, {config['date']}\n\n"
         f"`{config['command']}` at commit {config['commit']}\n\n"
-        f"- {machine['cpu']} (family/model {machine['family_model']}; {', '.join(machine['isa'])}), "
-        f"{machine['cores_used']} of {machine['cores']} cores, {machine['memory_bytes'] / GB:.0f} GB, {machine['system']}; "
+        f"- {machine['cpu']} (family/model {machine['family_model']}; "
+        f"{', '.join(machine['isa'])}), {machine['cores_used']} of {machine['cores']} cores, "
+        f"{machine['memory_bytes'] / GB:.0f} GB, {machine['system']}; "
         f"load before the run {machine['load_before']:.2f}\n"
         f"- {versions}\n"
-        f"- Llama of 56M parameters (hidden 512, 8 layers, 8 heads, 4 kv heads, mlp 1408, vocabulary 32,000, untied head), random weights; "
+        f"- Llama of 56M parameters (hidden 512, 8 layers, 8 heads, 4 kv heads, mlp 1408, "
+        "vocabulary 32,000, untied head), random weights; "
         f"{config['data']}, {results['data']['kept']} pairs; {config['batch_size']} pairs a step, "
-        f"at most {config['max_length']} tokens; {len(counted(results))} rounds of {config['steps_per_round']} steps in each order"
+        f"at most {config['max_length']} tokens; {len(counted(results))} rounds of "
+        f"{config['steps_per_round']} steps in each order"
     )
 
 
@@ -120,11 +121,9 @@ def _aims(results: dict[str, Any]) -> str:
         [item["aim"], item["wanted"], f"{item['measured']:.2f}", "yes" if item["met"] else "**no**"]
         for item in results["verdicts"]
     ]
-    disturbed = (
-        ""
-        if any(item["clean"] for item in results["rounds"])
-        else "**Other work ran beside every round: these numbers mean little.**\n\n"
-    )
+    disturbed = ""
+    if not any(item["clean"] for item in results["rounds"]):
+        disturbed = "**Other work ran beside every round: these numbers mean little.**\n\n"
     return "## Aims\n\n" + disturbed + _table(["", "wanted", "measured", "met"], rows)
 
 
@@ -162,8 +161,8 @@ def _phase(results: dict[str, Any], phase: str) -> str:
     ]
     return (
         f"## {PHASES[phase]}\n\n{_table(header, rows)}\n\n"
-        f"Real tokens: prompt, chosen and rejected answer, each once ({real} in all rounds, a mean of "
-        f"{real / len(used) / config['steps_per_round']:.0f} a step), counted alike for both sides. "
+        f"Real tokens: prompt, chosen and rejected, each once ({real} in all rounds, a mean of "
+        f"{real / len(used) / config['steps_per_round']:.0f} a step), the same for both sides. "
         f"Padded: what TRL's batches hold, prompts twice and padding ({padded})."
     )
 
@@ -180,8 +179,9 @@ def _memory(results: dict[str, Any]) -> str:
         "## Peak memory\n\n"
         + _table(["", "GB"], rows)
         + "\n\nLargest resident memory (ru_maxrss) from the start to the last round; "
-        "ours while it compiles, unless said otherwise. Gradient checkpointing is TRL's default; it is off in every other row, as "
-        "TRL is faster without. Those two rows are of one step, that of the random order with the most padded tokens."
+        "ours with compilation, unless said otherwise. Gradient checkpointing is TRL's default; it "
+        "is off in every other row, as TRL is faster without. Those two rows are of one step, that "
+        "of the random order with the most padded tokens."
     )
 
 
@@ -201,15 +201,15 @@ def _starts(results: dict[str, Any]) -> str:
     header = [
         "",
         "to the end of step 1, s",
-        "of which XLA compiles or loads, s",
-        "then all other row lengths of both orders, s",
+        "XLA compiling or loading in it, s",
+        "then all other packed lengths of both orders, s",
     ]
     return (
         "## Start\n\n"
         + _table(header, rows)
         + "\n\nA fresh process each: imports, weights, tokenizing all pairs, first step. Ours "
-        "includes the closed-form check (one step more). Rows without 'nothing compiled' find their programs in the cache on disk. All "
-        "programs are there before a round is timed."
+        "includes the closed-form check (one step more). Rows without 'nothing compiled' find "
+        "their programs in the cache on disk. All programs are compiled before a round is timed."
     )
 
 
@@ -225,16 +225,22 @@ def _notes(results: dict[str, Any]) -> str:
     late = sum(answer.get("large_programs", 0) for answer in answers)
     clean = sum(item["clean"] for item in results["rounds"])
     others = max(item["foreign"] for item in counted(results))
+    starts = max(item["foreign"] for item in results["starts"].values())
     return (
         "## Notes\n\n"
-        f"- Data: {data['rows_read']} rows read, {data['parsed']} parsed, {data['kept']} used; {data['cut_prompts']} prompts cut at the "
-        f"front to {results['config']['max_length'] // 2} tokens and {data['cut_answers']} answers at the end, by our rule; TRL, "
-        "whose rule differs, was given the text already cut. The token ids of every pair measured were compared and are equal.\n"
-        f"- Same work: largest relative difference of a step's mean chosen log-prob from ours in float32: {same}.\n"
-        f"- {clean} of {len(results['rounds'])} rounds were undisturbed; in those counted, other processes used at most {others:.1%} "
-        f"of the cores. Starts: at most {max(item['foreign'] for item in results['starts'].values()):.1%}.\n"
+        f"- Data: {data['rows_read']} rows read, {data['parsed']} parsed, {data['kept']} used; "
+        f"{data['cut_prompts']} prompts truncated at the front to "
+        f"{results['config']['max_length'] // 2} tokens and {data['cut_answers']} completions at "
+        "the end, by our rule; TRL, whose rule differs, got the truncated text. The token ids of "
+        "every pair measured were compared and are equal.\n"
+        f"- Same work: largest relative difference of a step's mean chosen log-prob from ours in "
+        f"float32: {same}.\n"
+        f"- {clean} of {len(results['rounds'])} rounds were undisturbed; in those counted, other "
+        f"processes used at most {others:.1%} of the cores. Starts: at most {starts:.1%}.\n"
         f"- Programs compiled within timed rounds: {late}.\n"
-        "- TRL at its best: its fused LM head scores the positions of answers only, as on a GPU (see versus/theirs.py). Gradient "
-        "checkpointing, evaluation, logging and saving are off; the reference is computed in every step by both sides; 2 threads.\n"
-        "- bf16: autocast over float32 weights in TRL; bf16 inputs of matrix products with float32 sums, float32 weights, in ours."
+        "- TRL at its best: its fused LM head computes the positions of completions only, as on a "
+        "GPU (see versus/theirs.py). Gradient checkpointing, evaluation, logging and saving are "
+        "off; the reference is computed in every step by both sides; 2 threads.\n"
+        "- bf16: autocast over float32 weights in TRL; bf16 inputs of matmuls with float32 sums, "
+        "float32 weights, in ours."
     )

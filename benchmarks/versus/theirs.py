@@ -1,18 +1,22 @@
 # pyright: reportMissingImports=false
-"""TRL's side: a worker that trains with DPOTrainer.train(). Runs in an environment that has TRL; imports nothing of jaxdpo.
+"""TRL's side: a worker that trains with DPOTrainer.train(), in an environment that has TRL.
 
     python -m versus.theirs --folder <prepared> --dtype bfloat16 --head completions --threads 2
 
-A round is timed within TRL's own loop: from one callback at the end of a step to the one at the end of the round's last
-step, so it holds batches, forward and backward passes, clipping, optimizer and schedule, and nothing else.
+Imports nothing of jaxdpo. A round is timed within TRL's own loop: from one callback at the end of a
+step to the one at the end of the round's last step, so it includes batches, forward and backward
+passes, clipping, optimizer and schedule, and nothing else.
 
 - float32: bf16=False. bfloat16: bf16=True, which is autocast over float32 weights, as on a GPU.
-- `--head completions` turns on what TRL does on a GPU: its fused LM head (add_fused_lm_head, always in use since 1.16)
-  scores only the positions of answers if `_use_triton(device)` holds, and all positions elsewhere. The name that
-  trl.trainer.utils asks is replaced by one that says yes. The kernels ask their own copy of it, which goes on saying no,
-  so that they take their torch code, the only one that runs on a CPU.
-- Gradient checkpointing, TRL's default, is off: without it TRL is faster. `--checkpointing` turns it on.
-- No evaluation, no logging, no saving; the reference is TRL's default, a frozen copy that is asked in every step.
+- `--head completions` turns on what TRL does on a GPU: its fused LM head (add_fused_lm_head, always
+  in use since 1.16) computes only the positions of completions if `_use_triton(device)` holds, and
+  all positions otherwise. The name that trl.trainer.utils asks is replaced by one that says yes.
+  The kernels ask their own copy of it, which still says no, so they take their torch code, the
+  only one that runs on a CPU.
+- Gradient checkpointing, TRL's default, is off: without it TRL is faster. `--checkpointing` turns
+  it on.
+- No evaluation, logging or saving; the reference is TRL's default, a frozen copy that runs in every
+  step.
 """
 
 import argparse
@@ -54,7 +58,7 @@ class Trainer(DPOTrainer):
 
 
 class Rounds(TrainerCallback):
-    """Holds the training loop between rounds, and times them."""
+    """Stops the training loop between rounds, and times them."""
 
     def __init__(self, channel: Channel):
         self.channel = channel
@@ -120,20 +124,14 @@ def make_trainer(args: argparse.Namespace, plan: dict[str, Any], steps: list[lis
 
 def in_turn(plan: dict[str, Any]) -> list[list[int]]:
     """All steps of the plan: the first, then a round of each phase in turn."""
-    size, (first, *rest), grouped = (
-        plan["steps_per_round"],
-        plan["phases"]["random"],
-        plan["phases"]["grouped"],
-    )
-    return [
-        first,
-        *(
-            step
-            for at in range(0, len(grouped), size)
-            for steps in (rest, grouped)
-            for step in steps[at : at + size]
-        ),
-    ]
+    size = plan["steps_per_round"]
+    first, *rest = plan["phases"]["random"]
+    grouped = plan["phases"]["grouped"]
+    steps = [first]
+    for start in range(0, len(grouped), size):
+        steps += rest[start : start + size]
+        steps += grouped[start : start + size]
+    return steps
 
 
 def check_ids(trainer: Trainer, plan: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The driver's side of the workers: start one, time its start, ask it for rounds."""
+"""The driver's side of the workers: start one, time its start, request rounds."""
 
 import dataclasses
 import json
@@ -78,10 +78,13 @@ class Worker:
         answer = self._answer()
         seconds = time.perf_counter() - began
         self.start = {"seconds": seconds, **answer, "foreign": self._foreign(busy, 0.0, seconds)}
-        """What it says after its first step, and the seconds from the start of the process until then."""
+        """Its report of the first step, with the seconds from the process's start until then."""
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer; "foreign" is what else used the cores meanwhile, as a share of them."""
+        """Send a request and wait for its answer.
+
+        "foreign" in the answer is the share of the cores that other processes used meanwhile.
+        """
         assert self._process.stdin is not None
         began, busy, own = time.perf_counter(), busy_seconds(), process_seconds(self._process.pid)
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -105,7 +108,7 @@ class Worker:
         if not line:
             tail = self._log.read_text(encoding="utf-8", errors="replace")[-3000:]
             raise RuntimeError(
-                f"a worker ended (status {self._process.wait()}); its last words:\n{tail}"
+                f"a worker ended (status {self._process.wait()}); its last output:\n{tail}"
             )
         return json.loads(line)
 
@@ -129,7 +132,7 @@ def start(setup: Setup, rival: Rival, cache: str, steps: list[list[int]] | None 
         ]
         command += [
             f"--cache={setup.scratch / f'cache-{cache}'}",
-            f"--pairs-per-step={setup.batch_size}",
+            f"--batch-size={setup.batch_size}",
         ]
         command += [f"--max-length={setup.max_length}"]
     else:
@@ -140,15 +143,16 @@ def start(setup: Setup, rival: Rival, cache: str, steps: list[list[int]] | None 
             f"--head={rival.head}",
             f"--threads={setup.cores}",
         ]
-        command += ["--checkpointing"] * rival.checkpointing + (
-            [f"--steps={json.dumps(steps)}"] if steps else []
-        )
+        if rival.checkpointing:
+            command.append("--checkpointing")
+        if steps:
+            command.append(f"--steps={json.dumps(steps)}")
     command += [f"--folder={setup.folder}", f"--dtype={rival.dtype}"]
     return Worker(command, setup.scratch / f"{slug}-{time.time_ns()}.log", environment(setup.cores))
 
 
 def busy_seconds() -> float:
-    """CPU seconds that this process's cores have worked for anyone, or were taken by the host, since the machine started."""
+    """CPU seconds since boot that this process's cores were busy, or taken by the hypervisor."""
     mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     total = 0
     for line in Path("/proc/stat").read_text().splitlines():
@@ -166,19 +170,18 @@ def process_seconds(pid: int) -> float:
 
 
 def wait_until_quiet(limit: float) -> float:
-    """Return when nothing else has used the cores for two seconds, or after `limit` seconds; returns the seconds waited."""
+    """Wait until the cores were idle for two seconds, at most `limit`; returns the seconds."""
     began, calm = time.perf_counter(), 0
     while calm < 2 and time.perf_counter() - began < limit:
         busy = busy_seconds()
         time.sleep(1.0)
-        calm = (
-            calm + 1 if busy_seconds() - busy < FOREIGN_LIMIT * len(os.sched_getaffinity(0)) else 0
-        )
+        idle = busy_seconds() - busy < FOREIGN_LIMIT * len(os.sched_getaffinity(0))
+        calm = calm + 1 if idle else 0
     return time.perf_counter() - began
 
 
 def environment(cores: int) -> dict[str, str]:
-    """The variables that a worker sees: CPU only, no network, OpenMP on all the cores measured."""
+    """A worker's environment: CPU only, no network, OpenMP on all measured cores."""
     forced = {
         "JAX_PLATFORMS": "cpu",
         "CUDA_VISIBLE_DEVICES": "",

@@ -1,4 +1,4 @@
-"""The packed rows of a step, known by their sizes alone."""
+"""The batches of a run by their shapes alone."""
 
 import dataclasses
 
@@ -11,70 +11,79 @@ from jaxdpo.data.packing import SLOT_MULTIPLE, Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
-    """What a step computes on."""
+class BatchShapes:
+    """Shapes of the packed batch of one optimizer step."""
 
     microbatches: int
+    """Gradient accumulation: microbatches of a step."""
     rows: int
-    """Rows of a microbatch, one for each group of devices that sees its own."""
+    """Packed sequences of a microbatch, one for each data-parallel shard of the mesh."""
     longest: int
-    """Slots of the longest row that the run may meet: what memory must hold."""
-    slots: int
-    """Slots of a usual row: what time is spent on."""
+    """Token positions of the longest packed sequence that may occur; memory is estimated for it."""
+    typical: int
+    """Token positions of a typical packed sequence; time is estimated for it."""
     lengths: np.ndarray
-    """int [pairs, 3]: tokens of prompt, chosen and rejected of a usual step's pairs."""
+    """int [pairs, 3]: tokens of prompt, chosen and rejected in a typical step."""
 
     @classmethod
-    def filled(
+    def uniform(
         cls, section: DataSection, pair_tokens: tuple[int, int, int], pairs: int, num_rows: int
-    ) -> "Rows":
-        """Without data: pairs that all have these lengths, in rows up to data.packed_length."""
+    ) -> "BatchShapes":
+        """Shapes without data: all pairs have the same lengths.
+
+        Args:
+            section: with numbers for the lengths that may be automatic.
+            pair_tokens: tokens of prompt, chosen and rejected.
+            pairs: pairs of a step.
+            num_rows: packed sequences of a microbatch.
+        """
         prompt, chosen, rejected = pair_tokens
-        size = prompt * (1 if section.share_prefix else 2) + chosen + rejected
-        each = (
-            -(-pairs // (num_rows * max(1, section.packed_length // size)))
-            if size <= section.packed_length
-            else pairs
-        )
-        used = -(-pairs // (each * num_rows)) * size
-        slots = min(-(-used // SLOT_MULTIPLE) * SLOT_MULTIPLE, section.packed_length)
-        lengths = np.tile(np.asarray(pair_tokens), (pairs, 1))
+        num_prompts = 1 if section.share_prefix else 2
+        pair_size = prompt * num_prompts + chosen + rejected
+        if pair_size <= section.packed_length:
+            pairs_per_row = max(1, section.packed_length // pair_size)
+            microbatches = -(-pairs // (num_rows * pairs_per_row))
+        else:
+            microbatches = pairs
+        used = -(-pairs // (microbatches * num_rows)) * pair_size
+        typical = min(-(-used // SLOT_MULTIPLE) * SLOT_MULTIPLE, section.packed_length)
         return cls(
-            microbatches=each,
+            microbatches=microbatches,
             rows=num_rows,
             longest=section.packed_length,
-            slots=slots,
-            lengths=lengths,
+            typical=typical,
+            lengths=np.tile(np.asarray(pair_tokens), (pairs, 1)),
         )
 
     @classmethod
-    def of(cls, loader: Loader, steps: int = 20) -> "Rows":
-        """The rows of a run's first steps."""
-        batches = [
-            loader.batch(step).tokens_MBT.shape
-            for step in range(1, min(steps, loader.steps_per_epoch) + 1)
-        ]
-        usual = sorted(batches, key=lambda shape: shape[0] * shape[2])[len(batches) // 2]
+    def from_loader(cls, loader: Loader, steps: int = 20) -> "BatchShapes":
+        """Shapes of a run's first steps; the typical one has the median number of positions."""
+        shapes = []
+        for step in range(1, min(steps, loader.steps_per_epoch) + 1):
+            shapes.append(loader.batch(step).tokens_MBT.shape)
+        by_tokens = sorted(shapes, key=lambda shape: shape[0] * shape[2])
+        microbatches, rows, typical = by_tokens[len(by_tokens) // 2]
         return cls(
-            microbatches=usual[0],
-            rows=usual[1],
-            longest=max(shape[2] for shape in batches),
-            slots=usual[2],
+            microbatches=microbatches,
+            rows=rows,
+            longest=max(shape[2] for shape in shapes),
+            typical=typical,
             lengths=loader.table.lengths[loader.pairs_of(1)],
         )
 
     @property
     def batch(self) -> Batch:
-        """Shapes and types of the step's arrays, with the longest rows."""
-        rows, pairs = (self.microbatches, self.rows), len(self.lengths)
+        """Shapes and dtypes of a step's arrays, with the longest packed sequences."""
+        MB = (self.microbatches, self.rows)
+        num_pairs = len(self.lengths)
 
-        def numbers(*dims: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((*rows, *dims), np.int32)
+        def integers(*dims: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*MB, *dims), np.int32)
 
         return Batch(
-            *(numbers(self.longest) for _ in range(8)),
-            lengths_MBP2=numbers(pairs, 2),
-            weights_MBP=jax.ShapeDtypeStruct((*rows, pairs), np.float32),
-            margins_MBP=jax.ShapeDtypeStruct((*rows, pairs), np.float32),
-            index_MBP=numbers(pairs),
+            *(integers(self.longest) for _ in range(8)),
+            lengths_MBP2=integers(num_pairs, 2),
+            weights_MBP=jax.ShapeDtypeStruct((*MB, num_pairs), np.float32),
+            margins_MBP=jax.ShapeDtypeStruct((*MB, num_pairs), np.float32),
+            index_MBP=integers(num_pairs),
         )

@@ -1,7 +1,7 @@
-"""Machines by name: `v5e-16`, `v5p-128`, `2xv5e-16`, `h100-8`, `cpu-8`, with what a plan has to know of them.
+"""Machines by name: `v5e-16`, `v5p-128`, `2xv5e-16`, `h100-8`, `cpu-8`, with their peak figures.
 
-TPU names are those of the cloud, where the number of v4 and v5p counts TensorCores, two to a chip, and that of v5e and v6e chips.
-`2x` in front: two such slices.
+TPU names are those of Google Cloud, where the number of a v4 or v5p counts TensorCores, two to a
+chip, and that of a v5e or v6e counts chips. `2x` in front means two such slices.
 """
 
 import dataclasses
@@ -15,77 +15,83 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One kind of device. Figures are the makers' peaks, in bytes, FLOPs and seconds."""
+    """One kind of device with the manufacturer's peak figures, in bytes, FLOPs and seconds."""
 
     platform: str
     """tpu, cuda or cpu, as JAX calls it."""
     kind: str
-    """The name that people know."""
+    """The device kind, e.g. "TPU v5e"."""
     memory: float
-    """Bytes that a program can have."""
+    """Bytes available to a program."""
     flops: float
-    """Dense bfloat16 FLOPs a second."""
+    """Dense bfloat16 FLOP/s."""
     bandwidth: float
-    """Bytes a second between the chip and its memory."""
+    """Memory (HBM) bandwidth, bytes/s."""
     link: float
-    """Bytes a second that the chip can send to its neighbours, and as many that it can receive."""
+    """Bytes/s to other chips of a slice (ICI) or of a host (NVLink, PCIe), in one direction."""
     network: float
-    """The same between chips that no such link connects: in other slices of TPUs, in other hosts of GPUs."""
+    """Bytes/s to chips of other slices (DCN) or of other GPU hosts, in one direction."""
     host: float
-    """The same between a chip and the memory of its host."""
+    """Bytes/s to the memory of its host (PCIe), in one direction."""
     per_host: int
     """Chips of a host in the larger machines of this kind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-    """A machine, or several that work together."""
+    """A machine, or several connected ones."""
 
     name: str
     chip: Chip
     num_chips: int
     shape: str | None
-    """How a slice's chips are connected, as the TPU compiler takes it; None for other platforms."""
+    """The torus of a TPU slice in the compiler's notation; None on other platforms."""
     num_slices: int = 1
 
     @property
     def num_hosts(self) -> int:
-        """Hosts that the chips sit in."""
-        return self.num_slices * max(1, self.num_chips // self.num_slices // self.chip.per_host)
+        """Hosts of all slices."""
+        chips_per_slice = self.num_chips // self.num_slices
+        return self.num_slices * max(1, chips_per_slice // self.chip.per_host)
 
     @property
-    def joined(self) -> int:
-        """Chips that links connect: those of a slice of TPUs, those of a host of GPUs."""
-        return (
-            min(self.num_chips, self.chip.per_host)
-            if self.chip.platform == "cuda"
-            else self.num_chips // self.num_slices
-        )
+    def num_linked(self) -> int:
+        """Chips that are connected by links: those of a TPU slice, or those of a GPU host."""
+        if self.chip.platform == "cuda":
+            return min(self.num_chips, self.chip.per_host)
+        return self.num_chips // self.num_slices
 
     def link(self, count: int) -> float:
-        """Bytes a second of a collective over so many neighbouring chips, at the slowest connection."""
-        return self.chip.network if self.joined % count else self.chip.link
+        """Bytes/s of a collective among `count` neighbouring chips, at its slowest connection."""
+        return self.chip.network if self.num_linked % count else self.chip.link
 
 
 def _tpu(
     kind: str,
     memory: float,
     bandwidth: float,
-    gigabits: float,
+    ici: float,
     per_host: int,
     *,
     host: float = 15,
     network: float = 200,
 ) -> Chip:
-    """`gigabits`: the interconnect's bits of all links of a chip, one way. `network`: Gbit/s of a host."""
-    flops = PEAK_FLOPS[kind]
+    """A TPU.
+
+    Args:
+        memory: GiB.
+        bandwidth: GB/s.
+        ici: Gbit/s of all links of a chip, in one direction.
+        host: GB/s of PCIe.
+        network: Gbit/s of a host.
+    """
     return Chip(
         platform="tpu",
         kind=kind,
         memory=memory * GIB,
-        flops=flops,
+        flops=PEAK_FLOPS[kind],
         bandwidth=bandwidth * 1e9,
-        link=gigabits / 8 * 1e9,
+        link=ici / 8 * 1e9,
         network=network / 8 * 1e9 / per_host,
         host=host * 1e9,
         per_host=per_host,
@@ -95,27 +101,38 @@ def _tpu(
 def _gpu(
     kind: str, memory: float, bandwidth: float, link: float, host: float, per_host: int = 8
 ) -> Chip:
-    """`link` and `host`: bytes of NVLink (or PCIe) one way, half of what data sheets add up. The network is 400 Gbit/s a GPU."""
-    flops = PEAK_FLOPS[kind]
+    """A GPU.
+
+    Args:
+        memory: GiB.
+        bandwidth: GB/s.
+        link: GB/s of NVLink (of PCIe where there is none) in one direction: half of what data
+            sheets state, which add up both.
+        host: GB/s of PCIe, likewise.
+    """
     return Chip(
         platform="cuda",
         kind=kind,
-        memory=memory * GIB * GPU_SHARE,
-        flops=flops,
+        memory=memory * GIB * GPU_MEMORY_FRACTION,
+        flops=PEAK_FLOPS[kind],
         bandwidth=bandwidth * 1e9,
         link=link * 1e9,
+        # One 400 Gbit/s network card per GPU, as in NVIDIA's DGX H100 and the clouds' 8-GPU hosts.
         network=50e9,
         host=host * 1e9,
         per_host=per_host,
     )
 
 
-GPU_SHARE = 0.92
-"""Share of a GPU's memory that programs can have with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92; the driver and NCCL take the rest."""
+GPU_MEMORY_FRACTION = 0.92
+"""What a program can use of a GPU's memory with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 (JAX's default
+is 0.75); the CUDA context and NCCL need the rest."""
 
-# TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (bandwidth, interconnect); hosts and network: jax-ml.github.io/scaling-book/tpus.
-# Memory is what their compiler allows a program.
-# GPUs: NVIDIA's data sheets of A100 80 GB SXM, H100 SXM, H200 SXM and L4; memory as nvidia-smi shows it.
+# TPUs: memory bandwidth and ICI from cloud.google.com/tpu/docs/v4, v5e, v5p, v6e; PCIe, chips per
+# host and network from jax-ml.github.io/scaling-book/tpus. Memory is what the TPU compiler allows a
+# program ("Used 25.31G of 15.75G hbm"), a little less than what the chip has.
+# GPUs: NVIDIA's data sheets of A100 80 GB SXM, H100 SXM, H200 SXM and L4; memory as nvidia-smi
+# shows it.
 _CHIPS = {
     "v4": _tpu("TPU v4", 31.75, 1228, 2400, 4),
     "v5e": _tpu("TPU v5e", 15.75, 819, 1600, 8),
@@ -126,10 +143,10 @@ _CHIPS = {
     "h200": _gpu("NVIDIA H200", 140.4, 4800, 450, 64),
     "l4": _gpu("NVIDIA L4", 22.5, 300, 32, 32),
 }
-_CORES = {"v4": 2, "v5p": 2}
-"""Generations whose names count TensorCores: how many a chip has."""
+_CORES_PER_CHIP = {"v4": 2, "v5p": 2}
+"""Of the generations whose names count TensorCores."""
 
-# Slices as the documentation of each generation lists them: chips to how they are connected.
+# Number of chips -> torus, as the documentation of each generation lists its slices.
 _TORUS_2D = {
     1: "1x1",
     4: "2x2",
@@ -152,28 +169,21 @@ _TORUS_3D = {
     1024: "8x8x16",
     2048: "8x16x16",
 }
-_SHAPES = {"v4": _TORUS_3D, "v5p": _TORUS_3D, "v5e": _TORUS_2D, "v6e": _TORUS_2D}
-_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_CPUS = tuple(range(1, 65))
-
-
-MOST_SLICES = 256
+_TORUSES = {"v4": _TORUS_3D, "v5p": _TORUS_3D, "v5e": _TORUS_2D, "v6e": _TORUS_2D}
+_GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_CPU_COUNTS = range(1, 65)
+MAX_SLICES = 256
 
 
 def names() -> list[str]:
-    """All names that `topology` knows, those of several slices aside."""
-    slices = [
-        f"{kind}-{chips * _CORES.get(kind, 1)}"
-        for kind, shapes in _SHAPES.items()
-        for chips in shapes
-    ]
-    gpus = [
-        f"{kind}-{count}"
-        for kind, chip in _CHIPS.items()
-        if chip.platform == "cuda"
-        for count in _GPUS
-    ]
-    return [*slices, *gpus, *(f"cpu-{count}" for count in _CPUS)]
+    """All names that `topology` knows, except those of several slices."""
+    found = []
+    for kind, toruses in _TORUSES.items():
+        found += [f"{kind}-{chips * _CORES_PER_CHIP.get(kind, 1)}" for chips in toruses]
+    for kind, chip in _CHIPS.items():
+        if chip.platform == "cuda":
+            found += [f"{kind}-{count}" for count in _GPU_COUNTS]
+    return found + [f"cpu-{count}" for count in _CPU_COUNTS]
 
 
 def topology(name: str) -> Topology:
@@ -186,35 +196,42 @@ def topology(name: str) -> Topology:
     32
 
     Raises:
-        ValueError: there is none; names the nearest.
+        ValueError: the name is not known; the message suggests the nearest one.
     """
-    slices, _, one = name.partition("x")
-    if one in names() and slices.isdecimal() and 1 <= int(slices) <= MOST_SLICES:
-        part = topology(one)
-        if part.shape is None:
-            raise ValueError(
-                f"topology={name}: only TPUs come in slices. Use {one.partition('-')[0]}-<number of all>"
-            )
-        count = int(slices)
-        return dataclasses.replace(
-            part, name=name, num_chips=count * part.num_chips, num_slices=count
-        )
+    slices, _, slice_name = name.partition("x")
+    if slice_name in names() and slices.isdecimal() and 1 <= int(slices) <= MAX_SLICES:
+        return _several_slices(name, int(slices), topology(slice_name))
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1) or ["v5e-8"]
         kinds = ", ".join([*_CHIPS, "cpu"])
         raise ValueError(
-            f"topology={name}: is not known. Did you mean {near[0]}? Kinds are {kinds}; numbers are those of the cloud"
+            f"topology={name}: is not known. Did you mean {near[0]}? "
+            f"Kinds are {kinds}; numbers are those of Google Cloud"
         )
     kind, _, number = name.partition("-")
     if kind == "cpu":
         return Topology(name=name, chip=_cpu(int(number)), num_chips=int(number), shape=None)
-    count = int(number) // _CORES.get(kind, 1)
-    shape = f"{kind}:{_SHAPES[kind][count]}" if kind in _SHAPES else None
-    return Topology(name=name, chip=_CHIPS[kind], num_chips=count, shape=shape)
+    num_chips = int(number) // _CORES_PER_CHIP.get(kind, 1)
+    shape = f"{kind}:{_TORUSES[kind][num_chips]}" if kind in _TORUSES else None
+    return Topology(name=name, chip=_CHIPS[kind], num_chips=num_chips, shape=shape)
+
+
+def _several_slices(name: str, count: int, one: Topology) -> Topology:
+    if one.shape is None:
+        kind = one.name.partition("-")[0]
+        raise ValueError(
+            f"topology={name}: only TPUs come in slices. Use {kind}-<number of all devices>"
+        )
+    num_chips = count * one.num_chips
+    return dataclasses.replace(one, name=name, num_chips=num_chips, num_slices=count)
 
 
 def _cpu(count: int) -> Chip:
-    """A share of this machine: its memory, and speeds of the order of today's server cores (200 GFLOP/s and 10 GB/s each)."""
+    """A virtual CPU device: an equal share of this machine's memory and cores.
+
+    Speeds are the order of magnitude of today's server cores: 200 GFLOP/s (XLA reaches 440 in
+    float32 on two Zen 5 cores) and 10 GB/s each.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = (os.cpu_count() or 1) / count
     return Chip(

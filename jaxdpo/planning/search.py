@@ -1,4 +1,4 @@
-"""Which meshes, remat policies and row lengths fit a machine, and which of them is fastest."""
+"""Search for the mesh, remat policy and packed length that fit a machine and are fastest."""
 
 import dataclasses
 import itertools
@@ -7,112 +7,128 @@ from typing import Any, TypeVar
 
 from jaxdpo.config.schema import Config
 from jaxdpo.distributed.sharding import Shape, all_shapes, num_row_shards
-from jaxdpo.planning.batch_shapes import Rows
+from jaxdpo.planning.batch_shapes import BatchShapes
 from jaxdpo.planning.memory import Memory, estimate
-from jaxdpo.planning.roofline import Speed, roofline
+from jaxdpo.planning.roofline import StepTime, roofline
 from jaxdpo.planning.target import Target
 from jaxdpo.training.program import Program
 
 T = TypeVar("T")
+PairTokens = tuple[int, int, int]
+"""Tokens of prompt, chosen and rejected."""
 
-REMATS = ("none", "dots", "full")
-ROW_TOKENS = (2048, 4096, 8192, 16384)
-LARGEST_CONTEXT = 8
-ROOM = 0.95
-"""Share of the memory that an estimate may fill for a setting to be proposed."""
+REMAT_POLICIES = ("none", "dots", "full")
+PACKED_LENGTHS = (2048, 4096, 8192, 16384)
+MAX_CONTEXT = 8
+"""With it, a device has 2,048 positions of the longest of PACKED_LENGTHS."""
+MEMORY_FRACTION = 0.95
+"""Share of the memory that a setting may be estimated to need for it to be proposed: estimates are
+3 to 11% off (docs/plan.md)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
-    """One way to run."""
+class Plan:
+    """One way to run, with its estimated memory and time."""
 
     config: Config
     program: Program
-    rows: Rows
+    shapes: BatchShapes
     memory: Memory
-    speed: Speed
+    time: StepTime
     fits: bool
 
     @classmethod
-    def of(cls, target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> "Choice":
-        """The plan of a config without data.
+    def of(cls, target: Target, config: Config, pair_tokens: PairTokens) -> "Plan":
+        """The plan of a config for pairs of one length.
 
         Raises:
             ValueError: the mesh or an option does not fit the machine or the model.
         """
         program = target.program(config)
-        rows = Rows.filled(
-            program.config.data,
-            pair_tokens,
-            config.train.batch_size,
-            num_row_shards(program.mesh),
-        )
-        return cls.with_rows(target, config, program, rows)
+        return cls.with_shapes(target, config, program, _shapes(program, pair_tokens))
 
     @classmethod
-    def with_rows(cls, target: Target, config: Config, program: Program, rows: Rows) -> "Choice":
-        """The plan of a program on these rows."""
-        memory, speed = estimate(program, rows), roofline(program, rows, target.topology)
-        fits = memory.peak <= target.topology.chip.memory
-        return cls(config=config, program=program, rows=rows, memory=memory, speed=speed, fits=fits)
+    def with_shapes(
+        cls, target: Target, config: Config, program: Program, shapes: BatchShapes
+    ) -> "Plan":
+        """The plan of a program for batches of these shapes."""
+        memory = estimate(program, shapes)
+        return cls(
+            config=config,
+            program=program,
+            shapes=shapes,
+            memory=memory,
+            time=roofline(program, shapes, target.topology),
+            fits=memory.peak <= target.topology.chip.memory,
+        )
 
     @property
     def options(self) -> str:
-        """What was chosen, as options of the command line."""
-        sizes = dataclasses.asdict(self.config.mesh) | {"data": self.program.mesh.shape["data"]}
-        mesh = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1 or axis == "data"]
-        return " ".join(
-            [
-                *mesh,
-                f"model.remat={self.config.model.remat}",
-                f"data.packed_length={self.config.data.packed_length}",
-            ]
-        )
+        """What the search varies, as options of the command line."""
+        sizes = dataclasses.asdict(self.config.mesh)
+        sizes["data"] = self.program.mesh.shape["data"]
+        options = []
+        for axis, size in sizes.items():
+            if size > 1 or axis == "data":
+                options.append(f"mesh.{axis}={size}")
+        options.append(f"model.remat={self.config.model.remat}")
+        options.append(f"data.packed_length={self.config.data.packed_length}")
+        return " ".join(options)
 
 
-def search(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> list[Choice]:
-    """All settings that fit with room for the estimate's error, fastest first; of equally fast ones those that take less memory."""
-    room = ROOM * target.topology.chip.memory
-    found = [
-        choice for choice in choices(target, config, pair_tokens) if choice.memory.peak <= room
-    ]
-    return sorted(found, key=lambda choice: (round(choice.speed.seconds, 4), choice.memory.peak))
+def _shapes(program: Program, pair_tokens: PairTokens) -> BatchShapes:
+    config, num_rows = program.config, num_row_shards(program.mesh)
+    return BatchShapes.uniform(config.data, pair_tokens, config.train.batch_size, num_rows)
 
 
-def choices(target: Target, config: Config, pair_tokens: tuple[int, int, int]) -> Iterator[Choice]:
-    """Every mesh, remat policy and row length that may make sense, whether it fits or not."""
-    shortest = 2 * config.data.lengths_for(target.model.max_positions)[0]
-    sizes = sorted({size for size in ROW_TOKENS if size >= shortest} | {config.data.packed_length})
-    remats = [remat for remat in REMATS if remat != "none" or config.model.quantize == "none"]
+def search(target: Target, config: Config, pair_tokens: PairTokens) -> list[Plan]:
+    """All settings that fit with a margin, fastest first; of equally fast ones, smallest first."""
+    limit = MEMORY_FRACTION * target.topology.chip.memory
+    found = [plan for plan in candidates(target, config, pair_tokens) if plan.memory.peak <= limit]
+    return sorted(found, key=lambda plan: (round(plan.time.seconds, 4), plan.memory.peak))
+
+
+def candidates(target: Target, config: Config, pair_tokens: PairTokens) -> Iterator[Plan]:
+    """Every sensible mesh, remat policy and packed length, whether it fits or not."""
+    # A packed sequence has to hold a pair of the maximal length without a shared prompt.
+    max_length, _ = config.data.lengths_for(target.model.max_positions)
+    shortest = 2 * max_length
+    lengths = sorted(
+        {length for length in PACKED_LENGTHS if length >= shortest} | {config.data.packed_length}
+    )
+    remats = list(REMAT_POLICIES)
+    if config.model.quantize != "none":
+        # Without remat, the backward pass would keep the dequantized weights of all layers.
+        remats.remove("none")
     for mesh in _meshes(target):
         try:
-            program = target.program(changed(config, mesh=mesh))
-        except ValueError:  # it does not divide the model
+            program = target.program(replaced(config, mesh=mesh))
+        except ValueError:
+            # The mesh does not divide the model.
             continue
-        for remat, size in itertools.product(remats, sizes):
-            options = changed(program.options, forward={"remat": remat})
-            section = dataclasses.replace(program.config.data, packed_length=size)
-            rows = Rows.filled(
-                section, pair_tokens, config.train.batch_size, num_row_shards(program.mesh)
+        # A program is built once per mesh: its weights and shardings are the same for the others.
+        for remat, length in itertools.product(remats, lengths):
+            changed = replaced(
+                program,
+                options=replaced(program.options, forward={"remat": remat}),
+                config={"data": dataclasses.replace(program.config.data, packed_length=length)},
             )
-            asked = changed(config, mesh=mesh, model={"remat": remat}, data={"packed_length": size})
-            yield Choice.with_rows(
-                target, asked, dataclasses.replace(program, options=options), rows
+            asked = replaced(
+                config, mesh=mesh, model={"remat": remat}, data={"packed_length": length}
             )
+            yield Plan.with_shapes(target, asked, changed, _shapes(changed, pair_tokens))
 
 
 def _meshes(target: Target) -> Iterator[Shape]:
-    model = target.model
+    """Mesh shapes that divide the model and keep tensor parallelism within a host."""
+    model, chip = target.model, target.topology.chip
     for shape in all_shapes(target.topology.num_chips):
         expert, tensor = shape["expert"], shape["tensor"]
-        divides = model.num_kv_heads % tensor == 0 and (
-            expert == 1 or (model.num_experts and model.num_experts % expert == 0)
-        )
-        if (
-            divides
-            and shape["context"] <= LARGEST_CONTEXT
-            and tensor <= target.topology.chip.per_host
-        ):
+        if model.num_kv_heads % tensor != 0 or tensor > chip.per_host:
+            continue
+        if expert > 1 and (not model.num_experts or model.num_experts % expert != 0):
+            continue
+        if shape["context"] <= MAX_CONTEXT:
             yield shape
 
 
@@ -134,31 +150,31 @@ REMEDIES: dict[str, dict[str, Any]] = {
         "model": {"quantize": "nf4"},
     },
 }
-"""What makes a run smaller, from what changes it least to what changes it most."""
+"""Options that save memory, from the least to the most change to the training."""
 
 
-def remedy(
-    target: Target, config: Config, pair_tokens: tuple[int, int, int]
-) -> tuple[str, Choice] | None:
-    """The mildest of REMEDIES with which something fits, and the fastest way to run it; None where none helps."""
+def remedy(target: Target, config: Config, pair_tokens: PairTokens) -> tuple[str, Plan] | None:
+    """The first of REMEDIES that makes some setting fit, and the fastest such setting; or None."""
     for name, change in REMEDIES.items():
         if config.lora.enabled and "reference" in change and "lora" not in change:
+            # An adapter's reference is the base itself, so a cache saves nothing.
             continue
-        if (
-            "reference" in change and "reference" in config.train.offload
-        ):  # there will be none to wait
-            stays = [what for what in config.train.offload if what != "reference"]
-            change = {"train": {"offload": stays}} | change
-            name += "" if "train.offload" in name else f" train.offload=[{','.join(stays)}]"
-        if found := search(target, changed(config, **change), pair_tokens):
+        if "reference" in change and "reference" in config.train.offload:
+            # Without reference weights there is nothing to offload, and the option is refused.
+            offload = [part for part in config.train.offload if part != "reference"]
+            change = {"train": {"offload": offload}} | change
+            if "train.offload" not in name:
+                name += f" train.offload=[{','.join(offload)}]"
+        if found := search(target, replaced(config, **change), pair_tokens):
             return name, found[0]
     return None
 
 
-def changed(config: T, **changes: Any) -> T:
-    """A tree of dataclasses with other values: of its own fields, or of fields of its sections."""
-    fields = {
-        name: dataclasses.replace(getattr(config, name), **new) if isinstance(new, dict) else new
-        for name, new in changes.items()
-    }
-    return dataclasses.replace(config, **fields)  # type: ignore[type-var]
+def replaced(tree: T, /, **changes: Any) -> T:
+    """A tree of dataclasses with other values; a dict changes fields of the field it names."""
+    fields = {}
+    for name, new in changes.items():
+        if isinstance(new, dict):
+            new = dataclasses.replace(getattr(tree, name), **new)
+        fields[name] = new
+    return dataclasses.replace(tree, **fields)  # type: ignore[type-var]

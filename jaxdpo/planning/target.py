@@ -1,4 +1,4 @@
-"""What is planned: a run's program for a machine that may be elsewhere, from its config and the model's config.json alone."""
+"""A model and a machine to plan for, known by config.json and the machine's name alone."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,10 +12,17 @@ from jaxdpo.planning.machines import Topology
 from jaxdpo.training.program import Program
 from jaxdpo.training.resolve import resolve
 
+ASSUMED_STEPS = 1000
+"""Length of the learning rate schedule where train.steps is not set: memory and time do not depend
+on it."""
+
 
 @dataclasses.dataclass(frozen=True)
-class StandIn:
-    """A device in name only, for shapes and places that no compiler looks at. It has no memories to tell apart."""
+class AbstractDevice:
+    """A device by name, enough for shapes and shardings; it cannot be compiled for.
+
+    Not jax.sharding.AbstractDevice because that has no process and slice, which decide the mesh.
+    """
 
     id: int
     platform: str
@@ -30,47 +37,48 @@ class Target:
 
     topology: Topology
     model: ModelConfig
-    raw: dict[str, Any]
-    """The model's config.json."""
+    config_json: dict[str, Any]
 
     @classmethod
-    def of(cls, topology: Topology, raw: dict[str, Any]) -> "Target":
+    def of(cls, topology: Topology, config_json: dict[str, Any]) -> "Target":
         """The target for a parsed config.json.
 
         Raises:
-            ValueError: config.json cannot be used.
+            ValueError: config.json is of a model that is not supported.
         """
-        return cls(topology=topology, model=from_hf(raw), raw=raw)
+        return cls(topology=topology, model=from_hf(config_json), config_json=config_json)
 
-    def stand_ins(self) -> list[Any]:
-        """The machine's devices, in name only."""
+    def abstract_devices(self) -> list[Any]:
+        """The machine's devices, by name."""
         machine, chip = self.topology, self.topology.chip
-        each, per_host = (
-            machine.num_chips // machine.num_slices,
-            machine.num_chips // machine.num_hosts,
-        )
-        return [
-            StandIn(i, chip.platform, chip.kind, i // per_host, i // each)
-            for i in range(machine.num_chips)
-        ]
+        per_slice = machine.num_chips // machine.num_slices
+        per_host = machine.num_chips // machine.num_hosts
+        devices = []
+        for i in range(machine.num_chips):
+            devices.append(
+                AbstractDevice(
+                    id=i,
+                    platform=chip.platform,
+                    device_kind=chip.kind,
+                    process_index=i // per_host,
+                    slice_index=i // per_slice,
+                )
+            )
+        return devices
 
     def program(self, config: Config, devices: Sequence[Any] | None = None) -> Program:
-        """The run's program on these devices; by default on stand-ins.
+        """The run's program on these devices; by default on abstract ones.
 
         Raises:
             ValueError: the mesh or an option does not fit the machine or the model.
         """
-        resolved = resolve(config, self.model, self.raw, devices or self.stand_ins())
-        here = resolved.config
-        placed = (
-            here
-            if devices
-            else dataclasses.replace(here, train=dataclasses.replace(here.train, offload=[]))
-        )
+        resolved = resolve(config, self.model, self.config_json, devices or self.abstract_devices())
+        resolved_config = resolved.config
+        if not devices:
+            # Abstract devices have no memory kinds, so shardings cannot say "pinned_host".
+            train = dataclasses.replace(resolved_config.train, offload=[])
+            resolved = resolved._replace(config=dataclasses.replace(resolved_config, train=train))
         program = Program.of(
-            resolved._replace(config=placed),
-            self.model,
-            Path(),
-            total_steps=config.train.steps or 1000,
+            resolved, self.model, Path(), total_steps=config.train.steps or ASSUMED_STEPS
         )
-        return dataclasses.replace(program, config=here)
+        return dataclasses.replace(program, config=resolved_config)

@@ -1,15 +1,16 @@
 # pyright: reportMissingImports=false
-"""Evaluate TRL's own loss code in float64 on made-up log-probs: tests/goldens/losses.json.
+"""Evaluate TRL's own loss code in float64 on made-up log-probs and write losses.json.
 
 In an environment of its own:
 
     pip install torch trl==1.16.0
     python tests/goldens/make_trl_losses.py
 
-`tokens` holds eight pairs: for each side the completion tokens' log-probs under policy and reference, and the policy's
-log sum of squared probabilities (for WPO). In `cases`, `section` are jaxdpo's loss options, `per_pair` TRL's loss of each
-pair alone (a batch of one) and `mean` its loss of all eight together. Losses that sort the batch (aot) have the mean only.
-ORPO's and CPO's cases are the part without the NLL of the chosen answers.
+`tokens` holds eight pairs: for each side the completion tokens' log-probs under policy and
+reference, and the policy's log sum of squared probabilities (for WPO). In `cases`, `section` are
+jaxdpo's loss options, `per_pair` TRL's loss of each pair alone (a batch of one) and `mean` its loss
+of all eight together. Losses that sort the batch (aot) have the mean only. ORPO's and CPO's cases
+are the part without the NLL of the chosen completions.
 """
 
 import json
@@ -95,7 +96,7 @@ REFERENCE_FREE = [
 
 
 class Float64Torch:
-    """torch as TRL's module sees it, its float32 being float64: TRL's alpha divergence asks for one of three known types."""
+    """torch with float64 as its float32: TRL's alpha divergence refuses any other dtype."""
 
     float32 = torch.float64
 
@@ -104,7 +105,7 @@ class Float64Torch:
 
 
 class Scorer(torch.nn.Module):
-    """Stands for a model: returns given per-token numbers."""
+    """A fake model that returns given per-token numbers."""
 
     is_gradient_checkpointing = False
 
@@ -163,9 +164,11 @@ def case(section: dict, tokens: dict) -> dict:
     """TRL's values for one set of options."""
     names = section["name"] if isinstance(section["name"], list) else [section["name"]]
     coupled = any(name.startswith("aot") for name in names)
-    alone = [] if coupled else [evaluate(section, names, tokens, [i]) for i in range(8)]
-    everything = evaluate(section, names, tokens, list(range(8)))
-    return {"section": section} | ({} if coupled else {"per_pair": alone}) | {"mean": everything}
+    found = {"section": section}
+    if not coupled:
+        found["per_pair"] = [evaluate(section, names, tokens, [i]) for i in range(8)]
+    found["mean"] = evaluate(section, names, tokens, list(range(8)))
+    return found
 
 
 def evaluate(section: dict, names: list[str], tokens: dict, pairs: list[int]) -> float:

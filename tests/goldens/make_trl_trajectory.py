@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Train a tiny Llama with TRL's own trainers and record every step: tests/goldens/trl_trajectories.json.
+"""Train a tiny Llama with TRL's own trainers and record every step in trl_trajectories.json.
 
 In an environment of its own:
 
@@ -8,18 +8,19 @@ In an environment of its own:
 
 The file holds all that a comparison needs, so that it can be repeated without torch:
 
-- `model.config` is the checkpoint's config.json; `model.tensors` lists [name, shape] in the order in which the weights
-  are drawn from one numpy.random.default_rng(0): x = rng.standard_normal(shape); a norm is 1 + 0.1 x, all others are
-  0.1 x; then float32.
-- `rows` are the token ids that TRL's trainers made of their text rows (they close every answer with the end-of-text
-  token, 2). Step k (from 1) trains on rows 4 (k-1) to 4 (k-1) + 3, counted modulo the number of rows, in order.
-  `one_token_rows` have the same answers after a prompt of one token. ORPO's runs use them: TRL takes its NLL over prompt
-  and answer, and only a prompt of one token makes that the NLL of the answer alone, which is what the paper has.
+- `model.config` is the checkpoint's config.json; `model.tensors` lists [name, shape] in the order
+  in which the weights are drawn from one numpy.random.default_rng(0): with
+  x = rng.standard_normal(shape), a norm is 1 + 0.1 x, all others are 0.1 x; then float32.
+- `rows` are the token ids that TRL's trainers made of their text rows (they end every completion
+  with EOS, 2). Step k (from 1) trains on rows 4 (k-1) to 4 (k-1) + 3, counted modulo the number of
+  rows, in order. `one_token_rows` have the same completions after a prompt of one token. ORPO's
+  runs use them: TRL takes its NLL over prompt and completion, and only a prompt of one token makes
+  that the NLL of the completion alone, which is what the paper has.
 - A run's `section` are jaxdpo's loss options, `trainer` and `args` what TRL was given.
-- `steps` are taken before the clip and before the update of that step: loss, grad_norm, learning_rate, rewards/*,
-  logps/*. The loss and the metrics are float32 as computed, not TRL's rounded logs. CPO's trainer reports logps/* as
-  means per token for simpo, ORPO's always; DPO's always as sums.
-- TRL's WPO fails with hinge and with sft (it scales their losses in place), so no run has these.
+- `steps` are taken before gradient clipping and the update of that step: loss, grad_norm,
+  learning_rate, rewards/*, logps/*. The loss and the metrics are float32 as computed, not TRL's
+  rounded logs. CPO's trainer reports logps/* as means per token for simpo, ORPO's always; DPO's
+  always as sums.
 """
 
 import json
@@ -40,6 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl_runs import RUNS
 
 OUT = Path(__file__).with_name("trl_trajectories.json")
 VOCAB, PAD, BOS, EOS = 64, 0, 1, 2
@@ -61,177 +63,6 @@ KEPT = (
     "logps/rejected",
 )
 
-# name, trainer, TRL's arguments (besides OPTIMIZER), jaxdpo's loss options
-RUNS = [
-    ("sigmoid", "dpo", {"loss_type": ["sigmoid"]}, {"name": "sigmoid"}),
-    (
-        "sigmoid_cosine",
-        "dpo",
-        {"loss_type": ["sigmoid"], "lr_scheduler_type": "cosine"},
-        {"name": "sigmoid"},
-    ),
-    (
-        "sigmoid_beta",
-        "dpo",
-        {"loss_type": ["sigmoid"], "beta": 0.5},
-        {"name": "sigmoid", "beta": 0.5},
-    ),
-    ("hinge", "dpo", {"loss_type": ["hinge"]}, {"name": "hinge"}),
-    ("ipo", "dpo", {"loss_type": ["ipo"]}, {"name": "ipo"}),
-    ("exo_pair", "dpo", {"loss_type": ["exo_pair"], "label_smoothing": 1e-3}, {"name": "exo_pair"}),
-    (
-        "exo_pair_smooth",
-        "dpo",
-        {"loss_type": ["exo_pair"], "label_smoothing": 0.1},
-        {"name": "exo_pair", "label_smoothing": 0.1},
-    ),
-    ("nca_pair", "dpo", {"loss_type": ["nca_pair"]}, {"name": "nca_pair"}),
-    ("robust", "dpo", {"loss_type": ["robust"], "label_smoothing": 0.1}, {"name": "robust"}),
-    (
-        "robust_smooth",
-        "dpo",
-        {"loss_type": ["robust"], "label_smoothing": 0.3},
-        {"name": "robust", "label_smoothing": 0.3},
-    ),
-    ("bco_pair", "dpo", {"loss_type": ["bco_pair"]}, {"name": "bco_pair"}),
-    ("sppo_hard", "dpo", {"loss_type": ["sppo_hard"]}, {"name": "sppo_hard"}),
-    ("aot", "dpo", {"loss_type": ["aot"]}, {"name": "aot"}),
-    (
-        "aot_smooth",
-        "dpo",
-        {"loss_type": ["aot"], "label_smoothing": 0.1},
-        {"name": "aot", "label_smoothing": 0.1},
-    ),
-    ("aot_unpaired", "dpo", {"loss_type": ["aot_unpaired"]}, {"name": "aot_unpaired"}),
-    (
-        "aot_unpaired_smooth",
-        "dpo",
-        {"loss_type": ["aot_unpaired"], "label_smoothing": 0.1},
-        {"name": "aot_unpaired", "label_smoothing": 0.1},
-    ),
-    ("apo_zero", "dpo", {"loss_type": ["apo_zero"]}, {"name": "apo_zero"}),
-    ("apo_down", "dpo", {"loss_type": ["apo_down"]}, {"name": "apo_down"}),
-    ("discopop", "dpo", {"loss_type": ["discopop"]}, {"name": "discopop"}),
-    (
-        "discopop_tau",
-        "dpo",
-        {"loss_type": ["discopop"], "discopop_tau": 0.5},
-        {"name": "discopop", "discopop_tau": 0.5},
-    ),
-    (
-        "sigmoid_norm",
-        "dpo",
-        {"loss_type": ["sigmoid_norm"], "beta": 1.0},
-        {"name": "sigmoid_norm", "beta": 1.0},
-    ),
-    ("sft", "dpo", {"loss_type": ["sft"]}, {"name": "sft"}),
-    (
-        "forward_kl",
-        "dpo",
-        {"loss_type": ["sigmoid"], "f_divergence_type": "forward_kl"},
-        {"name": "sigmoid", "f_divergence": "forward_kl"},
-    ),
-    (
-        "js",
-        "dpo",
-        {"loss_type": ["sigmoid"], "f_divergence_type": "js_divergence"},
-        {"name": "sigmoid", "f_divergence": "js"},
-    ),
-    (
-        "alpha_half",
-        "dpo",
-        {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence"},
-        {"name": "sigmoid", "f_divergence": "alpha"},
-    ),
-    (
-        "alpha_two",
-        "dpo",
-        {
-            "loss_type": ["sigmoid"],
-            "f_divergence_type": "alpha_divergence",
-            "f_alpha_divergence_coef": 2.0,
-        },
-        {"name": "sigmoid", "f_divergence": "alpha", "alpha_divergence": 2.0},
-    ),
-    (
-        "ipo_js",
-        "dpo",
-        {"loss_type": ["ipo"], "f_divergence_type": "js_divergence"},
-        {"name": "ipo", "f_divergence": "js"},
-    ),
-    (
-        "hinge_forward_kl",
-        "dpo",
-        {"loss_type": ["hinge"], "f_divergence_type": "forward_kl"},
-        {"name": "hinge", "f_divergence": "forward_kl"},
-    ),
-    (
-        "ld",
-        "dpo",
-        {"loss_type": ["sigmoid"], "ld_alpha": 0.4},
-        {"name": "sigmoid", "ld_alpha": 0.4},
-    ),
-    ("ld_ipo", "dpo", {"loss_type": ["ipo"], "ld_alpha": 0.4}, {"name": "ipo", "ld_alpha": 0.4}),
-    (
-        "ld_sft",
-        "dpo",
-        {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.4},
-        {"name": ["sigmoid", "sft"], "ld_alpha": 0.4},
-    ),
-    (
-        "wpo",
-        "dpo",
-        {"loss_type": ["sigmoid"], "use_weighting": True},
-        {"name": "sigmoid", "wpo": True},
-    ),
-    ("wpo_ipo", "dpo", {"loss_type": ["ipo"], "use_weighting": True}, {"name": "ipo", "wpo": True}),
-    (
-        "wpo_mixed",
-        "dpo",
-        {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.5, 2.0], "use_weighting": True},
-        {"name": ["sigmoid", "bco_pair"], "weights": [0.5, 2.0], "wpo": True},
-    ),
-    (
-        "rpo",
-        "dpo",
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
-        {"name": ["sigmoid", "sft"], "weights": [1.0, 0.5]},
-    ),
-    (
-        "mpo",
-        "dpo",
-        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
-        {"name": ["sigmoid", "bco_pair", "sft"], "weights": [0.8, 0.2, 1.0]},
-    ),
-    (
-        "tr",
-        "dpo",
-        {
-            "loss_type": ["sigmoid"],
-            "sync_ref_model": True,
-            "ref_model_sync_steps": 2,
-            "ref_model_mixup_alpha": 0.6,
-        },
-        {"name": "sigmoid", "ref_sync_every": 2, "ref_mixup_alpha": 0.6},
-    ),
-    ("cpo", "cpo", {"loss_type": "sigmoid"}, {"name": "cpo"}),
-    (
-        "cpo_smooth",
-        "cpo",
-        {"loss_type": "sigmoid", "label_smoothing": 0.1, "cpo_alpha": 0.5},
-        {"name": "cpo", "label_smoothing": 0.1, "cpo_alpha": 0.5},
-    ),
-    ("simpo", "cpo", {"loss_type": "simpo", "beta": 2.0, "cpo_alpha": 0.0}, {"name": "simpo"}),
-    (
-        "simpo_sft",
-        "cpo",
-        {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 1.0, "cpo_alpha": 0.5},
-        {"name": ["simpo", "sft"], "weights": [1.0, 0.5], "beta": 2.5, "simpo_gamma": 1.0},
-    ),
-    ("orpo", "orpo", {}, {"name": "orpo"}),
-    ("orpo_lambda", "orpo", {"beta": 0.5}, {"name": "orpo", "orpo_lambda": 0.5}),
-]
-
 
 def main() -> None:
     """Run every trajectory and write the file."""
@@ -242,12 +73,15 @@ def main() -> None:
     rows, one_token_rows = make_rows(one_token=False), make_rows(one_token=True)
     with tempfile.TemporaryDirectory() as folder:
         model = save_checkpoint(Path(folder) / "model")
-        runs = [
-            trajectory(folder, *run, rows=one_token_rows if run[1] == "orpo" else rows)
-            for run in RUNS
-        ]
+        runs = []
+        for name, kind, args, section in RUNS:
+            pairs = one_token_rows if kind == "orpo" else rows
+            runs.append(trajectory(folder, name, kind, args, section, rows=pairs))
+    versions = [
+        f"{package.__name__} {package.__version__}" for package in (trl, transformers, torch)
+    ]
     record = {
-        "source": f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, float32, CPU",
+        "source": f"{', '.join(versions)}, float32, CPU",
         "model": model,
         "optimizer": OPTIMIZER,
         "batch_size": PAIRS_PER_STEP,
@@ -260,21 +94,20 @@ def main() -> None:
 
 
 def make_rows(one_token: bool) -> list[dict[str, list[int]]]:
-    """Token ids of the pairs: prompts of 2 to 9 tokens (or one), answers of 2 to 13, all answers closed by EOS."""
+    """Token ids of the pairs: prompts of 2 to 9 tokens (or 1), completions of 2 to 13 with EOS."""
     rng = np.random.default_rng(7)
 
     def some(low: int, high: int) -> list[int]:
         return rng.integers(3, VOCAB, rng.integers(low, high)).tolist()
 
-    rows = [
-        {
-            "prompt": [BOS, *some(1, 9)],
-            "chosen": [*some(1, 13), EOS],
-            "rejected": [*some(1, 13), EOS],
-        }
-        for _ in range(NUM_ROWS)
-    ]
-    return [row | {"prompt": [BOS]} for row in rows] if one_token else rows
+    rows = []
+    for _ in range(NUM_ROWS):
+        prompt, chosen, rejected = some(1, 9), some(1, 13), some(1, 13)
+        if one_token:
+            prompt = []
+        row = {"prompt": [BOS, *prompt], "chosen": [*chosen, EOS], "rejected": [*rejected, EOS]}
+        rows.append(row)
+    return rows
 
 
 def save_checkpoint(folder: Path) -> dict:
@@ -321,26 +154,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def as_text(rows: list[dict[str, list[int]]]) -> Dataset:
-    """The rows as text; TRL closes answers with EOS itself, so theirs is left out."""
+    """The rows as text; TRL ends completions with EOS itself, so theirs is left out."""
     words = ["<pad>", "<s>", "</s>", *(f"t{i}" for i in range(3, VOCAB))]
 
     def text(ids: list[int]) -> str:
         return " ".join(words[i] for i in ids)
 
-    return Dataset.from_list(
-        [
-            {
-                "prompt": text(row["prompt"]),
-                "chosen": " " + text(row["chosen"][:-1]),
-                "rejected": " " + text(row["rejected"][:-1]),
-            }
-            for row in rows
-        ]
-    )
+    texts = []
+    for row in rows:
+        chosen, rejected = text(row["chosen"][:-1]), text(row["rejected"][:-1])
+        texts.append(
+            {"prompt": text(row["prompt"]), "chosen": f" {chosen}", "rejected": f" {rejected}"}
+        )
+    return Dataset.from_list(texts)
 
 
 class Recorder:
-    """Mixed into a trainer: rows in order, and every step's loss and metrics at full precision."""
+    """A mixin: a trainer that visits rows in order and records steps at full precision."""
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
@@ -357,14 +187,12 @@ class Recorder:
 
     def log(self, logs, *args, **kwargs):
         if "grad_norm" in logs:
-            now = (
-                self.metrics_now
-                if hasattr(self, "metrics_now")
-                else {key: values[-1] for key, values in self._metrics["train"].items()}
-            )
-            self.steps[-1] |= {key: now[key] for key in KEPT} | {
-                key: logs[key] for key in ("grad_norm", "learning_rate")
-            }
+            if hasattr(self, "metrics_now"):
+                now = self.metrics_now
+            else:
+                now = {key: values[-1] for key, values in self._metrics["train"].items()}
+            self.steps[-1] |= {key: now[key] for key in KEPT}
+            self.steps[-1] |= {key: logs[key] for key in ("grad_norm", "learning_rate")}
         super().log(logs, *args, **kwargs)
 
 
@@ -448,19 +276,20 @@ def ids_of(row: dict) -> dict[str, list[int]]:
 
 
 def pretty(value: object) -> str:
-    """JSON with nine digits a float (all that float32 has), broken into lines only where it would be long."""
+    """JSON with nine digits a float (all that float32 has) and line breaks only in long values."""
     if isinstance(value, float):
         return repr(float(f"{value:.9g}"))
     if isinstance(value, dict):
-        parts, ends = [f"{json.dumps(key)}: {pretty(item)}" for key, item in value.items()], "{}"
+        parts = [f"{json.dumps(key)}: {pretty(item)}" for key, item in value.items()]
+        start, end = "{", "}"
     elif isinstance(value, list):
-        parts, ends = [pretty(item) for item in value], "[]"
+        parts = [pretty(item) for item in value]
+        start, end = "[", "]"
     else:
         return json.dumps(value)
-    separator = (
-        ", " if sum(map(len, parts)) < 320 and not any("\n" in part for part in parts) else ",\n"
-    )
-    return ends[0] + separator.join(parts) + ends[1]
+    long = sum(map(len, parts)) >= 320 or any("\n" in part for part in parts)
+    separator = ",\n" if long else ", "
+    return start + separator.join(parts) + end
 
 
 if __name__ == "__main__":

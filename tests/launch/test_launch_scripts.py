@@ -1,4 +1,4 @@
-"""The scripts of launch/ at work: on_host.sh and local_processes.sh for real, the others against programs that play their part."""
+"""The scripts of launch/ as they run: some for real, others with fake gcloud, srun and Python."""
 
 import itertools
 import os
@@ -40,7 +40,7 @@ case $3 in
 esac
 while :; do sleep 0.05; done
 """
-"""Stands for Python: prints its arguments, and runs until SIGTERM unless told an exit status."""
+"""A fake Python: prints its arguments, and runs until SIGTERM or exits with a given status."""
 
 
 class Host:
@@ -89,24 +89,26 @@ def test_a_restart_stops_what_runs_and_reads_the_variables_of_the_machine(tmp_pa
 
 
 @pytest.mark.parametrize("code", [0, 1, 70])
-def test_how_a_run_ended_is_kept(tmp_path: Path, code: int) -> None:
+def test_the_exit_status_of_a_run_is_stored(tmp_path: Path, code: int) -> None:
     host = Host(tmp_path)
     host("start", f"code={code}")
     wait_for(lambda: host.status() == f"exit {code}")
 
 
-def test_a_run_of_which_nothing_is_left_was_killed(tmp_path: Path) -> None:
+def test_a_run_without_process_or_exit_status_was_killed(tmp_path: Path) -> None:
     host = Host(tmp_path)
     host("start")
     host("stop")
     wait_for(lambda: host.status() == "exit 75")
-    (host.state / "exit").unlink()  # as after a power cut: a number, and no process that has it
+    # As after a power cut: a pid without a process.
+    (host.state / "exit").unlink()
     assert host.status() == "exit 137"
-    (host.state / "pid").write_text(str(os.getpid()))  # or one that belongs to another by now
+    # Or the pid belongs to another process by now.
+    (host.state / "pid").write_text(str(os.getpid()))
     assert host.status() == "exit 137"
 
 
-def test_a_run_that_does_not_stop_is_ended(tmp_path: Path) -> None:
+def test_a_run_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     host = Host(tmp_path)
     program(tmp_path / "python", "trap '' TERM\nwhile :; do sleep 0.05; done")
     host.environment["STOP_SECONDS"] = "1"
@@ -136,11 +138,12 @@ def local(folder: Path, script: str, count: int = 3) -> subprocess.Popen[str]:
     )
 
 
-def test_each_process_is_told_which_it_is(tmp_path: Path) -> None:
-    started = local(
-        tmp_path,
-        'echo "$JAX_PROCESS_ID of $JAX_PROCESS_COUNT at $JAX_COORDINATOR_ADDRESS: $JAX_NUM_CPU_DEVICES $NPROC $*"',
+def test_each_process_gets_its_id(tmp_path: Path) -> None:
+    script = (
+        'echo "$JAX_PROCESS_ID of $JAX_PROCESS_COUNT at $JAX_COORDINATOR_ADDRESS: '
+        '$JAX_NUM_CPU_DEVICES $NPROC $*"'
     )
+    started = local(tmp_path, script)
     printed, _ = started.communicate(timeout=60)
     devices = f"{os.environ.get('DEVICES', 1)} {os.environ['NPROC']}"
     expected = [
@@ -161,7 +164,7 @@ def test_each_process_is_told_which_it_is(tmp_path: Path) -> None:
         ((70, 0, 75), 70),
     ],
 )
-def test_the_worst_exit_status_is_that_of_all(
+def test_the_exit_status_is_the_worst_of_all_processes(
     tmp_path: Path, codes: tuple[int, ...], worst: int
 ) -> None:
     started = local(
@@ -190,9 +193,9 @@ sys.exit(75)
 @pytest.mark.parametrize(
     "to_all",
     [False, True],
-    ids=["SIGTERM to the script", "Ctrl-C: SIGINT to all that the terminal knows"],
+    ids=["SIGTERM to the script", "Ctrl-C: SIGINT to the process group"],
 )
-def test_a_signal_reaches_every_process_once_and_all_are_waited_for(
+def test_sigterm_reaches_every_process_once_and_all_are_waited_for(
     tmp_path: Path, to_all: bool
 ) -> None:
     (tmp_path / "saver.py").write_text(SAVER)
@@ -223,7 +226,7 @@ def test_a_signal_reaches_every_process_once_and_all_are_waited_for(
         (137, 5, False),
     ],
 )
-def test_a_slurm_job_goes_back_into_the_queue_only_where_that_helps(
+def test_a_slurm_job_is_requeued_only_where_that_helps(
     tmp_path: Path, code: int, restarts: int, requeued: bool
 ) -> None:
     program(tmp_path / "srun", f'echo "srun $*"; exit {code}')
@@ -257,7 +260,8 @@ GCLOUD = """
 cd {folder}
 echo "$*" >> calls
 case "$*" in
-  *"queued-resources describe"*) if [[ -f state ]]; then cat state; else echo "NOT_FOUND: no such thing" >&2; exit 1; fi ;;
+  *"queued-resources describe"*)
+    if [[ -f state ]]; then cat state; else echo "NOT_FOUND: no such thing" >&2; exit 1; fi ;;
   *"queued-resources create"*) [[ ! -f state ]] && echo ACTIVE > state && echo idle > job ;;
   *"queued-resources delete"*) rm -f state ;;
   *"on_host.sh status"*)
@@ -272,11 +276,11 @@ case "$*" in
   *"on_host.sh start"* | *"on_host.sh restart"*) echo running > job ;;
 esac
 """
-"""Plays a TPU: `answers` holds what becomes of the run, one line for each time it is asked."""
+"""A fake gcloud and TPU: `answers` holds the run's state, one line for each query."""
 
 
 def babysit(folder: Path, answers: list[str], **variables: str) -> tuple[int, list[str]]:
-    """Exit status, and what was done: create, push, start, restart, delete."""
+    """Exit status, and the actions: create, push, start, restart, delete."""
     program(folder / "gcloud", GCLOUD.format(folder=folder))
     (folder / "answers").write_text("".join(f"{answer}\n" for answer in answers))
     environment = {
@@ -310,14 +314,14 @@ def test_a_run_is_started_watched_and_cleared_away(tmp_path: Path) -> None:
     )
 
 
-def test_a_machine_that_is_taken_away_is_replaced(tmp_path: Path) -> None:
+def test_a_preempted_machine_is_replaced(tmp_path: Path) -> None:
     assert babysit(tmp_path, ["running", "gone", "running", "gone", "exit 0"]) == (
         0,
         [*BEGIN, *["delete", *BEGIN] * 2, "delete"],
     )
 
 
-def test_a_run_that_was_saved_goes_on_and_silence_is_not_an_end(tmp_path: Path) -> None:
+def test_a_saved_run_is_resumed_and_a_lost_connection_is_not_an_end(tmp_path: Path) -> None:
     answers = ["exit 75", "running", "silent", "silent", "exit 134", "exit 0"]
     assert babysit(tmp_path, answers) == (0, [*BEGIN, "restart", "restart", "delete"])
 
@@ -337,8 +341,8 @@ def test_a_machine_that_holds_the_run_is_kept(tmp_path: Path, variables: dict[st
     assert babysit(tmp_path, ["exit 0"], **variables) == (0, BEGIN)
 
 
-def test_what_is_pushed_can_be_installed(tmp_path: Path) -> None:
-    """The archive that goes to a machine has all that `pip install` reads."""
+def test_the_pushed_archive_can_be_installed(tmp_path: Path) -> None:
+    """It has all that `pip install` reads."""
     program(tmp_path / "scp", f'cp "$1" {tmp_path}/sent.tar.gz')
     program(tmp_path / "ssh", f'echo "$2" > {tmp_path}/asked')
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOSTS": "me@there"}

@@ -1,10 +1,10 @@
-"""A model that is large enough for its memory to be about weights and activations, and small enough to compile quickly."""
+"""A model large enough for weights and activations to dominate memory, yet quick to compile."""
 
 from typing import Any
 
 from jaxdpo.config.schema import Config
 from jaxdpo.planning.machines import topology
-from jaxdpo.planning.search import Choice, changed
+from jaxdpo.planning.search import Plan, replaced
 from jaxdpo.planning.target import Target
 from tests.tiny import HF
 
@@ -27,10 +27,10 @@ def target(machine: str = "cpu-1", **changes: Any) -> Target:
 
 
 def config(pairs: int = 5, **changes: Any) -> Config:
-    """A run's config; its sections' fields may be changed."""
-    return changed(Config(), **{"train": {"batch_size": pairs}} | changes)
+    """A run's config; fields of its sections may be changed."""
+    return replaced(Config(), **{"train": {"batch_size": pairs}} | changes)
 
 
-def planned(some: Target, pairs: int = 5, **changes: Any) -> Choice:
+def planned(some: Target, pairs: int = 5, **changes: Any) -> Plan:
     """The plan of a run."""
-    return Choice.of(some, config(pairs, **changes), PAIR)
+    return Plan.of(some, config(pairs, **changes), PAIR)

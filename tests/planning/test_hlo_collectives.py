@@ -1,4 +1,4 @@
-"""Collectives are read from a program's text as they are: kinds, loops, groups in every notation, bytes."""
+"""Collectives read from HLO text: kinds, loops, groups in every notation, bytes."""
 
 import re
 
@@ -10,14 +10,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxdpo.planning.hlo_collectives import collectives
 from tests.tiny import mesh
 
-WHERE = mesh(2, 2, 2)  # devices 0 to 7: data 4s, fsdp 2s, tensor 1s
+MESH = mesh(2, 2, 2)  # device number = 4 * data + 2 * fsdp + tensor
 
 
 def read(operation: str, groups: str) -> list:
-    return collectives(
-        f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %x = {operation}(%p), {groups}, dimensions={{0}}\n}}\n",
-        WHERE,
+    text = (
+        "ENTRY %main (p: f32[8]) -> f32[8] {\n"
+        f"  %x = {operation}(%p), {groups}, dimensions={{0}}\n"
+        "}\n"
     )
+    return collectives(text, MESH)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,9 @@ def read(operation: str, groups: str) -> list:
         ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", ("data", "fsdp")),
     ],
 )
-def test_groups_in_every_notation_are_mesh_axes(groups: str, axes: tuple[str, ...]) -> None:
+def test_replica_groups_in_every_notation_become_mesh_axes(
+    groups: str, axes: tuple[str, ...]
+) -> None:
     assert [one.axes for one in read("f32[8]{0} all-reduce", groups)] == [axes]
 
 
@@ -62,14 +66,14 @@ def test_permutes_and_groups_of_one() -> None:
         read("f32[8]{0} all-gather", "replica_groups=else")
 
 
-def test_what_a_loop_sends_counts_each_time() -> None:
-    spread = NamedSharding(WHERE, PartitionSpec(None, "fsdp", "tensor"))
+def test_collectives_in_a_loop_count_once_per_iteration() -> None:
+    spread = NamedSharding(MESH, PartitionSpec(None, "fsdp", "tensor"))
 
     def layers(x: jax.Array, weights: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
     shapes = jax.ShapeDtypeStruct(
-        (4, 16), "float32", sharding=NamedSharding(WHERE, PartitionSpec("fsdp", None))
+        (4, 16), "float32", sharding=NamedSharding(MESH, PartitionSpec("fsdp", None))
     )
     text = (
         jax.jit(layers)
@@ -78,6 +82,8 @@ def test_what_a_loop_sends_counts_each_time() -> None:
         .as_text()
         or ""
     )
-    some = collectives(text, WHERE)
-    assert some and {one.times for one in some if re.search("dot_general|while", one.where)} == {5}
+    some = collectives(text, MESH)
+    assert some and {one.count for one in some if re.search("dot_general|while", one.op_name)} == {
+        5
+    }
     assert {"fsdp", "tensor"} <= {axis for one in some for axis in one.axes}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxdpo.planning.gpu_targets import arrangement, target_config
+from jaxdpo.planning.gpu_targets import target_config, topology_shape
 from jaxdpo.planning.machines import GIB, names, topology
 
 
@@ -63,7 +63,9 @@ def test_slices_of_tpus_talk_over_the_network() -> None:
     )
     assert found.link(64) == found.chip.link > 10 * found.link(128) == 10 * found.link(256)
     assert topology("1xv5e-8").num_chips == 8
-    with pytest.raises(ValueError, match=r"only TPUs come in slices\. Use h100-<number of all>"):
+    with pytest.raises(
+        ValueError, match=r"only TPUs come in slices\. Use h100-<number of all devices>"
+    ):
         topology("2xh100-8")
     assert topology("2xv5e-4").num_hosts == 2 and topology("2xv6e-8").chip.network == 12.5e9
     for name in ("2xv5e-15", "0xv5e-16", "2x2xv5e-4", "xv5e-4"):
@@ -93,4 +95,7 @@ def test_gpus_are_described_as_the_compiler_takes_them() -> None:
     assert "major: 8 minor: 9" in target_config(
         topology("l4-1")
     ) and "core_count: 132" in target_config(topology("h200-8"))
-    assert (arrangement(topology("h100-8")), arrangement(topology("h100-32"))) == ("1x1x8", "1x4x8")
+    assert (topology_shape(topology("h100-8")), topology_shape(topology("h100-32"))) == (
+        "1x1x8",
+        "1x4x8",
+    )

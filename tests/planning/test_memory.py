@@ -1,4 +1,4 @@
-"""The estimate of memory, against what the compiler says."""
+"""The memory estimate against the compiler's figures."""
 
 from typing import Any
 
@@ -9,21 +9,22 @@ from jaxdpo.planning.memory import local_bytes
 from tests.planning.llama import config, planned, target
 
 
-def off(machine: str, changes: dict[str, Any], model: dict[str, Any], pairs: int) -> float:
-    """Estimate over compiled, less one."""
+def relative_error(
+    machine: str, changes: dict[str, Any], model: dict[str, Any], pairs: int
+) -> float:
+    """Of the estimated peak, against the compiled one."""
     some = target(machine, **model)
-    choice = planned(some, pairs, **changes)
+    plan = planned(some, pairs, **changes)
     program = some.program(config(pairs, **changes), compiler_devices(some.topology))
-    compiled = compile_step(program, choice.rows)
-    state = sum(choice.memory.held.values())
-    assert compiled.arguments == pytest.approx(
-        state, rel=1e-3
-    )  # what is held is known, not estimated
-    return choice.memory.peak / compiled.peak - 1
+    compiled = compile_step(program, plan.shapes)
+    state = sum(plan.memory.persistent.values())
+    # The persistent parts are counted, not estimated.
+    assert compiled.arguments == pytest.approx(state, rel=1e-3)
+    return plan.memory.peak / compiled.peak - 1
 
 
-def test_state_is_counted_and_the_rest_is_near() -> None:
-    assert abs(off("cpu-1", {"data": {"packed_length": 2048}}, {}, 5)) < 0.1
+def test_the_state_is_exact_and_the_peak_within_a_tenth() -> None:
+    assert abs(relative_error("cpu-1", {"data": {"packed_length": 2048}}, {}, 5)) < 0.1
 
 
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
@@ -41,26 +42,26 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
 def test_the_estimate_is_within_a_tenth(
     machine: str, changes: dict[str, Any], model: dict[str, Any], pairs: int
 ) -> None:
-    assert abs(off(machine, changes, model, pairs)) < 0.1
+    assert abs(relative_error(machine, changes, model, pairs)) < 0.1
 
 
-def test_what_makes_a_run_smaller_makes_its_parts_smaller() -> None:
+def test_options_that_save_memory_reduce_their_part() -> None:
     parts = {name: planned(target(), **change).memory for name, change in CHANGES.items()}
     plain = parts["plain"]
-    assert parts["cached"].held["reference"] == 0 < plain.held["reference"]
-    assert parts["moments"].held["optimizer moments"] == pytest.approx(
-        0.75 * plain.held["optimizer moments"], rel=1e-3
+    assert parts["cached"].persistent["reference"] == 0 < plain.persistent["reference"]
+    assert parts["moments"].persistent["optimizer moments"] == pytest.approx(
+        0.75 * plain.persistent["optimizer moments"], rel=1e-3
     )
     assert (
-        parts["lora"].held["base under the adapter"]
-        == plain.held["parameters"]
-        > 50 * parts["lora"].held["parameters"]
+        parts["lora"].persistent["base under the adapter"]
+        == plain.persistent["parameters"]
+        > 50 * parts["lora"].persistent["parameters"]
     )
     assert (
-        parts["nf4"].held["base under the adapter"]
-        < 0.4 * parts["lora"].held["base under the adapter"]
+        parts["nf4"].persistent["base under the adapter"]
+        < 0.4 * parts["lora"].persistent["base under the adapter"]
     )
-    assert parts["short rows"].phases["backward"]["activations"] == pytest.approx(
+    assert parts["short sequences"].phases["backward"]["activations"] == pytest.approx(
         plain.phases["backward"]["activations"] / 2
     )
     assert plain.phases["backward"]["activations"] < parts["dots"].phases["backward"]["activations"]
@@ -73,17 +74,17 @@ CHANGES: dict[str, dict[str, Any]] = {
     "moments": {"optim": {"mu_dtype": "bfloat16"}},
     "lora": {"lora": {"rank": 4}},
     "nf4": {"lora": {"rank": 4}, "model": {"quantize": "nf4"}},
-    "short rows": {"data": {"packed_length": 2048}},
+    "short sequences": {"data": {"packed_length": 2048}},
     "dots": {"model": {"remat": "dots"}},
 }
 
 
-def test_shares_are_counted_as_they_lie() -> None:
-    whole, shared = (
-        planned(target("cpu-8"), 8, mesh=mesh) for mesh in ({"data": 8}, {"fsdp": 4, "tensor": 2})
-    )
+def test_sharded_state_is_counted_per_device() -> None:
+    replicated = planned(target("cpu-8"), 8, mesh={"data": 8})
+    sharded = planned(target("cpu-8"), 8, mesh={"fsdp": 4, "tensor": 2})
     for part in ("parameters", "reference", "optimizer moments"):
-        assert shared.memory.held[part] == pytest.approx(
-            whole.memory.held[part] / 8, rel=0.02
-        )  # norms are on every device
+        # Norms are replicated, so not quite an eighth.
+        assert sharded.memory.persistent[part] == pytest.approx(
+            replicated.memory.persistent[part] / 8, rel=0.02
+        )
     assert local_bytes(None) == 0 and local_bytes({}) == 0

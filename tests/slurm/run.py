@@ -1,10 +1,13 @@
-"""launch/slurm.sbatch on a real SLURM of one machine: two tasks get SIGTERM, save, are requeued, and end as if nothing had happened.
+"""launch/slurm.sbatch on a real SLURM cluster of this machine: SIGTERM, save, requeue, resume.
 
-    python tests/slurm/run.py              SIGTERM by hand, a third of the way through: about two minutes
-    python tests/slurm/run.py --limit 2    SIGTERM from SLURM before the time limit of two minutes, and a cancelled job that must stay away
+    python tests/slurm/run.py             SIGTERM by scancel after a third of the steps (2 minutes)
+    python tests/slurm/run.py --limit 2   SIGTERM from SLURM before the time limit of two minutes;
+                                          also a cancelled job that must not come back
 
-It needs slurmctld, slurmd and munge (Debian: apt-get install slurmctld slurmd slurm-client munge), no systemd and no configuration:
-all that it starts lives in a temporary folder and is stopped at the end. Without them it says so and ends with 0.
+Two tasks train. They must end with the bits of an uninterrupted run. It needs slurmctld, slurmd and
+munge (Debian: apt-get install slurmctld slurmd slurm-client munge), no systemd and no
+configuration: everything is in a temporary folder and is stopped at the end. Without them it says
+so and ends with 0.
 """
 
 import argparse
@@ -61,15 +64,15 @@ ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-# cred_expire: a requeued job waits until its old credentials are no longer valid, two minutes unless told otherwise.
+# cred_expire: a requeued job starts when its old credentials have expired, by default in 2 minutes.
 
 
 class Failure(Exception):
-    """SLURM or the run did not do what it must."""
+    """SLURM or the run did not do what it should."""
 
 
 def main() -> int:
-    """The whole of it; returns the exit status."""
+    """Run the check; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,16 +80,16 @@ def main() -> int:
         "--limit",
         type=int,
         default=0,
-        help="minutes; the run takes longer. SLURM warns it up to 80 s before",
+        help="time limit in minutes, which the run exceeds. SLURM signals up to 80 s before it",
     )
     limit = parser.parse_args().limit
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # so that what was started is stopped
+    # An exception, so that the daemons are stopped on SIGTERM.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
         print(
-            f"skipped: {', '.join(missing)} not installed (apt-get install slurmctld slurmd slurm-client munge)"
+            f"skipped: {', '.join(missing)} not installed "
+            "(apt-get install slurmctld slurmd slurm-client munge)"
         )
         return 0
     with tempfile.TemporaryDirectory(prefix="slurm-") as name:
@@ -95,10 +98,8 @@ def main() -> int:
             figures = check(folder, limit)
         except (Failure, subprocess.SubprocessError) as failure:
             for log in sorted(folder.glob("*.log")):
-                print(
-                    f"--- {log.name}\n"
-                    + "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-                )
+                print(f"--- {log.name}")
+                print(*log.read_text(errors="replace").splitlines()[-40:], sep="\n")
             print(f"FAILED: {failure}")
             return 1
     print(json.dumps(figures, indent=1))
@@ -106,7 +107,7 @@ def main() -> int:
 
 
 def check(folder: Path, limit: int) -> dict[str, Any]:
-    """Both runs, and what was seen."""
+    """The uninterrupted run and the requeued one; returns the figures to print."""
     environment = prepare(folder)
     started = time.monotonic()
     straight = [
@@ -114,15 +115,14 @@ def check(folder: Path, limit: int) -> dict[str, Any]:
         "2",
         *arguments(folder, "straight", 20),
     ]
-    if (
-        limit
-    ):  # as many steps as take longer than the limit allows: measured on a run that is thrown away
+    steps = STEPS
+    if limit:
+        # As many steps as exceed the limit, by the step time of a short run.
         subprocess.run(straight, env=environment, check=True, cwd=folder, timeout=PATIENCE)
-        per_step = sorted(
-            row["step_seconds"] for row in metrics(folder / "straight") if "step_seconds" in row
-        )[10]
+        rows_logged = metrics(folder / "straight")
+        per_step = sorted(row["step_seconds"] for row in rows_logged if "step_seconds" in row)[10]
         shutil.rmtree(folder / "straight")
-    steps = max(STEPS, round(60 * limit / per_step)) if limit else STEPS
+        steps = max(STEPS, round(60 * limit / per_step))
     straight[2:] = arguments(folder, "straight", steps)
     subprocess.run(straight, env=environment, check=True, cwd=folder, timeout=PATIENCE)
     alone = time.monotonic() - started
@@ -161,18 +161,29 @@ def prepare(folder: Path) -> dict[str, str]:
 
 
 def arguments(folder: Path, name: str, steps: int) -> list[str]:
-    """The options of a run of two processes that share the weights."""
-    options = f"""
-        model.path={folder}/model data.train=[{folder}/rows.jsonl] run_dir={folder}/{name} data.eval_fraction=0.2 data.max_length=32
-        data.packed_length=64 data.num_packed_lengths=1 optim.learning_rate=1e-3 train.batch_size=4 train.steps={steps} eval.every=0
-        checkpoint.save_every={SAVE_EVERY} log.tensorboard=false mesh.fsdp=2 train.compilation_cache={folder}/cache
-    """
-    return options.split()
+    """The options of a run of two processes with fsdp."""
+    return [
+        f"model.path={folder}/model",
+        f"data.train=[{folder}/rows.jsonl]",
+        f"run_dir={folder}/{name}",
+        "data.eval_fraction=0.2",
+        "data.max_length=32",
+        "data.packed_length=64",
+        "data.num_packed_lengths=1",
+        "optim.learning_rate=1e-3",
+        "train.batch_size=4",
+        f"train.steps={steps}",
+        "eval.every=0",
+        f"checkpoint.save_every={SAVE_EVERY}",
+        "log.tensorboard=false",
+        "mesh.fsdp=2",
+        f"train.compilation_cache={folder}/cache",
+    ]
 
 
 @contextlib.contextmanager
 def slurm(folder: Path, environment: dict[str, str]) -> Iterator[None]:
-    """A cluster of this machine alone, for as long as the context lasts."""
+    """A SLURM cluster of this machine alone."""
     host = socket.gethostname().split(".")[0]
     user = output(["id", "-un"], environment).strip()
     for name in ("state", "spool"):
@@ -228,7 +239,7 @@ def running(command: list[str], folder: Path, environment: dict[str, str]) -> It
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Ports that no process listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -237,7 +248,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def submit(folder: Path, environment: dict[str, str], name: str, steps: int, *more: str) -> str:
-    """Hand launch/slurm.sbatch to SLURM for two tasks of this machine; the job's number."""
+    """Submit launch/slurm.sbatch for two tasks on this machine; returns the job id."""
     machine = [
         "--nodes=1",
         "--ntasks-per-node=2",
@@ -255,7 +266,7 @@ def submit(folder: Path, environment: dict[str, str], name: str, steps: int, *mo
 def interrupted(
     folder: Path, environment: dict[str, str], steps: int, limit: int
 ) -> dict[str, Any]:
-    """A job that gets SIGTERM, goes back into the queue and comes to its end; what was seen of it."""
+    """A job that gets SIGTERM, is requeued and finishes; returns the figures to print."""
     times = [f"--time={limit}", "--signal=TERM@20"] if limit else ["--time=30"]
     began = time.monotonic()
     job = submit(folder, environment, "queued", steps, *times)
@@ -300,7 +311,7 @@ def interrupted(
 
 
 def cancelled(folder: Path, environment: dict[str, str]) -> None:
-    """A job that its user cancels is saved too, and does not come back."""
+    """A job that its user cancels saves too, and is not requeued."""
     job = submit(folder, environment, "cancelled", 100_000, "--time=30")
     wait_for(lambda: len(metrics(folder / "cancelled")) >= 3, "the job to be cancelled trains")
     output(["scancel", job], environment)
@@ -316,7 +327,7 @@ def cancelled(folder: Path, environment: dict[str, str]) -> None:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl so far, without a last one that is being written."""
+    """The complete rows of metrics.jsonl so far."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -350,14 +361,14 @@ def output(command: list[str], environment: dict[str, str]) -> str:
 
 
 def wait_for(is_so: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    """Look once a second until it is so."""
+    """Poll once a second."""
     until = time.monotonic() + seconds
     while True:
         with contextlib.suppress(FileNotFoundError):
             if is_so():
                 return
         if time.monotonic() > until:
-            raise Failure(f"after {seconds:.0f} s still not so: {what}")
+            raise Failure(f"after {seconds:.0f} s it is still not the case that {what}")
         time.sleep(1)
 
 
