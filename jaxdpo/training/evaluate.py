@@ -23,9 +23,12 @@ def evaluate(
     cached: CachedLogps | None,
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Means over all validation pairs: loss, rewards, accuracies, lengths and, where the reference runs, exact KL per token.
+    """Means of the metrics over all validation pairs.
 
-    Sums and counts are added up over the batches and divided once, so that the batch size does not matter.
+    Loss, rewards, accuracies, lengths and, where the reference runs, the exact KL per token.
+
+    Sums and counts are added up over the batches and divided once, so that the batch size does not
+    matter.
 
     Args:
         params: the trained weights.

@@ -1,4 +1,7 @@
-"""What a run's numbers depend on besides its options, as hashes: a resume and a cached reference compare them."""
+"""The identity of a run: what its numbers depend on besides its options, as hashes.
+
+A resume and a cached reference compare it.
+"""
 
 import hashlib
 import json

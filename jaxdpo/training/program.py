@@ -1,4 +1,7 @@
-"""The train and evaluation steps of a run, with shapes and shardings of their arguments: enough to compile them without weights or data."""
+"""The train and evaluation steps of a run, with shapes and shardings of their arguments.
+
+Enough to compile them (for another machine, too) without weights or data.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +27,7 @@ from jaxdpo.training.weights import PolicyWeights, state_shardings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """The jitted steps of a run, the devices that they run on, and the shardings of everything that they take."""
+    """The jitted steps of a run, their devices, and the shardings of their arguments."""
 
     config: Config
     """Resolved: no `auto` in it but for what depends on the platform alone."""

@@ -1,8 +1,8 @@
-"""The rules about options, in three steps: validate without I/O, resolve once the model is known, check once the data is read.
+"""The rules about options, in three steps.
 
-validate(config)                  problems that the options alone show, as messages; all commands start with it
-resolve(config, model, raw)       every `auto`, 0 and null gets the value that it stands for
-check(config, data)               losses that the columns of the rows rule out
+validate(config)             without I/O: problems of the options among themselves
+resolve(config, model, raw)  once the model is known: every `auto`, 0 and null gets its value
+check(config, data)          once the data is read: losses that its columns rule out
 """
 
 import dataclasses
@@ -54,15 +54,16 @@ def resolve(
 ) -> ResolvedConfig:
     """The config with values in place of all that is automatic, for a model and for devices.
 
-    The result is what config.yaml and checkpoints hold: a resume on another machine, or with another version whose
-    defaults differ, cannot change it unseen.
+    The result is what config.yaml and checkpoints hold: a resume on another machine, or with
+    another version whose defaults differ, cannot change it unseen.
 
     Args:
         raw: the model's config.json.
         devices: default: all that are here.
 
     Raises:
-        ValueError: the mesh or an option does not fit the devices, the model, or the adapter at lora.path.
+        ValueError: the mesh or an option does not fit the devices, the model, or the adapter at
+            lora.path.
     """
     mesh = sharding.make_mesh(config.mesh, devices=devices, sizes=axis_sizes(model))
     config = resolve_options(config, mesh, model, raw)
@@ -130,7 +131,7 @@ def _resolve_router(config: Config, model: ModelConfig, raw: Mapping[str, Any]) 
             raise ValueError(f"loss.router_aux_coef={coef}: the model has no experts. Leave it out")
         return config
     if coef is None:
-        # transformers adds the loss only where the router's logits are asked for, and TRL does as transformers.
+        # As transformers and TRL do: the loss only where the router's logits are asked for.
         coef = model.router_aux_coef if raw.get("output_router_logits") else 0.0
     return dataclasses.replace(config, loss=dataclasses.replace(config.loss, router_aux_coef=coef))
 
@@ -157,7 +158,8 @@ def _check_offload(config: Config) -> None:
 def attention_of(config: Config, mesh: Mesh, model: ModelConfig) -> str:
     """What model.attention=auto means for these devices and this model.
 
-    It is not part of the resolved config: a resume on another platform may compute attention otherwise.
+    It is not part of the resolved config: a resume on another platform may compute attention
+    otherwise.
     """
     if config.model.attention != "auto":
         return config.model.attention
@@ -181,15 +183,16 @@ def check_attention(config: Config, mesh: Mesh, model: ModelConfig) -> None:
         )
     if _windows_in_shared_prefixes(config, model):
         raise ValueError(
-            "model.attention=splash: the model has sliding windows, which a shared prefix cuts into "
-            "more than one interval. Use model.attention=blocks, or data.share_prefix=false"
+            "model.attention=splash: the model has sliding windows, which a shared prefix cuts "
+            "into more than one interval. Use model.attention=blocks, or data.share_prefix=false"
         )
 
 
 def _windows_in_shared_prefixes(config: Config, model: ModelConfig) -> bool:
     """Whether a sliding window may cut what a token of the chosen answer sees into two intervals.
 
-    With a shared prefix (reverse(chosen) | prompt | rejected) its own answer and the prompt are on two sides of it.
+    With a shared prefix (reverse(chosen) | prompt | rejected) its own answer and the prompt are on
+    two sides of it.
     """
     window = model.sliding_window
     return window is not None and config.data.share_prefix and window < config.data.max_length
@@ -198,7 +201,10 @@ def _windows_in_shared_prefixes(config: Config, model: ModelConfig) -> bool:
 def resolve_lora(
     config: Config, model: ModelConfig
 ) -> tuple[Config, Lora | None, PeftAdapter | None]:
-    """The config with values for what lora.* leaves open, the adapter that they mean, and the one to start from.
+    """The config with values for what lora.* leaves open, and the adapter that they mean.
+
+    Returns:
+        (config, the adapter that is trained, the adapter at lora.path with its weights).
 
     Raises:
         ValueError: the options do not fit the model, or the adapter at lora.path.
@@ -256,11 +262,13 @@ def check(config: Config, data: Prepared) -> None:
             weighted.append(name)
         if table.margins.any():
             with_margins.append(name)
-    # A coupled loss compares every pair with every other: which of them a weight should count for is not defined.
+    # A coupled loss compares every pair with every other: which of them a weight should count for
+    # is not defined.
     if weighted and registry.coupled(config.loss):
         raise ValueError(
-            f"loss.name={config.loss.name}: mixes the pairs of a step, so it cannot weigh them, and the "
-            f"rows of {weighted[0]} differ in their column 'weight'. Remove that column, or use another loss"
+            f"loss.name={config.loss.name}: mixes the pairs of a step, so it cannot weigh them, "
+            f"and the rows of {weighted[0]} differ in their column 'weight'. "
+            "Remove that column, or use another loss"
         )
     if with_margins and not registry.takes_margins(config.loss):
         taking = ", ".join(
@@ -268,5 +276,6 @@ def check(config: Config, data: Prepared) -> None:
         )
         raise ValueError(
             f"loss.name={config.loss.name}: has no logit to take a margin from, and rows of "
-            f"{with_margins[0]} have one in their column 'margin'. Remove that column, or use one of {taking}"
+            f"{with_margins[0]} have one in their column 'margin'. "
+            f"Remove that column, or use one of {taking}"
         )

@@ -1,4 +1,8 @@
-"""Startup checks, before the first step: the same run on all processes and as before, room for checkpoints, a right reference."""
+"""Startup checks: what a run has to pass before its first step.
+
+The same run on all processes and as in its checkpoints, room for checkpoints, and the ln 2 check:
+policy and reference agree.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -29,7 +33,8 @@ FREE_FIELDS = (
     "train.watchdog_minutes",
     "data.cache",
     "data.num_proc",
-    # From here on: where and in which order the same sums are computed. The result is the same up to rounding.
+    # From here on: where and in which order the same sums are computed. The result is the same up
+    # to rounding.
     "mesh.",
     "train.offload",
     "model.attention",
@@ -41,7 +46,7 @@ FREE_FIELDS = (
     "data.max_dropped_fraction",
     "data.missing_eos",
 )
-"""Options that may change between a run and its resume (those ending in a dot: the whole section)."""
+"""Options that may change between a run and its resume; "mesh." stands for the whole section."""
 
 
 class Fault(Exception):
@@ -61,8 +66,9 @@ def check_processes_agree(trainer: Trainer) -> None:
     }
     if found := processes.differing(known):
         raise ValueError(
-            f"the {jax.process_count()} processes of this run do not have the same {', '.join(found)}. "
-            "Start all with the same options, on the same files and the same version of jaxdpo"
+            f"the {jax.process_count()} processes of this run do not have the same "
+            f"{', '.join(found)}. Start all with the same options, on the same files and the same "
+            "version of jaxdpo"
         )
 
 
@@ -92,14 +98,15 @@ def check_same_run(trainer: Trainer, meta: dict[str, Any]) -> None:
 
 
 def changed_fields(saved: Tree, current: Tree) -> list[tuple[str, Any, Any]]:
-    """Options that differ between a checkpoint's config and the current one and change what is computed.
+    """Options that differ from a checkpoint's config and change what is computed.
 
     Args:
         saved: the config in a checkpoint's meta, as nested dict.
         current: the config of this run, as nested dict.
 
     Returns:
-        (path, saved value, current value) of each, by path; "(absent)" stands for an option that one side lacks.
+        (path, saved value, current value) of each, by path; "(absent)" stands for an option that
+        one side lacks.
     """
     old = dict(_flat(saved))
     new = dict(_flat(json.loads(json.dumps(current))))  # as the checkpoint's went through JSON
@@ -152,9 +159,10 @@ def check_disk(trainer: Trainer, checkpoints: Checkpoints, newest: int | None) -
 def check_closed_form(
     trainer: Trainer, state: TrainState, fixed: FrozenState, batch: Batch
 ) -> TrainState:
-    """The ln 2 check: before the first update policy and reference agree, so the loss has a known value and rewards are 0.
+    """The ln 2 check: before the first update the loss has a known value, and rewards are 0.
 
-    The known value is ln 2 for DPO; see `closed_form` in the losses' registry. The first step is computed and not applied.
+    Policy and reference agree then: the loss is ln 2 for DPO, and `closed_form` of the losses'
+    registry for others. The first step is computed and not applied.
 
     Args:
         state: donated to the step.
@@ -179,8 +187,8 @@ def check_closed_form(
     if wrong:
         raise Fault(
             f"policy and reference should agree before the first step, but {', '.join(wrong)}. "
-            "Likely causes: weights that hold NaN or overflow in model.compute_dtype (try float32), "
-            "or memory damaged on this machine. Nothing was trained"
+            "Likely causes: weights that hold NaN or overflow in model.compute_dtype "
+            "(try float32), or memory damaged on this machine. Nothing was trained"
         )
     return state
 
@@ -189,7 +197,8 @@ def _known_metrics(trainer: Trainer, values: Mapping[str, float]) -> dict[str, f
     """What metrics must be where policy and reference agree.
 
     Args:
-        values: the metrics that were measured: the router's balance, a part of the loss, is not known beforehand.
+        values: the metrics that were measured: the router's balance, a part of the loss, is not
+            known beforehand.
     """
     section = trainer.config.loss
     known = {}

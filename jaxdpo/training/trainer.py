@@ -1,4 +1,4 @@
-"""The trainer: from a config to everything that a run needs, devices, model, data, state and compiled steps."""
+"""The trainer: from a config to devices, model, data, state and compiled steps."""
 
 import dataclasses
 import functools
@@ -99,12 +99,13 @@ class Trainer(Program):
         init = functools.partial(optim.init, self.weights.trained, self.config.optim)
         if "moments" not in self.config.train.offload:
             return jax.jit(init, out_shardings=self.shardings.opt)()
-        # Offloaded moments are made on the host: the devices may have no room for all of them at once.
+        # Offloaded moments are made on the host: the devices may have no room for all of them at
+        # once.
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init))
         return sharding.put(zeros, self.shardings.opt)
 
     def reference_again(self, base: Params | None) -> Params | None:
-        """FrozenState.reference as `start` gives it: for a resume, which has its policy from a checkpoint."""
+        """FrozenState.reference for a resume, which has its policy from a checkpoint."""
         kind = self.weights.reference_kind
         params = self.weights.initial() if kind == "frozen" and base is None else {}
         return self.weights.reference(params, base, shared=False)
@@ -115,10 +116,12 @@ class Trainer(Program):
         tell: Callable[[str], None],
         stopping: Callable[[], bool],
     ) -> CachedLogps:
-        """The reference's log-probs of all pairs that the run visits, from the run folder or computed.
+        """The reference's log-probs of all pairs that the run visits, from the run folder or
+        computed.
 
         Args:
-            load_reference: loads its weights; called once, and only when something has to be computed.
+            load_reference: loads its weights; called once, and only when something has to be
+                computed.
             tell, stopping: see cached_logps.
 
         Raises:
@@ -186,7 +189,8 @@ class Trainer(Program):
         return sharding.put(np.asarray(value, dtype), sharding.replicated(self.mesh))
 
     def mfu(self, step: int, seconds: float) -> float | None:
-        """Useful FLOPs of a step, as a share of what the devices could do in that time; None where their peak is not known."""
+        """Useful FLOPs of a step, as a share of what the devices could do in that time; None where
+        their peak is not known."""
         peak = peak_flops(self.mesh.devices)
         if peak is None:
             return None
@@ -198,7 +202,7 @@ class Trainer(Program):
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer: those of the training data and those of the model's files."""
+        """Token ids that end an answer (eos): of the training data and of the model's files."""
         encoder = Encoder.create(self.tokenizer, self.config.data)
         return tuple({*encoder.stop_ids, *end_ids(self.folder, read_config_json(self.folder))})
 
@@ -221,20 +225,33 @@ def model_folder(config: Config) -> Path:
 
 
 def _notes(config: Config, weights: PolicyWeights) -> Iterator[str]:
+    """What the user should know before the run."""
     if weights.lora is not None:
+        dtype = config.model.compute_dtype
+        if config.model.quantize != "none":
+            dtype = config.model.quantize
         names, scale = ", ".join(weights.lora.names), weights.lora.scale
-        held = (
-            config.model.compute_dtype if config.model.quantize == "none" else config.model.quantize
+        yield (
+            f"lora: {weights.num_trained():,} weights trained (rank {weights.lora.rank}, "
+            f"scale {scale:.4g}, on {names}), {weights.num_all():,} frozen in {dtype}"
         )
-        frozen = f"{weights.num_all():,} frozen in {held}"
-        yield f"lora: {weights.num_trained():,} weights trained (rank {weights.lora.rank}, scale {scale:.4g}, on {names}), {frozen}"
     if weights.start is not None:
-        yield f"the policy starts from the adapter in {config.lora.path}, and the reference is that adapter, frozen"
+        yield (
+            f"the policy starts from the adapter in {config.lora.path}, "
+            "and the reference is that adapter, frozen"
+        )
     if weights.reference_kind == "cached":
-        yield "reference=cached: the exact KL (eval/kl/token_exact) and the reference's samples need the reference itself and are left out"
+        yield (
+            "reference=cached: the exact KL (eval/kl/token_exact) and the reference's samples "
+            "need the reference itself and are left out"
+        )
 
 
 def _warnings(config: Config, found: PeftAdapter | None) -> Iterator[str]:
+    """What may be a mistake."""
     base = "" if found is None else Path(found.base).name
     if base and base.lower() != Path(config.model.path or "").name.lower():
-        yield f"lora.path={config.lora.path}: this adapter says that it was trained on {base}, not on model.path={config.model.path}"
+        yield (
+            f"lora.path={config.lora.path}: this adapter says that it was trained on {base}, "
+            f"not on model.path={config.model.path}"
+        )

@@ -1,7 +1,8 @@
-"""The weights of a run: those that are trained, the frozen base under an adapter, and the reference's own.
+"""The weights of a run: those that are trained, the frozen base under an adapter, and the
+reference's own.
 
-Full fine-tuning trains all weights. With LoRA an adapter is trained over a frozen base, which is stored once, perhaps
-quantised, and which the reference shares (reference=adapter_off).
+Full fine-tuning trains all weights. With LoRA an adapter is trained over a frozen base, which is
+stored once, perhaps quantised, and which the reference shares (reference=adapter_off).
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ from jaxdpo.training.state import FrozenState, TrainState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyWeights:
-    """Shapes and shardings of a run's weights, and their values at its start; every method that loads does so anew."""
+    """Shapes and shardings of a run's weights, and their values at its start; every method that
+    loads does so anew."""
 
     config: Config
     """Resolved: no `auto` in it."""
@@ -71,7 +73,8 @@ class PolicyWeights:
 
     @functools.cached_property
     def fixed_shardings(self) -> FrozenState:
-        """Shardings of base and reference; those of cached log-probs, which lie as the batch does."""
+        """Shardings of base and reference; those of cached log-probs, which lie as the batch
+        does."""
         axes = base_axes(self.model, self.config.model.quantize)
         if self.lora is not None:
             axes = axes | {"lora": adapter_axes(self.model, self.lora)}
@@ -146,7 +149,8 @@ class PolicyWeights:
         """The model that the policy starts as, in the decoder's form, made of the weights given.
 
         Args:
-            params: of `initial`; not read with LoRA, where the start is the base or the base with the adapter at lora.path.
+            params: of `initial`; not read with LoRA, where the start is the base or the base with
+                the adapter at lora.path.
             base: of `base`.
         """
         return params if base is None else base | self._start_adapter()
@@ -155,7 +159,8 @@ class PolicyWeights:
         """FrozenState.reference, from what start_view takes; None where no reference runs.
 
         Args:
-            shared: whether the policy goes on with `params`, so that a frozen reference must be a copy.
+            shared: whether the policy goes on with `params`, so that a frozen reference must be a
+                copy.
         """
         if self.reference_kind == "adapter_off":
             return self._start_adapter()
@@ -207,7 +212,8 @@ def state_shardings(
     """Shardings of each part of the state, a TrainState of them.
 
     Args:
-        moments_wait: whether AdamW's moments are offloaded to the hosts; else they lie with their weights.
+        moments_wait: whether AdamW's moments are offloaded to the hosts; else they lie with their
+            weights.
 
     Raises:
         ValueError: the mesh does not divide the weights.
