@@ -53,7 +53,7 @@ def test_resume_with_another_config_is_refused_with_every_field(halfway: Config)
     lines = str(caught.value).split("\n")
     assert lines[0] == f"run_dir={halfway.run_dir}: holds checkpoints of a different run:"
     assert lines[1:-1] == [
-        "  loss.beta: None in the checkpoint, 0.3 now",
+        "  loss.beta: 0.1 in the checkpoint, 0.3 now",
         "  optim.learning_rate: 0.001 in the checkpoint, 0.5 now",
         "  train.steps: 8 in the checkpoint, 9 now",
     ]
