@@ -1,9 +1,10 @@
-"""AdamW of jaxdpo.training.optim beside optax: memory and time of one update that a NaN may not touch.
+"""AdamW of jaxdpo.training.optim beside optax: memory and time of one guarded update.
 
     python -m benchmarks.adamw
 
-Each update is compiled alone, its weights and moments donated. "Temporary" is what the compiler allocates beside its arguments and results.
-Temporary memory does not depend on the load of the machine; seconds do.
+A guarded update leaves weights and moments as they are after a NaN. Each is compiled alone, its
+weights and moments donated. "Temporary" is what the compiler allocates in addition to arguments and
+results; it does not depend on the load of the machine, seconds do.
 """
 
 import json
