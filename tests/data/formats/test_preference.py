@@ -68,7 +68,7 @@ def test_report_counts_each_reason_and_keeps_five_examples() -> None:
     for row in range(7):
         report.drop(Dropped("empty answer"), f"f:{row}")
     report.drop(Dropped("identical answers"), "f:9")
-    report.drop(Dropped("tie", by_rule=True), "f:10")
+    report.drop(Dropped("tie", filtered=True), "f:10")
     found = report.to_json()
     assert found["dropped"]["empty answer"] == {
         "count": 7,

@@ -52,11 +52,11 @@ def test_pairs_of_four_answers() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"scores": [3, 3]}, Dropped("tie", by_rule=True)),
-        ({"scores": [3, None]}, Dropped("fewer than two ranked answers", by_rule=True)),
+        ({"scores": [3, 3]}, Dropped("tie", filtered=True)),
+        ({"scores": [3, None]}, Dropped("fewer than two ranked answers", filtered=True)),
         (
             {"completions": [], "scores": None},
-            Dropped("fewer than two ranked answers", by_rule=True),
+            Dropped("fewer than two ranked answers", filtered=True),
         ),
         ({"completions": ["a", "a"]}, Dropped("identical answers")),
         ({"completions": ["a", None]}, Dropped("an answer is null")),
@@ -120,9 +120,9 @@ def test_the_label_names_the_better_column(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("label", "expected"),
     [
-        ("tie", Dropped("tie", by_rule=True)),
-        ("tie (bothbad)", Dropped("tie", by_rule=True)),
-        ("neither", Dropped("tie", by_rule=True)),
+        ("tie", Dropped("tie", filtered=True)),
+        ("tie (bothbad)", Dropped("tie", filtered=True)),
+        ("neither", Dropped("tie", filtered=True)),
         (None, Dropped("no label")),
     ],
 )
