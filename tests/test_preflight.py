@@ -119,7 +119,7 @@ def test_an_accelerator_that_jax_does_not_see(
 
 
 def test_memory_that_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "LEAST_MEMORY", 1 << 60)
+    monkeypatch.setattr(preflight, "MIN_MEMORY", 1 << 60)
     with pytest.raises(ValueError, match="are free: end what takes it"):
         preflight.memory()
 
@@ -165,7 +165,7 @@ def test_a_machine_on_which_jax_cannot_start(
 IN_A_FOLDER_EACH = """#!/bin/sh
 [ "$1" = -m ] || exec {python} "$@"
 mkdir -p {folder}/$JAX_PROCESS_ID && cd {folder}/$JAX_PROCESS_ID
-exec {python} -c "import sys; from jaxdpo import preflight as p; p.SEEN_SECONDS = 1; sys.exit(p.main(sys.argv[3:]))" "$@"
+exec {python} -c "import sys; from jaxdpo import preflight as p; p.VISIBLE_SECONDS = 1; sys.exit(p.main(sys.argv[3:]))" "$@"
 """
 
 

@@ -250,7 +250,7 @@ def test_a_set_whose_rows_are_all_dropped(write: Write, capsys: pytest.CaptureFi
 
 
 def test_a_closed_pipe_and_a_terminal_without_unicode(write: Write, tmp_path: Path) -> None:
-    """`| head -5` in a shell that is not in UTF-8 ends without a traceback, and with the page whole."""
+    """`| head -5` where text is not UTF-8 ends without a traceback and with a complete page."""
     path = write("a.jsonl", [{**ROWS[2], "chosen": f"ü {number}"} for number in range(500)])
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     arguments = [
