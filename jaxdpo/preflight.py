@@ -33,7 +33,7 @@ from jaxdpo.utils import files
 
 MIB, GIB = 1 << 20, 1 << 30
 PROBE_BYTES = 64 * MIB
-"""Written and read back to time the disk: more than its latency hides, little enough to wait for."""
+"""Written and read back to time the disk: latency does not dominate, and it takes seconds only."""
 MIN_MEMORY = 2 * GIB
 """Free memory below which not even a small model compiles."""
 MIN_CACHE = GIB // 4

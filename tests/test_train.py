@@ -1,4 +1,4 @@
-"""`python -m jaxdpo.train` as it is typed: exit status, what is printed, kills, and a run on real pairs."""
+"""`python -m jaxdpo.train` as it is typed: exit codes, output, SIGKILL, and a run on real pairs."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def environment() -> dict[str, str]:
 # --- in this process ---
 
 
-def test_wrong_options_are_told_all_at_once_and_nothing_is_made(
+def test_wrong_options_are_reported_all_at_once_and_no_folder_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -160,7 +160,7 @@ def test_inputs_that_cannot_be_used_end_with_one_message(
     assert told.format(shared=shared) in err and "Traceback" not in err
 
 
-def test_done_is_0_and_the_config_can_be_given_as_a_file(
+def test_done_is_exit_code_0_and_a_run_resumes_from_its_config_file(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -182,7 +182,7 @@ def test_done_is_0_and_the_config_can_be_given_as_a_file(
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == saved
 
 
-def test_a_signal_is_75_and_a_fault_is_1(
+def test_sigterm_is_exit_code_75_and_a_fault_is_1_and_both_resume(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [*words(shared, tmp_path / "run"), "train.steps=4"]
@@ -214,7 +214,7 @@ def test_dry_run_shows_everything_up_to_the_first_step(
         assert text in out, text
 
 
-def test_dry_run_tells_what_is_trained_and_what_is_not(
+def test_dry_run_says_what_is_trained_and_what_is_frozen(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [
@@ -241,7 +241,7 @@ def test_dry_run_tells_what_is_trained_and_what_is_not(
 # --- as a process ---
 
 
-def test_the_exit_status_of_the_process(shared: Path, tmp_path: Path) -> None:
+def test_the_exit_code_of_the_process(shared: Path, tmp_path: Path) -> None:
     ended = subprocess.run(
         command("loss.nam=x"), env=environment(), cwd=tmp_path, capture_output=True, text=True
     )
@@ -269,7 +269,9 @@ def killed(arguments: list[str], run_dir: Path, after: int, delay: float) -> int
 
 
 @pytest.mark.slow
-def test_kills_at_any_moment_change_nothing(shared: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_to_the_same_bits_after_sigkill_at_any_moment(
+    shared: Path, tmp_path: Path
+) -> None:
     """SIGKILL in the first, second and third epoch, wherever the loop is by then."""
     many = write_rows(tmp_path / "rows.jsonl", rows(130))
     more = [

@@ -57,7 +57,7 @@ def test_a_list_holds_the_prompts_themselves() -> None:
         ("Who are you?", None, ["write the prompts themselves as a list"]),
     ],
 )
-def test_what_is_of_no_use_is_told_with_its_place(
+def test_invalid_prompts_are_reported_with_file_and_row(
     tmp_path: Path, write: Callable[..., str], name: str, content: Any, told: list[str]
 ) -> None:
     path = str(tmp_path / name) if content is None else write(name, content)

@@ -55,7 +55,7 @@ def test_label_1_prefers_a_and_label_0_prefers_b() -> None:
         (0, (0, -1), Dropped("label and scores disagree")),
     ],
 )
-def test_close_scores_are_left_out_and_zero_divides_nothing(
+def test_close_scores_are_filtered_without_division_by_zero(
     label: int, scores: tuple[int, int], outcome: Dropped | None
 ) -> None:
     found = one(parse_shp, shp(label, *scores))

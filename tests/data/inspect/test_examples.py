@@ -119,7 +119,7 @@ def test_long_texts_lose_their_middle(spans: list[str]) -> None:
     assert int(number.replace(",", "")) == len(whole) - MAX_SHOWN
 
 
-def test_a_text_that_is_hardly_too_long_is_shown_whole() -> None:
+def test_a_text_that_is_hardly_too_long_is_shown_completely() -> None:
     assert "characters more" not in shown(
         Example("", "", [Passage("prompt", "", [("x" * (MAX_SHOWN + 9), False)])]), colours=False
     )

@@ -58,7 +58,7 @@ def changed(words: str) -> str:
     return f"{first.upper()}, " + rest.replace(rest.split()[30], "quite", 1) + "!"
 
 
-def test_nothing_is_found_where_nothing_is_alike() -> None:
+def test_texts_with_nothing_in_common_are_no_near_duplicates() -> None:
     found = search(others(), held_out=lambda i: i % 5 == 0)
     assert (found.pairs.count, found.prompts.count, found.leaks.count) == (0, 0, 0)
     assert (found.pairs.total, found.prompts.total, found.leaks.total) == (160, 160, 40)
@@ -166,7 +166,7 @@ def test_minhash_estimates_the_jaccard_index() -> None:
     assert abs(np.mean(errors)) < 0.01
 
 
-def test_the_sketch_of_a_long_text_is_that_of_its_parts() -> None:
+def test_the_signature_of_a_long_text_is_that_of_its_parts() -> None:
     runs = shingles(text(1, 40_000))
     assert len(runs) > 1 << 14
     np.testing.assert_array_equal(
