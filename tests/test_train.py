@@ -203,8 +203,9 @@ def test_dry_run_shows_everything_up_to_the_first_step(
     out = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     assert "learning_rate: 0.001" in out and "--- rows.jsonl:" in out and "13 rows read" in out
+    count = sum(leaf.size for leaf in jax.tree.leaves(params()))
     for text in (
-        f"model: llama, {sum(leaf.size for leaf in jax.tree.leaves(params())):,} parameters, float32 matmuls",
+        f"model: llama, {count:,} parameters, float32 matmuls",
         "first step: (1, 1, 64) microbatches x packed sequences x tokens",
         "compile: ",
         "memory of a device: ",
