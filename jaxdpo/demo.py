@@ -98,8 +98,8 @@ def demo() -> bool:
     """Run SFT, then DPO, and show what changed; False when a signal stopped it."""
     folder = _new_folder()
     print(
-        f"jaxdpo demo in {folder}: a small decoder learns to answer how-to questions,\n"
-        "patiently or rudely; then DPO prefers the patient answers.\n"
+        f"jaxdpo demo in {folder}: a small decoder learns to answer how-to questions, "
+        "patiently or rudely;\nthen DPO prefers the patient answers.\n"
     )
     _write_model(folder / "model")
     _write_pairs(folder, seed=0)
@@ -109,7 +109,7 @@ def demo() -> bool:
     export_run(ExportConfig(run_dir=str(folder / "sft"), out=str(folder / "sft-model")))
     print(
         "\n2. DPO from that model, on pairs that prefer the patient answer "
-        "(with the sft loss added to it)"
+        "(with the sft loss beside it)"
     )
     config = _dpo_config(folder)
     if not train(config):

@@ -217,7 +217,7 @@ def data(config: Config, name: str, option: str) -> str:
         raise ValueError(
             f"{option}={name}: has no row that can be used. python -m jaxdpo.data tells why"
         )
-    return f"{name}: rows of form {report.format}, the first can be used"
+    return f"{name}: rows of format {report.format}, the first can be used"
 
 
 # --- folders ---

@@ -1,1 +1,1 @@
-"""Row forms of preference data, one file each, and the record that they become."""
+"""Row formats of preference data, one file each, and the record that they become."""

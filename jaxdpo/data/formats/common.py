@@ -1,4 +1,4 @@
-"""What the parsers of all row forms share: columns and their types, the prompt, the finished pair.
+"""What the parsers of all row formats share: columns and their types, the prompt, the finished pair.
 
 A row is one object of a file: {"prompt": "Why?", "chosen": "So.", "rejected": "No."}. Its parser is
 a generator that yields, for each pair in it, the record (formats/preference.py) or Dropped:
@@ -7,9 +7,9 @@ a generator that yields, for each pair in it, the record (formats/preference.py)
   two identical answers, weight 0. Counts against data.max_dropped_fraction.
 - filtered: an option or the data set's own rule excludes the pair, e.g. a tie. Does not count.
 
-A row of another form than the parser's raises ValueError: it is never guessed at.
+A row of another format than the parser's raises ValueError: it is never guessed at.
 
-What each form drops or filters beyond make_preference is listed at the top of its parser's file.
+What each format drops or filters beyond make_preference is listed at the top of its parser's file.
 """
 
 import json
@@ -25,13 +25,13 @@ Row = Mapping[str, Any]
 Outcome = Preference | Dropped
 Parser = Callable[[Row, DataSection], Iterable[Outcome]]
 """Reads one row: yields its pairs, and Dropped for each that is not used. Raises ValueError for a
-row of another form."""
+row of another format."""
 
 EMPTY = "empty answer"
 IDENTICAL = "identical answers"
 TIE = "tie"
 OPTIONAL = ("system", "tools", "weight", "margin", "id")
-"""Columns that rows of every form may have."""
+"""Columns that rows of every format may have."""
 QUESTIONS = ("question", "instruction", "conversations")
 """Other names of the prompt. A string in them is a user's message; one named prompt is verbatim."""
 PROMPTS = ("prompt", *QUESTIONS, "input")

@@ -89,7 +89,7 @@ def _rows(item: Mapping[str, Any]) -> Table:
     if item["ignored_columns"]:
         unused = printable(", ".join(item["ignored_columns"]))
         notes.append(f"Columns that are not used: {unused}.")
-    title = f"Rows of {printable(item['name'])} (form {item['format']})"
+    title = f"Rows of {printable(item['name'])} (format {item['format']})"
     return Table(title, ["", "number", "first ids"], rows, notes)
 
 
