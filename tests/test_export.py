@@ -121,8 +121,8 @@ def test_newest_step_is_exported_in_the_dtype_of_the_base_model(
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    told = capsys.readouterr().out
-    assert all(name in told for name in names) and not list(out.parent.glob(".*"))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names) and not list(out.parent.glob(".*"))
     assert load_model_config(out) == MODEL
     raw = json.loads((out / "config.json").read_text())
     assert raw["dtype"] == "bfloat16" and raw["eos_token_id"] == 5 and "_name_or_path" not in raw
@@ -244,7 +244,7 @@ def test_wrong_options_are_exit_code_2(
         arguments += ["step=-1", "max_shard_bytes=0", "dtyp=float32", "private=false"]
     with pytest.raises(SystemExit) as exit_:
         run_export(*arguments)
-    told = capsys.readouterr().err
+    err = capsys.readouterr().err
     expected = {
         "occupied": ["is not empty"],
         "file": ["is not a folder"],
@@ -256,7 +256,7 @@ def test_wrong_options_are_exit_code_2(
         "old config": ["is not a config of this version of jaxdpo", "model.kind"],
         "options": ["step=-1", "dtype", "private=false: does nothing by itself"],
     }
-    assert exit_.value.code == 2 and all(text in told for text in expected[change])
+    assert exit_.value.code == 2 and all(text in err for text in expected[change])
     assert not out.exists() or "keep me" in ((out / "mine") if out.is_dir() else out).read_text()
 
 

@@ -92,14 +92,14 @@ def test_the_adapter_alone_is_a_peft_folder(tmp_path: Path) -> None:
     )
     assert {path.name for path in out.iterdir()} == weights | beside | {"chat_template.jinja"}
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
-    told = json.loads((out / "adapter_config.json").read_text())
-    assert told["target_modules"] == ["k_proj", "o_proj", "q_proj", "up_proj", "v_proj"] and (
-        told["r"],
-        told["lora_alpha"],
+    saved = json.loads((out / "adapter_config.json").read_text())
+    assert saved["target_modules"] == ["k_proj", "o_proj", "q_proj", "up_proj", "v_proj"] and (
+        saved["r"],
+        saved["lora_alpha"],
     ) == (3, 1.5)
     assert (
-        told["base_model_name_or_path"] == str(tmp_path / "base")
-        and told["task_type"] == "CAUSAL_LM"
+        saved["base_model_name_or_path"] == str(tmp_path / "base")
+        and saved["task_type"] == "CAUSAL_LM"
     )
     found = read_peft(out, tiny("llama"))
     for ours, theirs in zip(
@@ -197,17 +197,17 @@ def test_a_base_that_moved_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     run = lora_run(tmp_path)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     assert run_export(run, tmp_path / "out", "form=merged") == 1
-    told = capsys.readouterr().err
+    err = capsys.readouterr().err
     assert (
         "the base under the run's adapter is missing. Say where it is: base=<folder or hub id>"
-        in told
-        and "Traceback" not in told
+        in err
+        and "Traceback" not in err
     )
     assert not (tmp_path / "out").exists()
     assert run_export(run, tmp_path / "out", "form=merged", f"base={tmp_path / 'elsewhere'}") == 0
     assert run_export(run, tmp_path / "adapter", f"base={tmp_path / 'elsewhere'}") == 0
-    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert told["base_model_name_or_path"] == str(tmp_path / "elsewhere")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])
@@ -229,8 +229,8 @@ def test_a_hub_base_is_named_with_its_revision_and_not_fetched(tmp_path: Path) -
     shutil.rmtree(tmp_path / "base")
     change_config(run, model={"path": "org/base", "revision": "v2"})
     assert run_export(run, tmp_path / "out") == 0
-    told = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (told["base_model_name_or_path"], told["revision"]) == ("org/base", "v2")
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["revision"]) == ("org/base", "v2")
     assert (
         yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])["base_model"]
         == "org/base"
@@ -312,8 +312,8 @@ def test_an_adapter_that_does_not_fit_the_run_is_an_error(
     change, complaint = MISMATCHES[case]
     change(run)
     assert run_export(run, tmp_path / "out", f"form={form}") == 1
-    told = capsys.readouterr().err
-    assert complaint in told and "Traceback" not in told and not (tmp_path / "out").exists()
+    err = capsys.readouterr().err
+    assert complaint in err and "Traceback" not in err and not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_of_all_weights_in_an_adapters_run_is_an_error(

@@ -114,7 +114,7 @@ def test_wrong_options_are_reported_all_at_once_and_no_folder_is_made(
 
 
 @pytest.mark.parametrize(
-    ("loss", "told"),
+    ("loss", "expected"),
     [
         (["loss.name=hinge", "loss.label_smoothing=0.1"], "loss.label_smoothing=0.1"),
         (["loss.simpo_gamma=1"], "loss.simpo_gamma=1.0"),
@@ -122,15 +122,15 @@ def test_wrong_options_are_reported_all_at_once_and_no_folder_is_made(
     ],
 )
 def test_loss_options_that_do_not_apply_are_errors(
-    capsys: pytest.CaptureFixture[str], loss: list[str], told: str
+    capsys: pytest.CaptureFixture[str], loss: list[str], expected: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["model.path=m", "data.train=[a]", *loss])
-    assert ended.value.code == 2 and f"  {told}: " in capsys.readouterr().err
+    assert ended.value.code == 2 and f"  {expected}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "expected"),
     [
         ("data.train=[{shared}/none.jsonl]", "data.train={shared}/none.jsonl"),
         ("model.path={shared}", "config.json"),
@@ -144,7 +144,7 @@ def test_inputs_that_cannot_be_used_end_with_one_message(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     word: str,
-    told: str,
+    expected: str,
 ) -> None:
     if word.startswith("mesh"):
         monkeypatch.undo()
@@ -157,7 +157,7 @@ def test_inputs_that_cannot_be_used_end_with_one_message(
     except SystemExit as ended:
         assert ended.code == 2
     err = capsys.readouterr().err
-    assert told.format(shared=shared) in err and "Traceback" not in err
+    assert expected.format(shared=shared) in err and "Traceback" not in err
 
 
 def test_done_is_exit_code_0_and_a_run_resumes_from_its_config_file(
@@ -251,7 +251,7 @@ def test_the_exit_code_of_the_process(shared: Path, tmp_path: Path) -> None:
 
 
 def killed(arguments: list[str], run_dir: Path, after: int, delay: float) -> int:
-    """Run until metrics.jsonl tells of step `after`, wait, and kill; the steps told of by then."""
+    """Kill a run some time after metrics.jsonl has step `after`; the steps logged by then."""
     process = subprocess.Popen(
         command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -298,7 +298,7 @@ def test_a_run_resumes_to_the_same_bits_after_sigkill_at_any_moment(
     )
     chance = random.Random(time.time_ns())
     moments = [(epoch * i + chance.randrange(5, epoch - 10), chance.random() / 5) for i in range(3)]
-    told = [killed(given("killed"), tmp_path / "killed", *moment) for moment in moments]
+    logged = [killed(given("killed"), tmp_path / "killed", *moment) for moment in moments]
     subprocess.run(
         command(*given("killed")), env=environment(), check=True, stdout=subprocess.DEVNULL
     )
@@ -306,10 +306,10 @@ def test_a_run_resumes_to_the_same_bits_after_sigkill_at_any_moment(
         restore_params(tmp_path / "killed"),
         restore_params(tmp_path / "whole"),
     )
-    assert step == total > 150, (moments, told)
+    assert step == total > 150, (moments, logged)
     assert flat(ours) == flat(theirs) and untimed(tmp_path / "killed") == untimed(
         tmp_path / "whole"
-    ), (moments, told)
+    ), (moments, logged)
 
 
 def flat(tree: dict) -> dict[str, bytes]:
@@ -342,9 +342,9 @@ def test_a_real_model_on_real_pairs(real_data: Path, tmp_path: Path) -> None:
         command(*arguments, *more), env=environment(), capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
-    (told,) = json.loads((tmp_path / "data_report.json").read_text())["sets"]["train"]
-    assert (told["rows_read"], told["parsed"], told["kept"]) == (2312, 2299, 2299)
-    assert {reason: entry["count"] for reason, entry in told["dropped"].items()} == {
+    (report,) = json.loads((tmp_path / "data_report.json").read_text())["sets"]["train"]
+    assert (report["rows_read"], report["parsed"], report["kept"]) == (2312, 2299, 2299)
+    assert {reason: entry["count"] for reason, entry in report["dropped"].items()} == {
         "empty answer": 4,
         "roles do not alternate": 4,
         "turn marker inside an answer": 5,

@@ -40,11 +40,11 @@ ROWS = [
 ]
 
 
-def row(told: str, name: str) -> list[str]:
+def row(printed: str, name: str) -> list[str]:
     """The cells after its name of the first row of that name in a table."""
     line = next(
         line
-        for line in told.splitlines()
+        for line in printed.splitlines()
         if line.startswith("│") and line[1:].strip().startswith(name + " ")
     )
     return [cell.strip() for cell in line.strip("│").split("│")[1:]]
@@ -76,25 +76,27 @@ def test_counts_lengths_and_pairs_are_printed(
 ) -> None:
     path = write("a.jsonl", ROWS)
     assert main([f"data.train=[{path}]", f"data.eval=[{path}:1]", "show=2"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         "pair a.jsonl:1, weight 0.5\n  prompt, 5 characters\n    user: q\\x1b[2J\n"
-        "  chosen, 4 characters\n    <<good>>\n" in told
+        "  chosen, 4 characters\n    <<good>>\n" in printed
     )
     assert (
-        "pair mine, margin 0.5\n  prompt, 2 characters\n    system: s\n    user: r\n" in told
-        and "verbatim" not in told
-        and "\x1b" not in told
+        "pair mine, margin 0.5\n  prompt, 2 characters\n    system: s\n    user: r\n" in printed
+        and "verbatim" not in printed
+        and "\x1b" not in printed
     )
-    assert row(told, "rows read") == ["4", ""] and row(told, "pairs kept") == ["3", ""]
-    assert row(told, "dropped: empty answer") == ["1", "a.jsonl:4"]
-    assert row(told, "the chosen answer is the longer one") == ["33.3%", "100.0%"]
-    assert row(told, "train, rejected") == ["3", "300", "300"] and row(told, "eval, prompt") == [
+    assert row(printed, "rows read") == ["4", ""] and row(printed, "pairs kept") == ["3", ""]
+    assert row(printed, "dropped: empty answer") == ["1", "a.jsonl:4"]
+    assert row(printed, "the chosen answer is the longer one") == ["33.3%", "100.0%"]
+    assert row(printed, "train, rejected") == ["3", "300", "300"] and row(
+        printed, "eval, prompt"
+    ) == [
         "5",
         "5",
         "5",
     ]
-    assert row(told, "eval prompts that are train prompts too") == ["1", "1", ""]
+    assert row(printed, "eval prompts that are train prompts too") == ["1", "1", ""]
 
 
 def test_tokens_and_loss_tokens_are_printed(
@@ -112,11 +114,11 @@ def test_tokens_and_loss_tokens_are_printed(
     ]
     out = tmp_path / "ours.jsonl"
     assert main([f"data.train=[{write('a.jsonl', ROWS)}]", f"out={out}", *options]) == 0
-    told = capsys.readouterr().out
-    assert "<<good<|im_end|>\n    >>" in told
-    assert row(told, "dropped: the chat template has no place for tools") == ["1", "mine"]
-    assert row(told, "answers that end with eos") == ["100.0%"]
-    assert row(told, "256")[:3] == ["0", "1", "50.0%"] and row(told, "512")[:3] == [
+    printed = capsys.readouterr().out
+    assert "<<good<|im_end|>\n    >>" in printed
+    assert row(printed, "dropped: the chat template has no place for tools") == ["1", "mine"]
+    assert row(printed, "answers that end with eos") == ["100.0%"]
+    assert row(printed, "256")[:3] == ["0", "1", "50.0%"] and row(printed, "512")[:3] == [
         "0",
         "0",
         "0.0%",
@@ -267,11 +269,11 @@ def test_a_closed_pipe_and_a_terminal_without_unicode(write: Write, tmp_path: Pa
         assert process.stdout is not None and process.stderr is not None
         head = [process.stdout.readline() for _ in range(5)]
         process.stdout.close()
-        told = process.stderr.read()
+        printed = process.stderr.read()
     assert head[0] == "pair a.jsonl:1\n" and head[4] == "    <<\\xfc 0>>\n"
     assert (
-        "Traceback" not in told
-        and "rror" not in told
+        "Traceback" not in printed
+        and "rror" not in printed
         and "ü 399" in (tmp_path / "page.html").read_text(encoding="utf-8")
     )
 

@@ -56,9 +56,9 @@ def test_a_chat_remembers_until_new_starts_another(
     kept = [i for i in first if i not in (0, STOP)]
     second = greedy(1, [61, 5, 9, 62, *kept, STOP, 61, 8, 62], stop_ids=(0, STOP))
     anew = greedy(1, [61, 8, 62], stop_ids=(0, STOP))
-    told = capsys.readouterr().out.strip().split("\n")[1:]
+    printed = capsys.readouterr().out.strip().split("\n")[1:]
     answers = [words(i for i in ids if i not in (0, STOP)) for ids in (first, second, anew)]
-    assert told == [
+    assert printed == [
         answers[0],
         "that cannot be answered: text spells a special token of the chat template",
         *answers[1:],

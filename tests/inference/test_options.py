@@ -61,20 +61,20 @@ def wrong_options(base: Path, tmp_path: Path) -> Iterator[tuple[list[str], list[
 def test_wrong_options_are_reported_all_at_once_with_exit_code_2(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for arguments, told in wrong_options(base, tmp_path):
+    for arguments, expected in wrong_options(base, tmp_path):
         with pytest.raises(SystemExit) as exit_:
             generate.main(arguments)
         found = capsys.readouterr().err
-        assert exit_.value.code == 2 and all(text in found for text in told), found
-        assert f"{len(told)} wrong option" in found, found
+        assert exit_.value.code == 2 and all(text in found for text in expected), found
+        assert f"{len(expected)} wrong option" in found, found
 
 
 def test_help_lists_every_option(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit_:
         generate.main(["--help"])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert exit_.value.code == 0 and all(
-        f"  {name}=" in told for name, *_ in cli.fields(GenerateConfig)
+        f"  {name}=" in printed for name, *_ in cli.fields(GenerateConfig)
     )
 
 
