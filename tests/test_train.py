@@ -191,7 +191,7 @@ def test_sigterm_is_exit_code_75_and_a_fault_is_1_and_both_resume(
         assert main(given) == 75
     assert "stopped and saved: step 2 of 4" in capsys.readouterr().out
     assert main([*given, "loss.beta=3"]) == 1
-    assert "loss.beta: None in the checkpoint, 3.0 now" in capsys.readouterr().err
+    assert "loss.beta: 0.1 in the checkpoint, 3.0 now" in capsys.readouterr().err
     assert main(given) == 0
     assert "resuming after step 2" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""What the parsers of all row formats share: columns and their types, the prompt, the finished pair.
+"""What the parsers of all row formats share: columns, the prompt, the finished pair.
 
 A row is one object of a file: {"prompt": "Why?", "chosen": "So.", "rejected": "No."}. Its parser is
 a generator that yields, for each pair in it, the record (formats/preference.py) or Dropped:

@@ -7,7 +7,7 @@ from jaxdpo.data.formats.preference import Preference, Text
 
 
 def to_row(record: Preference) -> dict[str, Any]:
-    """A record as JSON values; row format `preference` reads them back, except the record's root."""
+    """A record as JSON values; row format `preference` reads them back, except its root."""
     row: dict[str, Any] = {
         "prompt": _plain(record.prompt),
         "chosen": _plain(record.chosen),
