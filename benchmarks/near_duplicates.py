@@ -23,7 +23,7 @@ import numpy as np
 from jaxdpo import __version__
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.preference import Preference
-from jaxdpo.data.inspect.near_duplicates import USUAL
+from jaxdpo.data.inspect.near_duplicates import DEFAULT_THRESHOLD
 from jaxdpo.data.inspect.survey import Texts
 
 SIZES = (10_000, 100_000)
@@ -54,13 +54,13 @@ def pairs(count: int) -> Iterator[Preference]:
 
 def measure(count: int) -> dict[str, float]:
     """Search `count` pairs in this process."""
-    texts, seconds = Texts(USUAL), 0.0
+    texts, seconds = Texts(DEFAULT_THRESHOLD), 0.0
     for record in pairs(count):
         began = time.process_time()
         texts.add(record)
         seconds += time.process_time() - began
     began = time.process_time()
-    found = texts.neighbours(texts.held_out(count, DataSection(eval_fraction=0.0)))
+    found = texts.near_duplicates(texts.held_out(count, DataSection(eval_fraction=0.0)))
     assert found is not None
     return {
         "pairs": count,

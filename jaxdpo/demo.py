@@ -1,7 +1,9 @@
-"""The demo: `python -m jaxdpo.train` without arguments. Two real runs on a task that it makes up itself, in two minutes on a CPU.
+"""`python -m jaxdpo.demo`, or `python -m jaxdpo.train` without arguments: two small runs.
 
-The task: how-to questions, answered either patiently or rudely. A small decoder first learns to answer in both manners
-(sft loss, from random weights); then DPO is shown pairs in which the patient answer is preferred.
+The task: how-to questions, answered either patiently or rudely. A small decoder first learns to
+answer in both manners (SFT from random weights); then DPO trains on pairs in which the patient
+answer is chosen. Two minutes on a CPU, no network. Exit codes: 0 done, 2 wrong options, 75 stopped
+by a signal and saved.
 """
 
 import dataclasses
@@ -9,12 +11,15 @@ import itertools
 import json
 import random
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxdpo.checkpoints.restore import restore_params
+from jaxdpo.config import cli
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import (
@@ -25,6 +30,7 @@ from jaxdpo.config.schema import (
     OptimSection,
     TrainSection,
 )
+from jaxdpo.config.sections import section
 from jaxdpo.data.prepare import prepare
 from jaxdpo.data.tokenize import load_tokenizer
 from jaxdpo.export import ExportConfig, export_run
@@ -36,57 +42,15 @@ from jaxdpo.training.preemption import REQUEUE
 from jaxdpo.utils.console import show_table
 
 VERBS = (
-    "bake",
-    "boil",
-    "clean",
-    "cook",
-    "draw",
-    "fix",
-    "fold",
-    "grow",
-    "hang",
-    "lift",
-    "mend",
-    "open",
-    "pack",
-    "paint",
-    "peel",
-    "plant",
-    "plate",
-    "shine",
-    "store",
-    "trim",
-    "wash",
-    "weigh",
-    "wrap",
-    "water",
-)
+    "bake", "boil", "clean", "cook", "draw", "fix", "fold", "grow", "hang", "lift", "mend",
+    "open", "pack", "paint", "peel", "plant", "plate", "shine", "store", "trim", "wash",
+    "weigh", "wrap", "water",
+)  # fmt: skip
 THINGS = (
-    "apple",
-    "basket",
-    "bench",
-    "book",
-    "bottle",
-    "box",
-    "bread",
-    "cake",
-    "carpet",
-    "chair",
-    "clock",
-    "coat",
-    "fence",
-    "flower",
-    "kettle",
-    "lamp",
-    "onion",
-    "pan",
-    "plant",
-    "rope",
-    "shirt",
-    "shoe",
-    "table",
-    "tree",
-)
+    "apple", "basket", "bench", "book", "bottle", "box", "bread", "cake", "carpet", "chair",
+    "clock", "coat", "fence", "flower", "kettle", "lamp", "onion", "pan", "plant", "rope",
+    "shirt", "shoe", "table", "tree",
+)  # fmt: skip
 PROMPT = "Q: How do I {verb} a {thing}?\nA:"
 PATIENT = (
     " Gladly! To {verb} a {thing}, take your time and go step by step.",
@@ -100,6 +64,7 @@ RUDE = (
 )
 PATIENT_OPENINGS = tuple(answer.split()[0] for answer in PATIENT)
 END = "<|end|>"
+UNKNOWN = "<|unknown|>"
 WORD = r" ?[A-Za-z]+|[^A-Za-z]"
 """A token of the task: a word with the space before it, or any other character."""
 MODEL = {
@@ -117,15 +82,24 @@ MODEL = {
     "tie_word_embeddings": True,
     "initializer_range": 0.05,
 }
-SHOWN, SAMPLED = 4, 32
+"""Large enough to learn the task, small enough for a minute of SFT on two CPU cores."""
+SAMPLED = 32
+"""Held-out questions that are answered before and after DPO, for the share of patient answers."""
+SHOWN = 4
+"""Questions of those whose answers are printed."""
+
+
+@section
+class DemoConfig:
+    """Two small runs, SFT then DPO, on generated pairs, in a new folder runs/demo-N."""
 
 
 def demo() -> bool:
-    """Train, align, and show what changed; False when a signal stopped it."""
+    """Run SFT, then DPO, and show what changed; False when a signal stopped it."""
     folder = _new_folder()
     print(
-        f"jaxdpo demo in {folder}: a small decoder learns to answer how-to questions, patiently or rudely;\n"
-        "then DPO prefers the patient answers.\n"
+        f"jaxdpo demo in {folder}: a small decoder learns to answer how-to questions, "
+        "patiently or rudely;\nthen DPO prefers the patient answers.\n"
     )
     _write_model(folder / "model")
     _write_pairs(folder, seed=0)
@@ -134,7 +108,8 @@ def demo() -> bool:
         return False
     export_run(ExportConfig(run_dir=str(folder / "sft"), out=str(folder / "sft-model")))
     print(
-        "\n2. DPO from that model, on pairs that prefer the patient answer (with the sft loss beside it)"
+        "\n2. DPO from that model, on pairs that prefer the patient answer "
+        "(with the sft loss beside it)"
     )
     config = _dpo_config(folder)
     if not train(config):
@@ -143,18 +118,24 @@ def demo() -> bool:
     return True
 
 
+def _data(file: Path, eval_fraction: float = DataSection().eval_fraction) -> DataSection:
+    """Pairs of a file; no example of the task is longer than 64 tokens."""
+    return DataSection(
+        train=[str(file)],
+        eval_fraction=eval_fraction,
+        max_length=64,
+        max_prompt_length=32,
+        packed_length=1024,
+        num_packed_lengths=1,
+    )
+
+
 def _sft_config(folder: Path) -> Config:
     return Config(
         run_dir=str(folder / "sft"),
         reference="none",
         model=ModelSection(path=str(folder / "model"), init="random"),
-        data=DataSection(
-            train=[str(folder / "sft.jsonl")],
-            max_length=64,
-            max_prompt_length=32,
-            packed_length=1024,
-            num_packed_lengths=1,
-        ),
+        data=_data(folder / "sft.jsonl"),
         loss=LossSection(name="sft"),
         optim=OptimSection(learning_rate=3e-3, warmup_steps=10),
         train=TrainSection(batch_size=16, epochs=8),
@@ -169,17 +150,9 @@ def _dpo_config(folder: Path) -> Config:
         run_dir=str(folder / "dpo"),
         reference="frozen",
         model=ModelSection(path=str(folder / "sft-model")),
-        data=DataSection(
-            train=[str(folder / "pairs.jsonl")],
-            eval_fraction=0.15,
-            max_length=64,
-            max_prompt_length=32,
-            packed_length=1024,
-            num_packed_lengths=1,
-        ),
-        loss=LossSection(
-            name=["sigmoid", "sft"], beta=0.1
-        ),  # the sft loss keeps so small a model fluent
+        data=_data(folder / "pairs.jsonl", eval_fraction=0.15),
+        # DPO alone makes so small a model lose its grammar; the sft loss keeps it fluent.
+        loss=LossSection(name=["sigmoid", "sft"], beta=0.1),
         optim=OptimSection(learning_rate=3e-4),
         train=TrainSection(batch_size=16, epochs=4),
         eval=EvalSection(every=40),
@@ -187,7 +160,7 @@ def _dpo_config(folder: Path) -> Config:
 
 
 def _new_folder() -> Path:
-    """runs/demo-1, or the next number that is free: a demo never touches what another one left."""
+    """runs/demo-1, or the next free number: a demo never changes the files of another one."""
     for number in itertools.count(1):
         folder = Path("runs") / f"demo-{number}"
         if not folder.exists():
@@ -197,46 +170,42 @@ def _new_folder() -> Path:
 
 
 def _write_model(folder: Path) -> None:
-    """A Hugging Face folder without weights: config.json, and a tokenizer whose tokens are the task's words."""
+    """A Hugging Face folder without weights: config.json, and a tokenizer of the task's words."""
     texts = [PROMPT, *PATIENT, *RUDE, *(f" {word}" for word in VERBS + THINGS)]
-    words = sorted(
-        {word for text in texts for word in _split(text)} - {"{", "}", " {", "verb", "thing"}
-    )
-    vocabulary = {word: i for i, word in enumerate([END, "<|unknown|>", *words])}
+    words = set()
+    for text in texts:
+        words.update(_split(text))
+    words -= {"{", "}", " {", "verb", "thing"}  # what the templates' placeholders split into
+    tokens = [END, UNKNOWN, *sorted(words)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     folder.mkdir()
     _write_json(folder / "config.json", MODEL | {"vocab_size": len(vocabulary), "eos_token_id": 0})
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END,
-            "unk_token": "<|unknown|>",
-        },
-    )
-    end = {
-        "id": 0,
-        "content": END,
-        "special": True,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
+    _write_json(folder / "tokenizer.json", _tokenizer(vocabulary))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "unk_token": UNKNOWN,
     }
-    _write_json(
-        folder / "tokenizer.json",
-        {
-            "version": "1.0",
-            "added_tokens": [end],
-            "pre_tokenizer": {
-                "type": "Split",
-                "pattern": {"Regex": WORD},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<|unknown|>"},
-            "decoder": {"type": "Fuse"},
-        },
-    )
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _tokenizer(vocabulary: dict[str, int]) -> dict[str, Any]:
+    """tokenizer.json: each match of WORD is a token, with END as eos."""
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    end = {"id": 0, "content": END, "special": True, **dict.fromkeys(flags, False)}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": WORD},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": [end],
+        "pre_tokenizer": split,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": UNKNOWN},
+        "decoder": {"type": "Fuse"},
+    }
 
 
 def _split(text: str) -> list[str]:
@@ -244,12 +213,14 @@ def _split(text: str) -> list[str]:
 
 
 def _write_pairs(folder: Path, seed: int) -> None:
-    """sft.jsonl, whose preferred answers are of either manner, and pairs.jsonl, whose preferred answers are the patient ones."""
+    """Write sft.jsonl, whose chosen answers are of either manner, and pairs.jsonl, whose chosen
+    answers are the patient ones."""
     draw = random.Random(seed)
     sft, pairs = [], []
     for verb, thing in itertools.product(VERBS, THINGS):
         words = {"verb": verb, "thing": thing}
-        patient, rude = draw.choice(PATIENT).format(**words), draw.choice(RUDE).format(**words)
+        patient = draw.choice(PATIENT).format(**words)
+        rude = draw.choice(RUDE).format(**words)
         first, second = draw.sample((patient, rude), 2)
         prompt = PROMPT.format(**words)
         sft.append({"prompt": prompt, "chosen": first, "rejected": second})
@@ -260,55 +231,51 @@ def _write_pairs(folder: Path, seed: int) -> None:
 
 
 def _report(config: Config, folder: Path) -> None:
-    """The table of validation metrics, and sampled answers to held-out questions, before and after DPO."""
-    rows = [
-        json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").read_text().splitlines()
-    ]
-    measured = [row for row in rows if "eval/loss" in row]
-    ends = (measured[0], measured[-1])
+    """Print validation metrics and sampled answers to held-out questions, before and after DPO."""
+    measured = []
+    for line in (folder / "dpo" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "eval/loss" in row:
+            measured.append(row)
     tokenizer = load_tokenizer(str(folder / "model"))
     held_out = prepare(config.data, tokenizer, len(tokenizer)).eval
     prompts = [held_out[i].prompt_ids for i in range(min(SAMPLED, len(held_out)))]
-    answers = [
-        [
+    answers = []
+    for run in ("sft", "dpo"):
+        texts = [
             str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
             for ids in _sample(folder, run, prompts)
         ]
-        for run in ("sft", "dpo")
-    ]
+        answers.append(texts)
     print()
-    show_table(
-        f"{len(held_out)} held-out questions",
-        ["", "before (SFT)", "after (DPO)"],
-        [
-            [
-                "accuracy (a tie counts half)",
-                *(f"{row['eval/rewards/accuracies_ties_half']:.2f}" for row in ends),
-            ],
-            ["margin between the rewards", *(f"{row['eval/rewards/margins']:.2f}" for row in ends)],
-            [
-                "KL from the reference, nats per token",
-                *(f"{row['eval/kl/token_exact']:.3f}" for row in ends),
-            ],
-            [
-                "sampled answers that are patient",
-                *(f"{_share_patient(texts):.0%}" for texts in answers),
-            ],
-        ],
-    )
-    questions = [
-        str(tokenizer.decode(prompts[i])).removeprefix("Q: ").removesuffix("\nA:")
-        for i in range(SHOWN)
+    header = ["", "before (SFT)", "after (DPO)"]
+    shares = [f"{_share_patient(texts):.0%}" for texts in answers]
+    rows = [
+        *_metric_rows(before=measured[0], after=measured[-1]),
+        ["sampled answers that are patient", *shares],
     ]
-    show_table(
-        "Sampled answers",
-        ["question", "before (SFT)", "after (DPO)"],
-        list(map(list, zip(questions, *answers, strict=False))),
-    )
+    show_table(f"{len(held_out)} held-out questions", header, rows)
+    examples = []
+    for ids, before, after in list(zip(prompts, *answers, strict=True))[:SHOWN]:
+        question = str(tokenizer.decode(ids)).removeprefix("Q: ").removesuffix("\nA:")
+        examples.append([question, before, after])
+    show_table("Sampled answers", ["question", *header[1:]], examples)
+
+
+def _metric_rows(before: dict[str, float], after: dict[str, float]) -> list[list[str]]:
+    """Validation metrics at the first and the last evaluation of the DPO run, with their names."""
+    rows = []
+    for name, key, digits in (
+        ("accuracy (a tie counts half)", "eval/rewards/accuracies_ties_half", 2),
+        ("margin between the rewards", "eval/rewards/margins", 2),
+        ("KL from the reference, nats per token", "eval/kl/token_exact", 3),
+    ):
+        rows.append([name, f"{before[key]:.{digits}f}", f"{after[key]:.{digits}f}"])
+    return rows
 
 
 def _sample(folder: Path, run: str, prompts: list[np.ndarray]) -> list[np.ndarray]:
-    """Answers of a run's last checkpoint, at temperature 1."""
+    """Token ids that a run's newest checkpoint answers with, at temperature 1."""
     _, params, _ = restore_params(folder / run)
     model = load_model_config(folder / "model")
     return generate(
@@ -330,10 +297,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def main() -> int:
-    """The command; returns its exit status: 0 done, 75 stopped by a signal and saved."""
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    cli.load(DemoConfig, argv, command="demo")
     return 0 if demo() else REQUEUE
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

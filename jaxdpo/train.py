@@ -1,9 +1,11 @@
-"""`python -m jaxdpo.train [--config file.yaml] [section.field=value ...]`: preference training, from a model and pairs to checkpoints.
+"""`python -m jaxdpo.train [--config file.yaml] [section.field=value ...]`: preference training.
 
-Without any argument it runs the demo. Running the same command again resumes. Exit status: 0 done, 1 fault, 2 wrong options,
-70 ended by the watchdog, 75 stopped by a signal and saved, or left alone by another process (docs/faults.md).
+From a model and pairs to checkpoints. Without any argument it runs the demo. Running the same
+command again resumes. Exit codes: 0 done, 1 fault, 2 wrong options, 70 ended by the watchdog,
+75 stopped by SIGTERM or SIGINT and saved, or another process of the run was lost (docs/faults.md).
 
-The same command on several machines, or several times on one, is one run: hosts.py says how processes find each other.
+The same command on several machines, or several times on one, is one run:
+distributed/processes.py says how the processes find each other.
 """
 
 import os
@@ -24,36 +26,39 @@ from jaxdpo.training.startup_checks import Fault
 from jaxdpo.training.trainer import Trainer
 
 DONE, FAULT = 0, 1
+FLAGS = {
+    "--dry-run": "Show the first pairs as the model will see them, sizes, memory and time, "
+    "and stop before the first step."
+}
 
 
 def main(argv: Sequence[str], leave: Callable[[int], object] | None = None) -> int:
-    """The command; returns its exit status.
+    """Run the command; returns its exit code.
 
     Args:
-        leave: see runner.train.
+        argv: the arguments after the command's name.
+        leave: how a thread may end the process (see training.loop.train).
     """
-    flags = {
-        "--dry-run": "Show the first pairs as the model will see them, sizes, memory and time, and stop before the first step."
-    }
     try:
+        # First of all: JAX must know the other processes before anything touches a device.
         processes.connect()
         if not argv:
-            return demo.main()
-        config, given = cli.load(Config, argv, command="train", checks=[validate], flags=flags)
+            return demo.main([])
+        config, given = cli.load(Config, argv, command="train", checks=[validate], flags=FLAGS)
         if "--dry-run" in given:
             dry_run(Trainer.open(config))
             return DONE
         return DONE if train(config, leave) else REQUEUE
     except (ValueError, OSError, Fault) as error:
-        print(
-            "\n".join([f"jaxdpo.train: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr
-        )
+        notes = getattr(error, "__notes__", [])
+        print("\n".join([f"jaxdpo.train: {error}", *notes]), file=sys.stderr)
         return processes.end(FAULT)
     except jax.errors.JaxRuntimeError as error:
         if not processes.is_lost(error):
             raise
         print(
-            f"jaxdpo.train: another process of this run is gone; the same command resumes from the newest checkpoint. {error}",
+            "jaxdpo.train: another process of this run is gone; the same command resumes "
+            f"from the newest checkpoint. {error}",
             file=sys.stderr,
         )
         return processes.end(REQUEUE)

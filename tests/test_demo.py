@@ -50,6 +50,12 @@ def test_a_demo_takes_the_next_free_folder(folder: Path) -> None:
     assert str(folder) == os.path.join("runs", "demo-1") and demo._new_folder().name == "demo-2"
 
 
+def test_the_demo_takes_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["seed=1"])
+    assert ended.value.code == 2 and "seed: there is no such option" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_demo_learns(tmp_path: Path) -> None:
     environment = {

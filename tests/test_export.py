@@ -107,7 +107,7 @@ def assert_equal(one: Any, other: Any) -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_newest_step_is_exported_in_the_type_of_the_base_model(
+def test_newest_step_is_exported_in_the_dtype_of_the_base_model(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "models" / "out"
@@ -121,8 +121,8 @@ def test_newest_step_is_exported_in_the_type_of_the_base_model(
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    told = capsys.readouterr().out
-    assert all(name in told for name in names) and not list(out.parent.glob(".*"))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names) and not list(out.parent.glob(".*"))
     assert load_model_config(out) == MODEL
     raw = json.loads((out / "config.json").read_text())
     assert raw["dtype"] == "bfloat16" and raw["eos_token_id"] == 5 and "_name_or_path" not in raw
@@ -134,7 +134,7 @@ def test_newest_step_is_exported_in_the_type_of_the_base_model(
     assert_equal(load_params(out, MODEL, None, "bfloat16"), params)
 
 
-def test_step_type_and_shards_can_be_chosen(run_dir: Path, tmp_path: Path) -> None:
+def test_step_dtype_and_shards_can_be_chosen(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     assert (
@@ -149,7 +149,7 @@ def test_step_type_and_shards_can_be_chosen(run_dir: Path, tmp_path: Path) -> No
     assert "| steps | 3 |" in card and "| loss | 0.67 |" in card and "| eval/loss | 0.5 |" in card
 
 
-def test_model_card_tells_the_run_and_no_private_path(run_dir: Path, tmp_path: Path) -> None:
+def test_model_card_describes_the_run_without_private_paths(run_dir: Path, tmp_path: Path) -> None:
     assert run_export(f"run_dir={run_dir}", f"out={tmp_path / 'out'}") == 0
     text = (tmp_path / "out" / "README.md").read_text()
     _, head, body = text.split("---\n", 2)
@@ -224,7 +224,7 @@ def test_a_tokenizer_object_saves_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["occupied", "file", "no run", "options", "form", "old config"])
-def test_wrong_options_are_usage_errors(
+def test_wrong_options_are_exit_code_2(
     run_dir: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
@@ -244,7 +244,7 @@ def test_wrong_options_are_usage_errors(
         arguments += ["step=-1", "max_shard_bytes=0", "dtyp=float32", "private=false"]
     with pytest.raises(SystemExit) as exit_:
         run_export(*arguments)
-    told = capsys.readouterr().err
+    err = capsys.readouterr().err
     expected = {
         "occupied": ["is not empty"],
         "file": ["is not a folder"],
@@ -256,14 +256,14 @@ def test_wrong_options_are_usage_errors(
         "old config": ["is not a config of this version of jaxdpo", "model.kind"],
         "options": ["step=-1", "dtype", "private=false: does nothing by itself"],
     }
-    assert exit_.value.code == 2 and all(text in told for text in expected[change])
+    assert exit_.value.code == 2 and all(text in err for text in expected[change])
     assert not out.exists() or "keep me" in ((out / "mine") if out.is_dir() else out).read_text()
 
 
-def test_a_checkpoint_that_goes_away_meanwhile_is_told(
+def test_a_checkpoint_deleted_while_it_is_read_is_an_error(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run in progress deletes its older checkpoints; what is missing then must not count as zeros."""
+    """A run in progress deletes its older checkpoints; missing weights must not count as zeros."""
     write_config = save_folder.write_json
 
     def delete_first(path: Path, content: Any) -> None:

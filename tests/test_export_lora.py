@@ -35,11 +35,12 @@ SCALE = 0.5
 
 
 def lora_run(folder: Path, name: str = "llama") -> Path:
-    """A run in `folder`/run that trained an adapter over `folder`/base, as if: its checkpoint is random."""
+    """A run in `folder`/run with a random adapter over `folder`/base in its checkpoint."""
     base, run, model = folder / "base", folder / "run", tiny(name)
-    lora = LoraSection(
-        rank=3, alpha=3 * SCALE, targets=["q", "k", "v", "o", *["up"] * (not model.num_experts)]
-    )
+    targets = ["q", "k", "v", "o"]
+    if not model.num_experts:
+        targets.append("up")
+    lora = LoraSection(rank=3, alpha=3 * SCALE, targets=targets)
     write_model(base, seed=None, vocab_size=model.vocab_size)  # for its tokenizer
     write_json(base / "config.json", to_hf(model, raw_config(name), dtype="float32"))
     save_params(base, model, params(0, model), "float32")
@@ -79,10 +80,10 @@ def hidden(folder: Path, weights: Params, scale: float = 1.0) -> np.ndarray:
     )
 
 
-# ---- what is written ----------------------------------------------------------------------------------------------------------
+# --- what is written ---
 
 
-def test_the_adapter_alone_is_pefts_folder(tmp_path: Path) -> None:
+def test_the_adapter_alone_is_a_peft_folder(tmp_path: Path) -> None:
     run, out = lora_run(tmp_path), tmp_path / "out"
     assert run_export(run, out) == 0
     weights, beside = (
@@ -91,14 +92,14 @@ def test_the_adapter_alone_is_pefts_folder(tmp_path: Path) -> None:
     )
     assert {path.name for path in out.iterdir()} == weights | beside | {"chat_template.jinja"}
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
-    told = json.loads((out / "adapter_config.json").read_text())
-    assert told["target_modules"] == ["k_proj", "o_proj", "q_proj", "up_proj", "v_proj"] and (
-        told["r"],
-        told["lora_alpha"],
+    saved = json.loads((out / "adapter_config.json").read_text())
+    assert saved["target_modules"] == ["k_proj", "o_proj", "q_proj", "up_proj", "v_proj"] and (
+        saved["r"],
+        saved["lora_alpha"],
     ) == (3, 1.5)
     assert (
-        told["base_model_name_or_path"] == str(tmp_path / "base")
-        and told["task_type"] == "CAUSAL_LM"
+        saved["base_model_name_or_path"] == str(tmp_path / "base")
+        and saved["task_type"] == "CAUSAL_LM"
     )
     found = read_peft(out, tiny("llama"))
     for ours, theirs in zip(
@@ -136,7 +137,7 @@ def test_the_merged_model_computes_what_the_adapter_over_the_base_does(
     assert "| adapter, merged | LoRA, rank 3, alpha 1.5, on q, k" in (out / "README.md").read_text()
 
 
-def test_merged_weights_have_the_type_that_is_asked_for(tmp_path: Path) -> None:
+def test_merged_weights_have_the_dtype_asked_for(tmp_path: Path) -> None:
     """A change too small for the base's type is kept where the file's type is larger."""
     run = lora_run(tmp_path)
     base = load_params(tmp_path / "base", tiny("llama"), None, "bfloat16")
@@ -159,10 +160,10 @@ def test_merged_weights_have_the_type_that_is_asked_for(tmp_path: Path) -> None:
     assert not np.array_equal(wide, short)
 
 
-def test_a_run_that_was_trained_goes_out_in_both_forms(
+def test_a_qlora_run_is_exported_as_adapter_and_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From `train` on, QLoRA included: it is merged into the weights of model.path, not into the quantised ones."""
+    """From `train` on, with QLoRA: merged into the weights of model.path, not quantised ones."""
     use_one_device(monkeypatch)
     shared = folder_with_inputs(tmp_path)
     more = {
@@ -189,24 +190,24 @@ def test_a_run_that_was_trained_goes_out_in_both_forms(
     assert "| base while training | int8 |" in (tmp_path / "merged" / "README.md").read_text()
 
 
-# ---- the base -----------------------------------------------------------------------------------------------------------------
+# --- the base ---
 
 
 def test_a_base_that_moved_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = lora_run(tmp_path)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     assert run_export(run, tmp_path / "out", "form=merged") == 1
-    told = capsys.readouterr().err
+    err = capsys.readouterr().err
     assert (
         "the base under the run's adapter is missing. Say where it is: base=<folder or hub id>"
-        in told
-        and "Traceback" not in told
+        in err
+        and "Traceback" not in err
     )
     assert not (tmp_path / "out").exists()
     assert run_export(run, tmp_path / "out", "form=merged", f"base={tmp_path / 'elsewhere'}") == 0
     assert run_export(run, tmp_path / "adapter", f"base={tmp_path / 'elsewhere'}") == 0
-    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert told["base_model_name_or_path"] == str(tmp_path / "elsewhere")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])
@@ -228,15 +229,15 @@ def test_a_hub_base_is_named_with_its_revision_and_not_fetched(tmp_path: Path) -
     shutil.rmtree(tmp_path / "base")
     change_config(run, model={"path": "org/base", "revision": "v2"})
     assert run_export(run, tmp_path / "out") == 0
-    told = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (told["base_model_name_or_path"], told["revision"]) == ("org/base", "v2")
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["revision"]) == ("org/base", "v2")
     assert (
         yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])["base_model"]
         == "org/base"
     )
 
 
-# ---- what is refused ----------------------------------------------------------------------------------------------------------
+# --- what is refused ---
 
 
 @pytest.mark.parametrize(
@@ -277,8 +278,8 @@ def change_config(run: Path, **sections: dict[str, Any]) -> None:
     )
 
 
-UNSETTLED = {"rank": 0, "alpha": None, "targets": None, "path": "somewhere"}
-UNUSABLE = {
+UNRESOLVED = {"rank": 0, "alpha": None, "targets": None, "path": "somewhere"}
+MISMATCHES = {
     "of an older version": (
         lambda run: change_meta(run, {"step": 5}),
         "does not say which base its adapter belongs to",
@@ -292,7 +293,7 @@ UNUSABLE = {
         "layers/mlp/down/a: must be [4, 64, 3], is absent",
     ),
     "rank left open": (
-        lambda run: change_config(run, lora=UNSETTLED),
+        lambda run: change_config(run, lora=UNRESOLVED),
         "does not hold the adapter of its config.yaml",
     ),
     "random base": (
@@ -303,19 +304,19 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])
-@pytest.mark.parametrize("case", UNUSABLE)
-def test_an_adapter_that_cannot_be_used_is_told(
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_an_adapter_that_does_not_fit_the_run_is_an_error(
     tmp_path: Path, case: str, form: str, capsys: pytest.CaptureFixture
 ) -> None:
     run = lora_run(tmp_path)
-    change, complaint = UNUSABLE[case]
+    change, complaint = MISMATCHES[case]
     change(run)
     assert run_export(run, tmp_path / "out", f"form={form}") == 1
-    told = capsys.readouterr().err
-    assert complaint in told and "Traceback" not in told and not (tmp_path / "out").exists()
+    err = capsys.readouterr().err
+    assert complaint in err and "Traceback" not in err and not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_of_all_weights_in_an_adapters_run_is_told(
+def test_a_checkpoint_of_all_weights_in_an_adapters_run_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = lora_run(tmp_path)

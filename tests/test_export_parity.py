@@ -1,4 +1,4 @@
-"""Exported folders in transformers and PEFT, for every family: what was trained is what they compute."""
+"""Exported folders in transformers and PEFT, for every family: they compute what was trained."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_all_weights(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_adapters(tmp_path: Path, name: str) -> None:
-    """Alone over the base and merged into it, in their libraries and here: one function, and not the base's."""
+    """Over the base and merged into it, in PEFT and here: one function, and not the base's."""
     run, config = lora_run(tmp_path, name), tiny(name)
     for form in ("adapter", "merged"):
         assert run_export(run, tmp_path / form, f"form={form}") == 0

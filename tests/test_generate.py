@@ -1,9 +1,8 @@
 """`python -m jaxdpo.generate`: from models and prompts to answers."""
 
-import builtins
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,9 @@ from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.lora import adapter_shapes
 from jaxdpo.models.sampling import generate as generate_ids
+from tests.inference.models import STOP, greedy, words, write_chat_model
 from tests.tiny import config, mesh, model, params, write_model, write_rows
 
-TEMPLATE = (
-    "{% for m in messages %}{{ 'w61 ' if m.role == 'user' else 'w62 ' }}{{ m.content }} {% if m.role == 'assistant' %}<|stop|> {% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}w62 {% endif %}"
-)
 Command = Callable[..., tuple[int, list[dict[str, Any]]]]
 
 
@@ -47,27 +43,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chatty(base: Path) -> Path:
-    """Other weights, and a chat template whose turns end with a special token that is not the end of text."""
+    """Other weights, and a chat template."""
     folder = base.parent / "chatty"
-    write_model(folder, seed=1)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"] = {
-        word: number for word, number in tokenizer["model"]["vocab"].items() if number != 63
-    } | {"<|stop|>": 63}
-    tokenizer["added_tokens"].append(
-        tokenizer["added_tokens"][0] | {"id": 63, "content": "<|stop|>"}
-    )
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"chat_template": TEMPLATE})
-    )
+    write_chat_model(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def run_dir(base: Path) -> Path:
-    """A run with checkpoints of steps 3 and 6, whose weights are of those seeds, started from the model without a template."""
+    """A run from `base` with checkpoints of steps 3 and 6, whose weights are of those seeds."""
     folder = base.parent / "run"
     with Checkpoints(folder) as checkpoints:
         for step in (3, 6):
@@ -83,7 +67,7 @@ def run_dir(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def lora_run(base: Path) -> tuple[Path, list[int]]:
-    """A run over the first model with an adapter in its checkpoint, and the adapter's answer to w5 w9 w3."""
+    """A run over `base` that trained an adapter, and the adapter's answer to w5 w9 w3."""
     folder, section = base.parent / "lora-run", LoraSection(rank=3, alpha=6.0)
     lora = lora_of(section, model())
     rng = np.random.default_rng(6)
@@ -118,7 +102,7 @@ def lora_run(base: Path) -> tuple[Path, list[int]]:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
-    """Run the command with `out`; its exit status and the objects written."""
+    """Run the command with `out`; its exit code and the objects written."""
 
     def call(*arguments: str, new: int = 5) -> tuple[int, list[dict[str, Any]]]:
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
@@ -131,25 +115,6 @@ def command(tmp_path: Path) -> Command:
         ] if out.exists() else []
 
     return call
-
-
-def words(ids: Any) -> str:
-    return " ".join(f"w{i}" for i in ids)
-
-
-def greedy(
-    seed: int, prompt: list[int], new: int = 5, stop_ids: tuple[int, ...] = (0,)
-) -> list[int]:
-    """The likeliest answer of the tiny model's weights of this seed."""
-    (ids,) = generate_ids(
-        params(seed),
-        model(),
-        [np.array(prompt, np.int32)],
-        max_new_tokens=new,
-        options=ForwardOptions(),
-        stop_ids=stop_ids,
-    )
-    return ids.tolist()
 
 
 def test_plain_text_is_continued(base: Path, command: Command, tmp_path: Path) -> None:
@@ -169,22 +134,22 @@ def test_plain_text_is_continued(base: Path, command: Command, tmp_path: Path) -
         assert row == wanted | {"prompt_tokens": len(prompt), "prompt_truncated": False}
 
 
-def test_messages_go_through_the_template_and_a_string_is_what_a_user_says(
+def test_the_chat_template_formats_messages_and_strings_of_users(
     chatty: Path, command: Command, tmp_path: Path
 ) -> None:
     turns = [{"role": "user", "content": "w5 w9"}]
     path = write_rows(tmp_path / "prompts.jsonl", [{"prompt": turns}, {"prompt": "w5 w9"}])
     _, (messages, string) = command(f"model.path={chatty}", f"prompts={path}")
     _, (_, verbatim) = command(f"model.path={chatty}", f"prompts={path}", "strings=verbatim")
-    answer = greedy(1, [61, 5, 9, 62], stop_ids=(0, 63))
+    answer = greedy(1, [61, 5, 9, 62], stop_ids=(0, STOP))
     assert (
         messages["text"].split() == string["text"].split() == words(answer).split()
         and messages["prompt"] == turns
     )
-    assert verbatim["text"].split() == words(greedy(1, [5, 9], stop_ids=(0, 63))).split()
+    assert verbatim["text"].split() == words(greedy(1, [5, 9], stop_ids=(0, STOP))).split()
 
 
-def test_an_answer_ends_at_every_end_that_the_model_knows(base: Path, chatty: Path) -> None:
+def test_an_answer_ends_at_every_eos_that_the_model_files_name(base: Path, chatty: Path) -> None:
     def stops(folder: Path) -> set[int]:
         return set(
             LoadedModel.open(
@@ -192,13 +157,13 @@ def test_an_answer_ends_at_every_end_that_the_model_knows(base: Path, chatty: Pa
             ).stop_ids
         )
 
-    assert stops(base) == {0} and stops(chatty) == {0, 63}
+    assert stops(base) == {0} and stops(chatty) == {0, STOP}
     (chatty / "generation_config.json").write_text('{"eos_token_id": [17, 0]}')
-    assert stops(chatty) == {0, 63, 17}
+    assert stops(chatty) == {0, STOP, 17}
     (chatty / "generation_config.json").unlink()
 
 
-def test_the_end_is_cut_off_and_told(
+def test_eos_is_cut_off_and_reported_as_stop(
     base: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = greedy(0, [5, 9, 3])
@@ -213,7 +178,7 @@ def test_the_end_is_cut_off_and_told(
     )
 
 
-def test_a_run_answers_with_its_newest_step_or_the_one_asked_for(
+def test_a_run_answers_with_its_newest_checkpoint_or_the_step_asked_for(
     run_dir: Path, command: Command
 ) -> None:
     for arguments, seed in (((), 6), (("step=3",), 3)):
@@ -261,8 +226,10 @@ def test_several_models_answer_side_by_side(
         and list(row["text"]) == list(row["finish"]) == list(names)
     )
     for (name, text), seed in zip(row["text"].items(), (0, 1, 6), strict=True):
-        answer = greedy(seed, [5, 9, 3], stop_ids=(0, 63) if name == "chatty" else (0,))
-        assert text.split() == words(i for i in answer if name != "chatty" or i != 63).split(), name
+        answer = greedy(seed, [5, 9, 3], stop_ids=(0, STOP) if name == "chatty" else (0,))
+        assert text.split() == words(i for i in answer if name != "chatty" or i != STOP).split(), (
+            name
+        )
 
 
 def test_samples_follow_the_seed_and_not_the_batch(base: Path, command: Command) -> None:
@@ -278,7 +245,7 @@ def test_samples_follow_the_seed_and_not_the_batch(base: Path, command: Command)
     assert first[1][0]["text"] != first[1][2]["text"]
 
 
-def test_a_long_prompt_keeps_its_end(
+def test_a_long_prompt_is_truncated_at_its_beginning(
     base: Path, command: Command, capsys: pytest.CaptureFixture
 ) -> None:
     prompt = [1 + i % 60 for i in range(40)]
@@ -295,7 +262,7 @@ def test_a_long_prompt_keeps_its_end(
     assert row["prompt_tokens"] == 256 and (row["finish"] == "stop" or row["tokens"] == 256)
 
 
-def test_without_a_file_prompts_and_answers_are_shown(
+def test_without_a_file_prompts_and_answers_are_printed(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "w5 \x1b[2J w9"}])
@@ -308,56 +275,7 @@ def test_without_a_file_prompts_and_answers_are_shown(
     assert capsys.readouterr().out == "> w5 [2J w9\nbad [31m news\n\n"
 
 
-def wrong_options(base: Path, tmp_path: Path) -> Iterator[tuple[list[str], list[str]]]:
-    good, prompts = f"model.path={base}", "prompts=[w5]"
-    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "w5"}, {"prompt": 5}])
-    (tmp_path / "empty").mkdir()
-    yield [prompts], ["model.path=[]: name at least one model"]
-    yield [good], ["prompts=null: there is nothing to answer"]
-    yield [f"model.path={tmp_path}/none", prompts], ["no such folder"]
-    yield [f"model.path={tmp_path}/empty", prompts], ["has neither config.json"]
-    yield [f"model.path={rows}", prompts], ["is a file"]
-    yield [f"model.path=[{base},{base}]", prompts], ["names a model twice"]
-    yield (
-        [good, f"prompts={rows}"],
-        ["rows.jsonl:1: column 'prompt' is missing", "rows.jsonl:2: column 'prompt' is int"],
-    )
-    yield [good, prompts, f"out={rows}"], ["exists already"]
-    yield (
-        [good, prompts, "step=3", f"model.base={base}"],
-        ["step=3: model.path names no run", "model.path names no adapter"],
-    )
-    yield (
-        [good, prompts, "temperature=-1", "max_new_tokens=0", "batch_size=0"],
-        ["temperature=-1", "max_new_tokens=0", "batch_size=0"],
-    )
-    yield (
-        [good, prompts, "top_k=3", "top_p=0.5"],
-        ["top_k=3: does nothing while temperature=0", "top_p=0.5: does nothing"],
-    )
-    yield (
-        [good, prompts, "temperature=1", "top_p=0", "top_k=-1"],
-        ["top_p=0.0: must be above 0", "top_k=-1: must be 0"],
-    )
-    yield [good, prompts, "seed=-1", "max_prompt_length=-1"], ["seed=-1", "max_prompt_length=-1"]
-    yield (
-        [good, prompts, "temprature=1", "strings=words"],
-        ["temprature: there is no such option. Did you mean temperature", "strings="],
-    )
-
-
-def test_wrong_options_are_told_all_at_once(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    for arguments, told in wrong_options(base, tmp_path):
-        with pytest.raises(SystemExit) as exit_:
-            generate.main(arguments)
-        found = capsys.readouterr().err
-        assert exit_.value.code == 2 and all(text in found for text in told), found
-        assert f"{len(told)} wrong option" in found, found
-
-
-def test_what_shows_later_is_a_fault_and_leaves_no_file(
+def test_a_fault_while_answering_is_exit_code_1_and_leaves_no_file(
     base: Path, chatty: Path, command: Command, capsys: pytest.CaptureFixture
 ) -> None:
     assert command(f"model.path={chatty}", "prompts=[w5, w6 <|stop|>, w7]") == (1, [])
@@ -368,65 +286,7 @@ def test_what_shows_later_is_a_fault_and_leaves_no_file(
     )
 
 
-def test_help_lists_every_option(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        generate.main(["--help"])
-    told = capsys.readouterr().out
-    assert exit_.value.code == 0 and all(
-        f"  {name}=" in told for name, *_ in cli.fields(generate.GenerateConfig)
-    )
-
-
-@pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Type these lines in a terminal; an exception is what a key does."""
-
-    def types(*lines: str | type[BaseException]) -> None:
-        typed = iter(lines)
-
-        def read(prompt: str) -> str:
-            line = next(typed, EOFError)
-            if isinstance(line, str):
-                return line
-            raise line
-
-        monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-        monkeypatch.setattr(builtins, "input", read)
-
-    return types
-
-
-def test_a_conversation_remembers_until_it_is_told_to_forget(
-    chatty: Path, say: Callable[..., None], capsys: pytest.CaptureFixture
-) -> None:
-    say("w5 w9", "", "w7 <|stop|>", "w8", "/new", "w8")
-    assert (
-        generate.main([f"model.path={chatty}", "max_new_tokens=5", "compilation_cache=null"]) == 0
-    )
-    first = greedy(1, [61, 5, 9, 62], stop_ids=(0, 63))
-    kept = [i for i in first if i not in (0, 63)]
-    second = greedy(1, [61, 5, 9, 62, *kept, 63, 61, 8, 62], stop_ids=(0, 63))
-    anew = greedy(1, [61, 8, 62], stop_ids=(0, 63))
-    told = capsys.readouterr().out.strip().split("\n")[1:]
-    answers = [words(i for i in ids if i not in (0, 63)) for ids in (first, second, anew)]
-    assert told == [
-        answers[0],
-        "that cannot be answered: text spells a special token of the chat template",
-        *answers[1:],
-    ]
-
-
-def test_ctrl_c_ends_a_conversation(
-    base: Path, say: Callable[..., None], capsys: pytest.CaptureFixture
-) -> None:
-    say("w5", KeyboardInterrupt)
-    assert (
-        generate.main([f"model.path=[{base}]", "max_new_tokens=5", "compilation_cache=null"]) == 0
-    )
-    assert "Traceback" not in capsys.readouterr().err
-
-
-def test_ctrl_c_between_batches_ends_the_command(
+def test_ctrl_c_between_batches_is_exit_code_130(
     base: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:

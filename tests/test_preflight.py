@@ -1,4 +1,4 @@
-"""preflight: what it finds on a machine that is ready, and each thing that may be wrong with one."""
+"""preflight: what it finds on a machine that is ready, and each problem that a machine may have."""
 
 import os
 import subprocess
@@ -68,7 +68,7 @@ PROBLEMS = [
     PROBLEMS,
     ids=[message.split(":")[0] for *_, message in PROBLEMS],
 )
-def test_each_problem_is_told_with_its_option(
+def test_each_problem_is_reported_with_its_option(
     inputs: Path,
     tmp_path: Path,
     about: str,
@@ -82,7 +82,7 @@ def test_each_problem_is_told_with_its_option(
     assert message in found[about].text
 
 
-def test_weights_that_are_cut_off(inputs: Path, tmp_path: Path) -> None:
+def test_truncated_weight_files(inputs: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
@@ -90,7 +90,7 @@ def test_weights_that_are_cut_off(inputs: Path, tmp_path: Path) -> None:
     assert not found["model"].ok and "model.safetensors" in found["model"].text
 
 
-def test_rows_of_which_none_can_be_used(inputs: Path, tmp_path: Path) -> None:
+def test_data_whose_rows_are_all_dropped(inputs: Path, tmp_path: Path) -> None:
     path = write_rows(
         tmp_path / "same.jsonl", [{"prompt": "w1", "chosen": " w2", "rejected": " w2"}]
     )
@@ -119,7 +119,7 @@ def test_an_accelerator_that_jax_does_not_see(
 
 
 def test_memory_that_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "LEAST_MEMORY", 1 << 60)
+    monkeypatch.setattr(preflight, "MIN_MEMORY", 1 << 60)
     with pytest.raises(ValueError, match="are free: end what takes it"):
         preflight.memory()
 
@@ -165,13 +165,15 @@ def test_a_machine_on_which_jax_cannot_start(
 IN_A_FOLDER_EACH = """#!/bin/sh
 [ "$1" = -m ] || exec {python} "$@"
 mkdir -p {folder}/$JAX_PROCESS_ID && cd {folder}/$JAX_PROCESS_ID
-exec {python} -c "import sys; from jaxdpo import preflight as p; p.SEEN_SECONDS = 1; sys.exit(p.main(sys.argv[3:]))" "$@"
+exec {python} -c "import sys; from jaxdpo import preflight as p; p.VISIBLE_SECONDS = 1
+sys.exit(p.main(sys.argv[3:]))" "$@"
 """
 
 
 @pytest.mark.slow
 def test_the_command_in_two_processes_with_a_folder_each(inputs: Path, tmp_path: Path) -> None:
-    """run_dir is relative, and the processes have different working folders: what one saved the other would not find."""
+    """run_dir is relative and the processes have different working folders, so neither would find
+    what the other saved."""
     arguments = [
         f"model.path={inputs}/model",
         f"data.train=[{inputs}/rows.jsonl]",
@@ -196,8 +198,6 @@ def test_the_command_in_two_processes_with_a_folder_each(inputs: Path, tmp_path:
         timeout=240,
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    assert (
-        "process 1: PROBLEM shared    run_dir=run: is not the folder that the first process writes to"
-        in done.stdout
-    )
+    problem = "run_dir=run: is not the folder that the first process writes to"
+    assert f"process 1: PROBLEM shared    {problem}" in done.stdout
     assert "process 0: ok      shared" in done.stdout

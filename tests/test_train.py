@@ -1,4 +1,4 @@
-"""`python -m jaxdpo.train` as it is typed: exit status, what is printed, kills, and a run on real pairs."""
+"""`python -m jaxdpo.train` as it is typed: exit codes, output, SIGKILL, and a run on real pairs."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def environment() -> dict[str, str]:
 # --- in this process ---
 
 
-def test_wrong_options_are_told_all_at_once_and_nothing_is_made(
+def test_wrong_options_are_reported_all_at_once_and_no_folder_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -114,7 +114,7 @@ def test_wrong_options_are_told_all_at_once_and_nothing_is_made(
 
 
 @pytest.mark.parametrize(
-    ("loss", "told"),
+    ("loss", "expected"),
     [
         (["loss.name=hinge", "loss.label_smoothing=0.1"], "loss.label_smoothing=0.1"),
         (["loss.simpo_gamma=1"], "loss.simpo_gamma=1.0"),
@@ -122,15 +122,15 @@ def test_wrong_options_are_told_all_at_once_and_nothing_is_made(
     ],
 )
 def test_loss_options_that_do_not_apply_are_errors(
-    capsys: pytest.CaptureFixture[str], loss: list[str], told: str
+    capsys: pytest.CaptureFixture[str], loss: list[str], expected: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["model.path=m", "data.train=[a]", *loss])
-    assert ended.value.code == 2 and f"  {told}: " in capsys.readouterr().err
+    assert ended.value.code == 2 and f"  {expected}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "expected"),
     [
         ("data.train=[{shared}/none.jsonl]", "data.train={shared}/none.jsonl"),
         ("model.path={shared}", "config.json"),
@@ -144,7 +144,7 @@ def test_inputs_that_cannot_be_used_end_with_one_message(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     word: str,
-    told: str,
+    expected: str,
 ) -> None:
     if word.startswith("mesh"):
         monkeypatch.undo()
@@ -157,10 +157,10 @@ def test_inputs_that_cannot_be_used_end_with_one_message(
     except SystemExit as ended:
         assert ended.code == 2
     err = capsys.readouterr().err
-    assert told.format(shared=shared) in err and "Traceback" not in err
+    assert expected.format(shared=shared) in err and "Traceback" not in err
 
 
-def test_done_is_0_and_the_config_can_be_given_as_a_file(
+def test_done_is_exit_code_0_and_a_run_resumes_from_its_config_file(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -182,7 +182,7 @@ def test_done_is_0_and_the_config_can_be_given_as_a_file(
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == saved
 
 
-def test_a_signal_is_75_and_a_fault_is_1(
+def test_sigterm_is_exit_code_75_and_a_fault_is_1_and_both_resume(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [*words(shared, tmp_path / "run"), "train.steps=4"]
@@ -191,7 +191,7 @@ def test_a_signal_is_75_and_a_fault_is_1(
         assert main(given) == 75
     assert "stopped and saved: step 2 of 4" in capsys.readouterr().out
     assert main([*given, "loss.beta=3"]) == 1
-    assert "loss.beta: None in the checkpoint, 3.0 now" in capsys.readouterr().err
+    assert "loss.beta: 0.1 in the checkpoint, 3.0 now" in capsys.readouterr().err
     assert main(given) == 0
     assert "resuming after step 2" in capsys.readouterr().out
 
@@ -203,8 +203,9 @@ def test_dry_run_shows_everything_up_to_the_first_step(
     out = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     assert "learning_rate: 0.001" in out and "--- rows.jsonl:" in out and "13 rows read" in out
+    count = sum(leaf.size for leaf in jax.tree.leaves(params()))
     for text in (
-        f"model: llama, {sum(leaf.size for leaf in jax.tree.leaves(params())):,} parameters, float32 matmuls",
+        f"model: llama, {count:,} parameters, float32 matmuls",
         "first step: (1, 1, 64) microbatches x packed sequences x tokens",
         "compile: ",
         "memory of a device: ",
@@ -214,7 +215,7 @@ def test_dry_run_shows_everything_up_to_the_first_step(
         assert text in out, text
 
 
-def test_dry_run_tells_what_is_trained_and_what_is_not(
+def test_dry_run_says_what_is_trained_and_what_is_frozen(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [
@@ -241,7 +242,7 @@ def test_dry_run_tells_what_is_trained_and_what_is_not(
 # --- as a process ---
 
 
-def test_the_exit_status_of_the_process(shared: Path, tmp_path: Path) -> None:
+def test_the_exit_code_of_the_process(shared: Path, tmp_path: Path) -> None:
     ended = subprocess.run(
         command("loss.nam=x"), env=environment(), cwd=tmp_path, capture_output=True, text=True
     )
@@ -250,7 +251,7 @@ def test_the_exit_status_of_the_process(shared: Path, tmp_path: Path) -> None:
 
 
 def killed(arguments: list[str], run_dir: Path, after: int, delay: float) -> int:
-    """Run until metrics.jsonl tells of step `after`, wait, and kill; the steps told of by then."""
+    """Kill a run some time after metrics.jsonl has step `after`; the steps logged by then."""
     process = subprocess.Popen(
         command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -269,7 +270,9 @@ def killed(arguments: list[str], run_dir: Path, after: int, delay: float) -> int
 
 
 @pytest.mark.slow
-def test_kills_at_any_moment_change_nothing(shared: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_to_the_same_bits_after_sigkill_at_any_moment(
+    shared: Path, tmp_path: Path
+) -> None:
     """SIGKILL in the first, second and third epoch, wherever the loop is by then."""
     many = write_rows(tmp_path / "rows.jsonl", rows(130))
     more = [
@@ -295,7 +298,7 @@ def test_kills_at_any_moment_change_nothing(shared: Path, tmp_path: Path) -> Non
     )
     chance = random.Random(time.time_ns())
     moments = [(epoch * i + chance.randrange(5, epoch - 10), chance.random() / 5) for i in range(3)]
-    told = [killed(given("killed"), tmp_path / "killed", *moment) for moment in moments]
+    logged = [killed(given("killed"), tmp_path / "killed", *moment) for moment in moments]
     subprocess.run(
         command(*given("killed")), env=environment(), check=True, stdout=subprocess.DEVNULL
     )
@@ -303,10 +306,10 @@ def test_kills_at_any_moment_change_nothing(shared: Path, tmp_path: Path) -> Non
         restore_params(tmp_path / "killed"),
         restore_params(tmp_path / "whole"),
     )
-    assert step == total > 150, (moments, told)
+    assert step == total > 150, (moments, logged)
     assert flat(ours) == flat(theirs) and untimed(tmp_path / "killed") == untimed(
         tmp_path / "whole"
-    ), (moments, told)
+    ), (moments, logged)
 
 
 def flat(tree: dict) -> dict[str, bytes]:
@@ -339,9 +342,9 @@ def test_a_real_model_on_real_pairs(real_data: Path, tmp_path: Path) -> None:
         command(*arguments, *more), env=environment(), capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
-    (told,) = json.loads((tmp_path / "data_report.json").read_text())["sets"]["train"]
-    assert (told["rows_read"], told["parsed"], told["kept"]) == (2312, 2299, 2299)
-    assert {reason: entry["count"] for reason, entry in told["dropped"].items()} == {
+    (report,) = json.loads((tmp_path / "data_report.json").read_text())["sets"]["train"]
+    assert (report["rows_read"], report["parsed"], report["kept"]) == (2312, 2299, 2299)
+    assert {reason: entry["count"] for reason, entry in report["dropped"].items()} == {
         "empty answer": 4,
         "roles do not alternate": 4,
         "turn marker inside an answer": 5,

@@ -90,6 +90,6 @@ def _settle(
         )
     for place, source in zip(np.flatnonzero(mask).tolist(), table.sources[mask], strict=True):
         report = reports[source]
-        report.drop(Dropped(reason, by_rule=True), table.ids[place])
+        report.drop(Dropped(reason, filtered=True), table.ids[place])
         report.kept -= 1
     return table.take(~mask)

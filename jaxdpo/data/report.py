@@ -35,7 +35,7 @@ class DataReport:
 
     def drop(self, dropped: Dropped, pair_id: str) -> None:
         """Count one pair that is not used."""
-        counts = self.left_out if dropped.by_rule else self.dropped
+        counts = self.left_out if dropped.filtered else self.dropped
         counts[dropped.reason] = counts.get(dropped.reason, 0) + 1
         examples = self.examples.setdefault(dropped.reason, [])
         if len(examples) < MAX_EXAMPLES:

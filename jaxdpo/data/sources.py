@@ -345,6 +345,6 @@ def _limited(records: Iterable[Preference], limit: int, report: DataReport) -> I
     for record in records:
         seen[record.prompt_key] += 1
         if seen[record.prompt_key] > limit:
-            report.drop(Dropped(f"more than {limit} pairs of one prompt", by_rule=True), record.id)
+            report.drop(Dropped(f"more than {limit} pairs of one prompt", filtered=True), record.id)
         else:
             yield record

@@ -1,1 +1,1 @@
-"""A model that answers: loading it, prompts, conversation."""
+"""A model that answers prompts: loading, sampling, chat; no training."""

@@ -1,4 +1,4 @@
-"""A conversation in the terminal with one model, or with several that hear the same questions."""
+"""A chat in the terminal with one model, or with several that are asked the same questions."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,13 +8,13 @@ from jaxdpo.inference.prompts import Prompt
 from jaxdpo.utils.text import clean, is_unicode
 
 NEW = "/new"
+"""What a user types to start another conversation."""
 
 
-def converse(models: Mapping[str, LoadedModel], seed: int) -> None:
-    """Ask, answer, and so on until Ctrl-D or Ctrl-C. Each model remembers what was said and what it answered itself."""
-    print(
-        f"{', '.join(map(clean, models))}: say something. {NEW} forgets what was said; Ctrl-D ends."
-    )
+def chat(models: Mapping[str, LoadedModel], seed: int) -> None:
+    """Ask and answer until Ctrl-D or Ctrl-C; each model's history holds its own answers."""
+    names = ", ".join(map(clean, models))
+    print(f"{names}: say something. {NEW} starts another conversation; Ctrl-D ends.")
     histories: dict[str, Turns] = dict.fromkeys(models, ())
     try:
         for number, line in enumerate(_lines()):
@@ -22,19 +22,15 @@ def converse(models: Mapping[str, LoadedModel], seed: int) -> None:
                 histories = dict.fromkeys(models, ())
                 continue
             for name, model in models.items():
-                histories[name] = _turn(
-                    model,
-                    histories[name],
-                    line,
-                    f"[{name}] " if len(models) > 1 else "",
-                    seed + number,
-                )
+                label = f"[{name}] " if len(models) > 1 else ""
+                # One more for each line, so that a question asked twice is not answered the same.
+                histories[name] = _answer(model, histories[name], line, label, seed + number)
     except KeyboardInterrupt:
         print()
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, empty lines left out."""
+    """The lines that the user types, without empty ones."""
     while True:
         try:
             line = input("> ")
@@ -45,23 +41,24 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _turn(model: LoadedModel, history: Turns, line: str, label: str, seed: int) -> Turns:
-    """Answer one line; returns what was said by then, which a line that cannot be answered is no part of."""
+def _answer(model: LoadedModel, history: Turns, line: str, label: str, seed: int) -> Turns:
+    """Answer one line; returns the history with both, or as it was if there is no answer."""
     if not is_unicode(line):
         print("that is not valid Unicode")
         return history
-    asked = (*history, Message("user", line))
-    verbatim = not model.source.strings_are_messages
+    conversation = (*history, Message("user", line))
+    text = conversation if model.source.strings_are_messages else line
     try:
-        (answer,) = model.answer(
-            [Prompt(line if verbatim else asked, "that cannot be answered")], seed=seed % (1 << 32)
-        )
+        prompt = Prompt(text, "that cannot be answered")
+        (answer,) = model.answer([prompt], seed=seed % (1 << 32))
     except ValueError as error:
         print(f"{label}{clean(str(error))}")
         return history
-    print(clean(label + answer.text.strip()))
+    reply = answer.text.strip()
+    print(clean(label + reply))
     if answer.prompt_truncated:
         print(
-            f"{label}(this conversation is longer than the model can take: its beginning is forgotten. {NEW} starts another)"
+            f"{label}(this conversation is longer than the model's context: "
+            f"its beginning is cut off. {NEW} starts another)"
         )
-    return (*asked, Message("assistant", answer.text.strip()))
+    return (*conversation, Message("assistant", reply))

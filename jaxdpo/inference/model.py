@@ -1,9 +1,12 @@
-"""A model that is ready to answer: from a Hugging Face folder, from the hub, from a run, or from an adapter and its base."""
+"""A model ready to answer: from a Hugging Face folder, the hub, a run, or an adapter and its base.
+
+An answer is what TRL calls a completion.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,23 +46,23 @@ from jaxdpo.models.shardings import trained_shardings
 
 
 class Answer(NamedTuple):
-    """What a model says."""
+    """A generated answer."""
 
     text: str
-    """Without the token that ends it, and without special tokens."""
+    """Without eos and other special tokens."""
     tokens: int
-    """Its length, a token that ends it included."""
+    """Its length in tokens, eos included."""
     finish: str
-    """stop: the model ended it. length: it was cut."""
+    """stop: ended by eos (or another stop token). length: ended by a limit."""
     prompt_tokens: int
-    """Length of the prompt."""
+    """Length of the prompt in tokens."""
     prompt_truncated: bool
     """Whether the prompt lost its beginning."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How answers are drawn, as sampling.generate takes it."""
+    """How answers are sampled: arguments of models.sampling.generate."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -71,46 +74,49 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a model is and how its prompts are read; nothing of it loaded."""
+    """Where a model is and how its prompts are read; nothing is loaded."""
 
     path: str
     """Hugging Face folder, hub id, run folder, or the folder of a PEFT adapter."""
     revision: str | None = None
-    """Of a hub model."""
+    """Revision of a hub model."""
     base: str | None = None
-    """Folder or hub id of the model under an adapter. Default: the one that the run or the adapter names."""
+    """Folder or hub id of the base model of an adapter. Default: as the run or adapter says."""
     step: int | None = None
     """Which checkpoint of a run. Default: the newest that is undamaged."""
     chat_template: str | None = None
     """File with a chat template. Default: that of the run, or of the tokenizer."""
     max_prompt_length: int = 0
-    """Longest prompt; a longer one keeps its end. 0: what max_new_tokens leaves of the model's positions, half of them at least."""
+    """Longest prompt, tokens; a longer one keeps its end. 0: what max_new_tokens leaves of the
+    model's positions, at least half of them."""
     strings_are_messages: bool = True
-    """Whether a prompt string is what a user says, where there is a chat template; else it is text to continue."""
+    """Whether a string is a user's message where there is a chat template; else it is continued."""
 
     @property
     def folder(self) -> Path:
-        """The path as one, which a hub id is not."""
+        """The path as a folder; there is none for a hub id."""
         return Path(self.path).expanduser()
 
     @property
     def kind(self) -> str:
         """run, adapter (a PEFT folder) or model (a Hugging Face folder or a hub id)."""
-        marks = {"run": "config.yaml", "adapter": ADAPTER_CONFIG}
-        return next(
-            (kind for kind, file in marks.items() if (self.folder / file).is_file()), "model"
-        )
+        if (self.folder / "config.yaml").is_file():
+            return "run"
+        if (self.folder / ADAPTER_CONFIG).is_file():
+            return "adapter"
+        return "model"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """Weights on the devices, in the form for decoding, and what turns prompts into tokens and tokens into answers."""
+    """Weights on the devices, laid out for decoding, with tokenizer and sampling options."""
 
     model: ModelConfig
     params: Params
     options: ForwardOptions
     encoder: Encoder
     stop_ids: tuple[int, ...]
+    """Token ids that end an answer: eos, and what else the model's files name."""
     source: Source
     sampling: Sampling
 
@@ -122,23 +128,23 @@ class LoadedModel:
 
         Args:
             source: where it is.
-            sampling: how it is to answer.
-            mesh: over which weights and rows are spread as in training.
-            compute_dtype: type of the products' inputs, in which the weights are held too.
+            sampling: how answers are sampled.
+            mesh: devices over which weights and sequences are sharded, as in training.
+            compute_dtype: dtype of the weights and of the inputs of matrix multiplications.
 
         Raises:
             ValueError: the folder, its weights or its tokenizer cannot be used.
         """
-        files = _files(source)
+        files = _find_files(source)
         raw = read_config_json(files.model)
         model = from_hf(raw)
         tokenizer = load_tokenizer(str(files.tokenizer))
+        template = read_template(tokenizer, files.template)
+        # Long answers may not take more than half of the positions from the prompt.
         room = max(model.max_positions - sampling.max_new_tokens, model.max_positions // 2)
         longest = min(source.max_prompt_length or room, model.max_positions)
-        encoder = Encoder(
-            tokenizer, read_template(tokenizer, files.template), model.max_positions, longest
-        )
-        params, scale = _load(source, files, model, mesh, compute_dtype)
+        encoder = Encoder(tokenizer, template, model.max_positions, longest)
+        params, scale = _load_weights(source, files, model, mesh, compute_dtype)
         options = ForwardOptions(compute_dtype=compute_dtype, lora_scale=scale, mesh=mesh)
         return cls(
             model=model,
@@ -160,102 +166,116 @@ class LoadedModel:
 
         Args:
             prompts: at least one.
-            seed: in place of the sampling's own.
-            report: told after each batch how many prompts are answered.
+            seed: instead of the sampling options' seed.
+            report: called after each batch with the number of prompts answered so far.
 
         Raises:
-            ValueError: naming each prompt that the tokenizer or the template does not take.
+            ValueError: some prompts are refused by the tokenizer or the template; names each.
         """
         encoded = self._encode(prompts)
+        sampling: dict[str, Any] = dataclasses.asdict(self.sampling)
+        if seed is not None:
+            sampling["seed"] = seed
         answers = generate(
             self.params,
             self.model,
             [prompt.ids for prompt in encoded],
             options=self.options,
             stop_ids=self.stop_ids,
+            # A vocabulary may be padded beyond the tokenizer's tokens: those ids have no text.
             num_tokens=min(len(self.encoder.tokenizer), self.model.vocab_size),
             report=report,
-            **dataclasses.asdict(self.sampling) | ({} if seed is None else {"seed": seed}),
+            **sampling,
         )
-        return [self._read(prompt, ids) for prompt, ids in zip(encoded, answers, strict=True)]
+        return [self._decode(prompt, ids) for prompt, ids in zip(encoded, answers, strict=True)]
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         as_message = self.source.strings_are_messages and self.encoder.template is not None
-        texts = [
-            (Message("user", p.text),) if as_message and isinstance(p.text, str) else p.text
-            for p in prompts
-        ]
-        found = [self.encoder.encode_prompt(text) for text in texts]
-        if problems := [
-            f"{p.place}: {item.reason}"
-            for p, item in zip(prompts, found, strict=True)
-            if isinstance(item, Dropped)
-        ]:
+        encoded, problems = [], []
+        for prompt in prompts:
+            text = prompt.text
+            if as_message and isinstance(text, str):
+                text = (Message("user", text),)
+            found = self.encoder.encode_prompt(text)
+            if isinstance(found, Dropped):
+                problems.append(f"{prompt.place}: {found.reason}")
+            else:
+                encoded.append(found)
+        if problems:
             raise ValueError("\n".join(problems))
-        return [item for item in found if isinstance(item, EncodedPrompt)]
+        return encoded
 
-    def _read(self, prompt: EncodedPrompt, ids: np.ndarray) -> Answer:
+    def _decode(self, prompt: EncodedPrompt, ids: np.ndarray) -> Answer:
         stopped = ids.size > 0 and int(ids[-1]) in self.stop_ids
-        text = decode_answer(
-            self.encoder.tokenizer, prompt.ids, ids[:-1] if stopped else ids, skip_special=True
-        )
+        shown = ids[:-1] if stopped else ids
         return Answer(
-            text, len(ids), "stop" if stopped else "length", len(prompt.ids), prompt.truncated
+            text=decode_answer(self.encoder.tokenizer, prompt.ids, shown, skip_special=True),
+            tokens=len(ids),
+            finish="stop" if stopped else "length",
+            prompt_tokens=len(prompt.ids),
+            prompt_truncated=prompt.truncated,
         )
+
+
+# --- files ---
 
 
 class _Files(NamedTuple):
-    """Where a model's parts lie."""
+    """Where the parts of a model are."""
 
     model: Path
-    """Folder with config.json."""
+    """Folder with config.json and weights."""
     tokenizer: Path
     template: str | None
     """File with the chat template, if it is not the tokenizer's."""
 
 
-def _files(source: Source) -> _Files:
+def _find_files(source: Source) -> _Files:
     folder = source.folder
     if source.kind == "run":
-        config = read_run_config(folder)
-        model = model_files(folder, config)
-        own_template = (
-            model == folder / "model"
-        )  # the run's copy of the tokenizer has the template that it was trained with
-        return _Files(
-            model,
-            model,
-            source.chat_template or (None if own_template else config.data.chat_template),
-        )
+        return _run_files(source)
     if source.kind == "adapter":
         base = _adapter_base(source)
-        own_tokenizer = (folder / "tokenizer_config.json").is_file()
-        return _Files(base, folder if own_tokenizer else base, source.chat_template)
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        return _Files(base, folder if has_tokenizer else base, source.chat_template)
     model = folder if folder.is_dir() else fetch_model(source.path, source.revision)
     return _Files(model, model, source.chat_template)
 
 
+def _run_files(source: Source) -> _Files:
+    config = read_run_config(source.folder)
+    model = model_files(source.folder, config)
+    template = source.chat_template
+    # The tokenizer that a run copied into its folder has the chat template of the training.
+    if not template and model != source.folder / "model":
+        template = config.data.chat_template
+    return _Files(model, model, template)
+
+
 def _adapter_base(source: Source) -> Path:
-    name = source.base or str(
-        read_json(source.folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-    )
+    name = source.base
+    if not name:
+        config = read_json(source.folder / ADAPTER_CONFIG)
+        name = str(config.get("base_model_name_or_path") or "")
     folder = Path(name).expanduser()
     return folder if name and folder.is_dir() else fetch_model(name, source.revision)
 
 
-def _load(
+# --- weights ---
+
+
+def _load_weights(
     source: Source, files: _Files, model: ModelConfig, mesh: Mesh, dtype: str
 ) -> tuple[Params, float]:
-    """The weights, each device's share on it, and the factor of the adapter among them."""
+    """The weights, sharded over the mesh, and the scale of the LoRA adapter among them (or 1)."""
     if source.kind == "run":
         return _load_run(source, model, mesh, dtype)
     params = load_weights(files.model, model, mesh, dtype)
     if source.kind == "model":
         return params, 1.0
     found = read_peft(source.folder, model)
-    return params | {
-        "lora": sharding.put(found.adapter, trained_shardings(model, mesh, found.lora))
-    }, found.lora.scale
+    adapter = sharding.put(found.adapter, trained_shardings(model, mesh, found.lora))
+    return {**params, "lora": adapter}, found.lora.scale
 
 
 def _load_run(source: Source, model: ModelConfig, mesh: Mesh, dtype: str) -> tuple[Params, float]:
@@ -264,8 +284,9 @@ def _load_run(source: Source, model: ModelConfig, mesh: Mesh, dtype: str) -> tup
     if not config.lora.enabled:
         saved = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), saved)
         return sharding.put(saved, trained_shardings(model, mesh)), 1.0
-    lora, folder = lora_of_run(config, model, saved), find_base(config, source.base)
+    lora = lora_of_run(config, model, saved)
+    folder = find_base(config, source.base)
     check_base(config, meta, folder)
     base = load_weights(folder, model, mesh, dtype, config.model.quantize)
     adapter = sharding.put(saved, trained_shardings(model, mesh, lora))
-    return base | {"lora": adapter}, lora.scale
+    return {**base, "lora": adapter}, lora.scale

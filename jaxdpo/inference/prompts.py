@@ -1,4 +1,4 @@
-"""Prompts to answer: from a file's rows or lines, or from the command line."""
+"""Prompts to answer: from the rows or lines of a file, or from the command line."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,37 +18,44 @@ class Prompt:
 
     text: Text
     place: str
-    """Where it stands, for messages: questions.jsonl:3."""
+    """Where it is from, for messages: questions.jsonl:3."""
 
 
 def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
-    """The prompts of a file (rows with a column "prompt", or lines of a .txt), or those given themselves.
+    """The prompts of a file (rows with a column "prompt", or lines of a .txt), or of a list.
 
     Raises:
-        ValueError: the file cannot be read, or some prompts cannot be used; names each of them.
+        ValueError: the file cannot be read, or some prompts are invalid; names each of them.
     """
-    found = list(
-        _from_file(Path(source).expanduser()) if isinstance(source, str) else _given(source)
-    )
-    if problems := [problem for problem in found if isinstance(problem, str)]:
+    if isinstance(source, str):
+        found = _from_file(Path(source).expanduser())
+    else:
+        found = _from_list(source)
+    prompts, problems = [], []
+    for item in found:
+        if isinstance(item, Prompt):
+            prompts.append(item)
+        else:
+            problems.append(item)
+    if problems:
         raise ValueError("\n".join(problems))
-    prompts = [prompt for prompt in found if isinstance(prompt, Prompt)]
     if not prompts:
         raise ValueError(f"prompts={source}: holds no prompt")
     return prompts
 
 
-def _given(texts: Sequence[str]) -> Iterator[Prompt | str]:
+def _from_list(texts: Sequence[str]) -> Iterator[Prompt | str]:
+    """Each prompt, or what is wrong with it."""
     for number, text in enumerate(texts, start=1):
         yield _checked(text, f"prompts:{number}")
 
 
 def _from_file(path: Path) -> Iterator[Prompt | str]:
+    """Each prompt of a file, or what is wrong with it."""
     if path.suffix.lower() == TEXT_SUFFIX:
-        lines = enumerate(_lines(path), start=1)
-        yield from (
-            _checked(line, f"{path.name}:{number}") for number, line in lines if line.strip()
-        )
+        for number, line in enumerate(_lines(path), start=1):
+            if line.strip():
+                yield _checked(line, f"{path.name}:{number}")
     elif file_kind(path) is not None:
         try:
             for number, row in read_rows(path):
@@ -57,17 +64,20 @@ def _from_file(path: Path) -> Iterator[Prompt | str]:
             raise ValueError(f"prompts={error}") from None
     else:
         raise ValueError(
-            f"prompts={path}: name a file with a prompt a line (.txt) or rows with a column 'prompt' (.jsonl, .json, .csv, .parquet), "
-            "or write the prompts themselves as a list: prompts=[Who are you?]"
+            f"prompts={path}: name a file with a prompt a line (.txt) or rows with a column "
+            "'prompt' (.jsonl, .json, .csv, .parquet), or write the prompts themselves as a list: "
+            '"prompts=[Who are you?]"'
         )
 
 
 def _lines(path: Path) -> list[str]:
     try:
+        # Not splitlines: it also breaks at U+2028 and others, which a prompt may contain.
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"prompts={path}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8"
+            f"prompts={path}: not UTF-8 ({error.reason} at byte {error.start}). "
+            "Convert the file to UTF-8"
         ) from None
     except OSError as error:
         raise ValueError(f"prompts={path}: cannot be read ({error.strerror})") from None
@@ -85,12 +95,11 @@ def _from_row(row: Mapping[str, Any], place: str) -> Prompt | str:
 
 def _checked(text: Text, place: str) -> Prompt | str:
     """The prompt, or what is wrong with it."""
-    if not isinstance(text, str) and (not text or text[-1].role == "assistant"):
-        return f"prompts={place}: " + (
-            "ends with an assistant turn. End it with the turn to answer"
-            if text
-            else "has no message"
-        )
+    if not isinstance(text, str):
+        if not text:
+            return f"prompts={place}: has no message"
+        if text[-1].role == "assistant":
+            return f"prompts={place}: ends with an assistant turn. End it with the turn to answer"
     if not all(map(is_unicode, strings(text))):
         return f"prompts={place}: is not valid Unicode"
     return Prompt(text, place)

@@ -40,11 +40,11 @@ ROWS = [
 ]
 
 
-def row(told: str, name: str) -> list[str]:
+def row(printed: str, name: str) -> list[str]:
     """The cells after its name of the first row of that name in a table."""
     line = next(
         line
-        for line in told.splitlines()
+        for line in printed.splitlines()
         if line.startswith("│") and line[1:].strip().startswith(name + " ")
     )
     return [cell.strip() for cell in line.strip("│").split("│")[1:]]
@@ -71,33 +71,35 @@ def test_a_conversion_that_fails_leaves_no_file(write: Write, tmp_path: Path) ->
     assert [item.name for item in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_counts_lengths_and_pairs_are_told(
+def test_counts_lengths_and_pairs_are_printed(
     write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write("a.jsonl", ROWS)
     assert main([f"data.train=[{path}]", f"data.eval=[{path}:1]", "show=2"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "pair a.jsonl:1, weight 0.5\n  prompt, 5 characters\n    user: q\\x1b[2J\n  chosen, 4 characters\n    <<good>>\n"
-        in told
+        "pair a.jsonl:1, weight 0.5\n  prompt, 5 characters\n    user: q\\x1b[2J\n"
+        "  chosen, 4 characters\n    <<good>>\n" in printed
     )
     assert (
-        "pair mine, margin 0.5\n  prompt, 2 characters\n    system: s\n    user: r\n" in told
-        and "verbatim" not in told
-        and "\x1b" not in told
+        "pair mine, margin 0.5\n  prompt, 2 characters\n    system: s\n    user: r\n" in printed
+        and "verbatim" not in printed
+        and "\x1b" not in printed
     )
-    assert row(told, "rows read") == ["4", ""] and row(told, "pairs kept") == ["3", ""]
-    assert row(told, "dropped: empty answer") == ["1", "a.jsonl:4"]
-    assert row(told, "the chosen answer is the longer one") == ["33.3%", "100.0%"]
-    assert row(told, "train, rejected") == ["3", "300", "300"] and row(told, "eval, prompt") == [
+    assert row(printed, "rows read") == ["4", ""] and row(printed, "pairs kept") == ["3", ""]
+    assert row(printed, "dropped: empty answer") == ["1", "a.jsonl:4"]
+    assert row(printed, "the chosen answer is the longer one") == ["33.3%", "100.0%"]
+    assert row(printed, "train, rejected") == ["3", "300", "300"] and row(
+        printed, "eval, prompt"
+    ) == [
         "5",
         "5",
         "5",
     ]
-    assert row(told, "eval prompts that are train prompts too") == ["1", "1", ""]
+    assert row(printed, "eval prompts that are train prompts too") == ["1", "1", ""]
 
 
-def test_tokens_and_what_is_scored_are_told(
+def test_tokens_and_loss_tokens_are_printed(
     write: Write,
     tmp_path: Path,
     chat_tokenizer: PreTrainedTokenizerFast,
@@ -112,11 +114,11 @@ def test_tokens_and_what_is_scored_are_told(
     ]
     out = tmp_path / "ours.jsonl"
     assert main([f"data.train=[{write('a.jsonl', ROWS)}]", f"out={out}", *options]) == 0
-    told = capsys.readouterr().out
-    assert "<<good<|im_end|>\n    >>" in told
-    assert row(told, "dropped: the chat template has no place for tools") == ["1", "mine"]
-    assert row(told, "answers that end in an end marker") == ["100.0%"]
-    assert row(told, "256")[:3] == ["0", "1", "50.0%"] and row(told, "512")[:3] == [
+    printed = capsys.readouterr().out
+    assert "<<good<|im_end|>\n    >>" in printed
+    assert row(printed, "dropped: the chat template has no place for tools") == ["1", "mine"]
+    assert row(printed, "answers that end with eos") == ["100.0%"]
+    assert row(printed, "256")[:3] == ["0", "1", "50.0%"] and row(printed, "512")[:3] == [
         "0",
         "0",
         "0.0%",
@@ -189,17 +191,17 @@ def test_odd_pairs_are_named_and_shown(
         == 0
     )
     by_tokens = capsys.readouterr().out
-    assert row(by_tokens, "cut by data.max_length=96") == ["1", "long"]
+    assert row(by_tokens, "truncated by data.max_length=96") == ["1", "long"]
     assert "a.jsonl: 1 rows spell a special token in their text" in by_tokens
     assert row(by_tokens, "text that spells a special token") == ["1", "steers"]
-    assert row(by_tokens, "an answer without an end marker") == ["0", ""]
+    assert row(by_tokens, "an answer without eos") == ["0", ""]
     assert (
-        "pair long, the longest, prompt and answer; cut by data.max_length=96" in by_tokens
+        "pair long, the longest, prompt and answer; truncated by data.max_length=96" in by_tokens
         and "pair steers" not in by_tokens
     )
 
 
-def test_the_page_holds_what_the_terminal_tells(write: Write, tmp_path: Path) -> None:
+def test_the_page_holds_what_the_terminal_shows(write: Write, tmp_path: Path) -> None:
     rows = [
         {
             "prompt": "<script>alert(1)</script> & ",
@@ -235,13 +237,13 @@ def test_the_page_holds_what_the_terminal_tells(write: Write, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("how", ["near=0", "near=1", "show=0"])
-def test_sets_with_next_to_nothing(write: Write, tmp_path: Path, how: str) -> None:
+def test_sets_of_one_pair_with_an_empty_prompt(write: Write, tmp_path: Path, how: str) -> None:
     path = write("a.jsonl", [{"prompt": "", "chosen": "a", "rejected": "b"}])
     assert main([f"data.train=[{path}]", f"page={tmp_path / 'page.html'}", how]) == 0
-    assert ("Almost the same" in (tmp_path / "page.html").read_text()) == (how != "near=0")
+    assert ("Near-duplicates" in (tmp_path / "page.html").read_text()) == (how != "near=0")
 
 
-def test_a_set_of_which_nothing_is_left(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_set_whose_rows_are_all_dropped(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main([f"data.train=[{write('a.jsonl', [{'prompt': 'q', 'chosen': '', 'rejected': 'b'}])}]"])
         == 0
@@ -250,7 +252,7 @@ def test_a_set_of_which_nothing_is_left(write: Write, capsys: pytest.CaptureFixt
 
 
 def test_a_closed_pipe_and_a_terminal_without_unicode(write: Write, tmp_path: Path) -> None:
-    """`| head -5` in a shell that is not in UTF-8 ends without a traceback, and with the page whole."""
+    """`| head -5` where text is not UTF-8 ends without a traceback and with a complete page."""
     path = write("a.jsonl", [{**ROWS[2], "chosen": f"ü {number}"} for number in range(500)])
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     arguments = [
@@ -267,11 +269,11 @@ def test_a_closed_pipe_and_a_terminal_without_unicode(write: Write, tmp_path: Pa
         assert process.stdout is not None and process.stderr is not None
         head = [process.stdout.readline() for _ in range(5)]
         process.stdout.close()
-        told = process.stderr.read()
+        printed = process.stderr.read()
     assert head[0] == "pair a.jsonl:1\n" and head[4] == "    <<\\xfc 0>>\n"
     assert (
-        "Traceback" not in told
-        and "rror" not in told
+        "Traceback" not in printed
+        and "rror" not in printed
         and "ü 399" in (tmp_path / "page.html").read_text(encoding="utf-8")
     )
 
@@ -295,18 +297,21 @@ def test_bars_are_drawn_with_what_the_terminal_has() -> None:
     assert bars(part, "tokens", 120, blocks=False).rows[1][3] == "#" * 8 + " " * 8 + " 1"
 
 
-def test_an_interrupt_is_no_fault(
+def test_an_interrupt_exits_with_130(
     write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "jaxdpo.data.__main__.read_texts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "jaxdpo.data.inspect.inspect_data.read_texts",
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     assert main([f"data.train=[{write('a.jsonl', ROWS)}]"]) == 130
-    assert capsys.readouterr().err == "jaxdpo.data: stopped\n"
+    assert capsys.readouterr().err == "jaxdpo.data: interrupted\n"
 
 
-def test_cuts_are_those_of_training(write: Write, byte_tokenizer: PreTrainedTokenizerFast) -> None:
-    """What is told of a length is what encoding with it does, for prompts, answers and tokens."""
+def test_truncation_is_that_of_training(
+    write: Write, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The table says of a length what encoding with it does."""
     sizes = np.random.default_rng(0).integers(1, 60, (40, 3))
     rows = [{"prompt": "p" * a, "chosen": " q" * b, "rejected": " r" * c} for a, b, c in sizes]
     sets: dict[str, Any] = {
@@ -366,7 +371,7 @@ def test_cuts_are_those_of_training(write: Write, byte_tokenizer: PreTrainedToke
         (["data.train=[no-such.jsonl]"], 1, "no-such.jsonl: no such file"),
     ],
 )
-def test_faults(
+def test_faults_and_wrong_options_by_exit_code(
     arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:

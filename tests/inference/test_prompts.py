@@ -36,7 +36,7 @@ def test_a_list_holds_the_prompts_themselves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "expected"),
     [
         (
             "a.jsonl",
@@ -57,13 +57,13 @@ def test_a_list_holds_the_prompts_themselves() -> None:
         ("Who are you?", None, ["write the prompts themselves as a list"]),
     ],
 )
-def test_what_is_of_no_use_is_told_with_its_place(
-    tmp_path: Path, write: Callable[..., str], name: str, content: Any, told: list[str]
+def test_invalid_prompts_are_reported_with_file_and_row(
+    tmp_path: Path, write: Callable[..., str], name: str, content: Any, expected: list[str]
 ) -> None:
     path = str(tmp_path / name) if content is None else write(name, content)
     with pytest.raises(ValueError) as error:
         read_prompts(path)
-    assert all(text in str(error.value) for text in told), str(error.value)
+    assert all(text in str(error.value) for text in expected), str(error.value)
     assert str(error.value).startswith("prompts=")
 
 

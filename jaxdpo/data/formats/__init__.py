@@ -1,1 +1,1 @@
-"""The forms of rows, one file each, and what they become."""
+"""Row formats of preference data, one file each, and the record that they become."""

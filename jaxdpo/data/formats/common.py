@@ -1,4 +1,16 @@
-"""What all parsers of rows share: columns and their types, prompts under their usual names, and the check of a finished pair."""
+"""What the parsers of all row formats share: columns, the prompt, the finished pair.
+
+A row is one object of a file: {"prompt": "Why?", "chosen": "So.", "rejected": "No."}. Its parser is
+a generator that yields, for each pair in it, the record (formats/preference.py) or Dropped:
+
+- dropped (invalid): the pair is well formed but has nothing to learn from, e.g. an empty answer,
+  two identical answers, weight 0. Counts against data.max_dropped_fraction.
+- filtered: an option or the data set's own rule excludes the pair, e.g. a tie. Does not count.
+
+A row of another format than the parser's raises ValueError: it is never guessed at.
+
+What each format drops or filters beyond make_preference is listed at the top of its parser's file.
+"""
 
 import json
 import math
@@ -12,25 +24,29 @@ from jaxdpo.utils.text import is_unicode, printable
 Row = Mapping[str, Any]
 Outcome = Preference | Dropped
 Parser = Callable[[Row, DataSection], Iterable[Outcome]]
-"""Reads one raw row: yields its pairs, and Dropped for each that is well formed but useless. Raises ValueError for a row of the
-wrong form."""
+"""Reads one row: yields its pairs, and Dropped for each that is not used. Raises ValueError for a
+row of another format."""
 
 EMPTY = "empty answer"
 IDENTICAL = "identical answers"
 TIE = "tie"
 OPTIONAL = ("system", "tools", "weight", "margin", "id")
-"""Columns that every form of rows may have."""
+"""Columns that rows of every format may have."""
 QUESTIONS = ("question", "instruction", "conversations")
-"""Other names of the prompt. Unlike a string named prompt, which is used verbatim, what they hold is said by a user."""
+"""Other names of the prompt. A string in them is a user's message; one named prompt is verbatim."""
 PROMPTS = ("prompt", *QUESTIONS, "input")
 """Columns that read_prompt reads."""
 
 
+# --- columns ---
+
+
 def require(row: Row, *names: str) -> None:
     """Raises: ValueError: the row lacks some of these columns."""
-    if missing := [name for name in names if name not in row]:
+    missing = [repr(name) for name in names if name not in row]
+    if missing:
         raise ValueError(
-            f"column {' and '.join(map(repr, missing))} is missing; columns found: {shown_columns(row)}"
+            f"column {' and '.join(missing)} is missing; columns found: {shown_columns(row)}"
         )
 
 
@@ -40,7 +56,11 @@ def shown_columns(row: Row) -> str:
 
 
 def string(row: Row, column: str) -> str:
-    """A column that must hold a string."""
+    """A column that must hold a string.
+
+    Raises:
+        ValueError: it does not.
+    """
     value = row.get(column)
     if not isinstance(value, str):
         raise ValueError(f"column {column!r} is {type(value).__name__}, must be a string")
@@ -48,36 +68,72 @@ def string(row: Row, column: str) -> str:
 
 
 def number(value: Any, column: str) -> float:
-    """A column that must hold a finite number."""
+    """The value of a column that must hold a finite number.
+
+    Raises:
+        ValueError: it does not.
+    """
+    # A bool is an int to Python, but a column of bools is a label of unknown meaning, no score.
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"column {column!r} is {printable(repr(value))}, must be a number")
     return float(value)
 
 
-def said(role: str, text: str) -> Turns:
-    """One turn."""
+def read_tools(value: Any) -> str:
+    """A list of tools, or the JSON text of one, as JSON text; empty for none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    tools = value
+    if isinstance(value, str) and value:
+        try:
+            tools = json.loads(value)
+        except json.JSONDecodeError:
+            tools = False  # no list, so that it is refused below
+    if not tools and tools is not False:
+        return ""
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("column 'tools' must be a list of objects, or its JSON text")
+    return json.dumps(tools, ensure_ascii=False)
+
+
+# --- the prompt ---
+
+
+def one_turn(role: str, text: str) -> Turns:
+    """A conversation of one message."""
     return (Message(role, text),)
 
 
 def read_prompt(row: Row) -> Text | None:
-    """The prompt, under one of its names, after the system prompt if the row has a column for it; None if it has no prompt.
+    """The prompt, under one of its names, after the system prompt if the row has a column for one.
 
-    A string is used verbatim only if it is named prompt and the row has neither a column for a system prompt nor tools.
+    A string is used verbatim only if it is named prompt and the row has neither a column for a
+    system prompt nor tools: those exist in conversations only. None if there is no prompt.
     """
     name = next((name for name in ("prompt", *QUESTIONS) if row.get(name) is not None), None)
-    prompt = None if name is None else read_text(row[name], name)
-    if name == "instruction" and isinstance(prompt, str) and row.get("input"):
-        prompt = f"{prompt}\n{string(row, 'input')}"
-    if isinstance(prompt, str) and (name != "prompt" or "system" in row or row.get("tools")):
-        prompt = said("user", prompt)
-    return prompt if prompt is None or isinstance(prompt, str) else with_system(row, prompt)
+    if name is None:
+        return None
+    prompt = read_text(row[name], name)
+    if isinstance(prompt, str):
+        if name == "instruction" and row.get("input"):  # Alpaca's pair of columns
+            prompt = f"{prompt}\n{string(row, 'input')}"
+        if name == "prompt" and "system" not in row and not row.get("tools"):
+            return prompt
+        prompt = one_turn("user", prompt)
+    return with_system(row, prompt)
 
 
 def with_system(row: Row, prompt: Turns) -> Turns:
-    """The prompt after the system prompt of the column for it, if that says something."""
+    """The prompt after the system prompt of the row's column for it, if that is not empty.
+
+    Raises:
+        ValueError: the prompt begins with another system message.
+    """
     if not row.get("system"):
         return prompt
-    system = said("system", string(row, "system"))
+    system = one_turn("system", string(row, "system"))
     if prompt and prompt[0].role == "system":
         if prompt[:1] != system:
             raise ValueError(
@@ -87,52 +143,58 @@ def with_system(row: Row, prompt: Turns) -> Turns:
     return system + prompt
 
 
-def checked(row: Row, prompt: Text, chosen: Text, rejected: Text, **more: Any) -> Outcome:
-    """The record with the row's optional columns, unless it has nothing to learn from."""
-    weight = 1.0 if row.get("weight") is None else number(row["weight"], "weight")
-    if weight < 0:
-        raise ValueError(f"column 'weight' is {weight:g}, must be a number that is not negative")
-    if not isinstance(prompt, str):
-        if not prompt or prompt[-1].role == "assistant":
-            return Dropped("prompt ends with an assistant turn" if prompt else "no shared prompt")
-        if any(isinstance(answer, str) or not _is_answer(answer) for answer in (chosen, rejected)):
-            return Dropped("answer does not begin and end with an assistant turn")
-    if any(
-        not (answer if isinstance(answer, str) else answer[-1].content).strip()
-        for answer in (chosen, rejected)
-    ):
-        return Dropped(EMPTY)
-    if chosen == rejected:
-        return Dropped(IDENTICAL)
-    if weight == 0:
-        return Dropped("weight 0")
-    margin = 0.0 if row.get("margin") is None else number(row["margin"], "margin")
-    own_id = row.get("id")
-    more = {
-        "id": str(own_id) if isinstance(own_id, str | int) else "",
-        "tools": read_tools(row.get("tools")),
-        **more,
-    }
-    record = Preference(prompt, chosen, rejected, weight=weight, margin=margin, **more)
-    return record if all(map(is_unicode, record.texts)) else Dropped("text is not valid Unicode")
+# --- the pair ---
 
 
-def _is_answer(turns: Turns) -> bool:
-    return len(turns) > 0 and turns[0].role == turns[-1].role == "assistant"
+def make_preference(row: Row, prompt: Text, chosen: Text, rejected: Text, **more: Any) -> Outcome:
+    """The record with the row's optional columns; Dropped if there is nothing to learn from it.
 
-
-def read_tools(value: Any) -> str:
-    """A list of tools, or the JSON text of one, as JSON text; empty for none.
+    Args:
+        more: fields of the record that the row has no column for.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: an optional column has the wrong type, or the weight is negative.
     """
-    try:
-        tools = json.loads(value) if isinstance(value, str) and value else value
-    except json.JSONDecodeError:
-        tools = False
-    if not tools and tools is not False:
-        return ""
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError("column 'tools' must be a list of objects, or its JSON text")
-    return json.dumps(tools, ensure_ascii=False)
+    weight = 1.0
+    if row.get("weight") is not None:
+        weight = number(row["weight"], "weight")
+    if weight < 0:
+        raise ValueError(f"column 'weight' is {weight:g}, must be a number that is not negative")
+    reason = _reason_to_drop(prompt, chosen, rejected)
+    if reason is None and weight == 0:
+        reason = "weight 0"
+    if reason is not None:
+        return Dropped(reason)
+    fields: dict[str, Any] = {"weight": weight, "tools": read_tools(row.get("tools"))}
+    if row.get("margin") is not None:
+        fields["margin"] = number(row["margin"], "margin")
+    if isinstance(row.get("id"), str | int):
+        fields["id"] = str(row["id"])
+    record = Preference(prompt, chosen, rejected, **{**fields, **more})
+    if not all(map(is_unicode, record.texts)):
+        return Dropped("text is not valid Unicode")
+    return record
+
+
+def _reason_to_drop(prompt: Text, chosen: Text, rejected: Text) -> str | None:
+    """Why a pair is dropped whatever its other columns hold; None if it is not."""
+    answers = (chosen, rejected)
+    if not isinstance(prompt, str):
+        if not prompt:
+            return "no shared prompt"
+        if prompt[-1].role == "assistant":
+            return "prompt ends with an assistant turn"
+        if not all(_is_answer(answer) for answer in answers):
+            return "answer does not begin and end with an assistant turn"
+    for answer in answers:
+        text = answer if isinstance(answer, str) else answer[-1].content
+        if not text.strip():
+            return EMPTY
+    return IDENTICAL if chosen == rejected else None
+
+
+def _is_answer(text: Text) -> bool:
+    """Whether a text can answer a conversation: turns from the assistant's to the assistant's."""
+    if isinstance(text, str) or not text:
+        return False
+    return text[0].role == text[-1].role == "assistant"

@@ -1,10 +1,14 @@
-"""What a preference pair is before it becomes tokens, and the count of what was read and dropped."""
+"""The record of a preference pair before it becomes tokens, and of a pair that is not used.
+
+A row such as {"prompt": "Why?", "chosen": "So.", "rejected": "No.", "weight": 2} becomes
+Preference("Why?", "So.", "No.", id="pairs.jsonl:1", weight=2.0).
+"""
 
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdpo.utils.text import printable
@@ -15,7 +19,7 @@ _ROLES_OF_FROM = {
     **dict.fromkeys(("tool", "function_response", "observation"), "tool"),
     "system": "system",
 }
-"""Roles of turns that are written as {from, value}."""
+"""Roles of messages that are written {from, value}: the names that ShareGPT's data sets use."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,16 +33,20 @@ class Message:
 
 Turns = tuple[Message, ...]
 Text = str | Turns
-"""Plain text that is used verbatim, or turns that a chat template lays out."""
+"""Plain text, which is used verbatim, or the messages that a chat template formats."""
 
 
 def strings(text: Text) -> list[str]:
-    """A plain text, or what is said in each turn."""
+    """The text itself in a list, or the content of each message."""
     return [text] if isinstance(text, str) else [turn.content for turn in text]
 
 
 def read_text(value: Any, column: str) -> Text:
-    """A string or messages, as JSON gives them: a list of {role, content} or {from, value}, or one of them alone.
+    """A string or messages, as JSON gives them.
+
+    Args:
+        value: a string, a list of {role, content} or {from, value}, or one such message.
+        column: where it is from, for messages.
 
     Raises:
         ValueError: it is something else.
@@ -51,56 +59,60 @@ def read_text(value: Any, column: str) -> Text:
         raise ValueError(
             f"column {column!r} is {type(value).__name__}, must be a string or a list of messages"
         )
-    return tuple(
-        _message(item, f"message {number} of column {column!r}")
-        for number, item in enumerate(value, start=1)
-    )
+    turns = []
+    for number, item in enumerate(value, start=1):
+        turns.append(_message(item, f"message {number} of column {column!r}"))
+    return tuple(turns)
 
 
-def _message(item: Any, place: str) -> Message:
-    keys = item if isinstance(item, dict) else {}
-    role = (
-        _ROLES_OF_FROM.get(keys["from"]) if isinstance(keys.get("from"), str) else keys.get("role")
-    )
-    content = _content(keys.get("value" if "from" in keys else "content"), place)
+def _message(item: Any, where: str) -> Message:
+    keys: Mapping[str, Any] = item if isinstance(item, dict) else {}
+    role, content = keys.get("role"), keys.get("content")
+    if "from" in keys:
+        content = keys.get("value")
+        if isinstance(keys["from"], str):
+            role = _ROLES_OF_FROM.get(keys["from"])
+    content = _content(content, where)
     if not isinstance(role, str) or content is None:
-        shown = (
-            {key: type(value).__name__ for key, value in item.items()}
-            if isinstance(item, dict)
-            else type(item).__name__
-        )
+        shown: Any = type(item).__name__
+        if isinstance(item, dict):
+            shown = {key: type(value).__name__ for key, value in item.items()}
         raise ValueError(
-            f"{place} must be {{'role': string, 'content': string}}, is {printable(str(shown))}"
+            f"{where} must be {{'role': string, 'content': string}}, is {printable(str(shown))}"
         )
     if keys.get("tool_calls"):
         raise ValueError(
-            f"{place} calls a tool in tool_calls, which is not read. Write the call into the content, or leave such rows out"
+            f"{where} calls a tool in tool_calls, which is not read. "
+            "Write the call into the content, or leave such rows out"
         )
     return Message(role, content)
 
 
-def _content(value: Any, place: str) -> str | None:
-    """What a message says: a string, or blocks of text that follow each other."""
+def _content(value: Any, where: str) -> str | None:
+    """The text of a message: a string, or blocks of text that are joined; None if neither."""
+    if isinstance(value, str):
+        return value
     if not isinstance(value, list):
-        return value if isinstance(value, str) else None
-    texts = [
-        block.get("text") if isinstance(block, dict) and block.get("type") == "text" else None
-        for block in value
-    ]
-    for number, (block, text) in enumerate(zip(value, texts, strict=True), start=1):
+        return None
+    texts = []
+    for number, block in enumerate(value, start=1):
+        kind = block.get("type") if isinstance(block, dict) else type(block).__name__
+        text = block.get("text") if kind == "text" and isinstance(block, dict) else None
         if not isinstance(text, str):
-            kind = block.get("type") if isinstance(block, dict) else type(block).__name__
             raise ValueError(
-                f"{place}: block {number} of its content is {printable(repr(kind))}; only blocks of text can be read"
+                f"{where}: block {number} of its content is {printable(repr(kind))}; "
+                "only blocks of text can be read"
             )
-    return "".join(map(str, texts))
+        texts.append(text)
+    return "".join(texts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt, the first preferred. The three texts are all strings, or all messages.
+    """Two answers (TRL: completions) to one prompt, the first preferred.
 
-    An answer of messages begins and ends with a turn of the assistant; most have just this one.
+    The three texts are all strings, or all messages. An answer of messages begins and ends with a
+    turn of the assistant; most have just this one.
     """
 
     prompt: Text
@@ -111,42 +123,49 @@ class Preference:
     weight: float = 1.0
     """Factor of this pair in the loss."""
     margin: float = 0.0
-    """By how much the chosen answer should win, in units of the logit."""
+    """By how much the chosen answer should win, in nats (units of the logit)."""
     tools: str = ""
-    """JSON list of the tools that the chat template is told of."""
+    """JSON list of the tools that the chat template is given."""
     root: Text | None = None
-    """The beginning of the prompt that decides on which side of a split the pair goes, so that a tree of messages stays together.
-    None: the whole prompt."""
+    """The beginning of the prompt, where a split into train and eval goes by it, so that all pairs
+    of a tree of messages are on one side. None: a split goes by the complete prompt."""
 
     @property
     def texts(self) -> list[str]:
-        """All text that came from outside."""
+        """Every string of the record that came from the row."""
         return [
-            *(text for part in (self.prompt, self.chosen, self.rejected) for text in strings(part)),
+            *strings(self.prompt),
+            *strings(self.chosen),
+            *strings(self.rejected),
             self.tools,
         ]
 
     @functools.cached_property
     def prompt_key(self) -> int:
-        """Hash of the prompt (or of its root) that a split goes by."""
+        """64-bit hash of the prompt (or of its root), by which pairs are split and grouped."""
         return _hash(_plain(self.prompt if self.root is None else self.root))
 
     @functools.cached_property
     def pair_key(self) -> tuple[int, bool]:
-        """Hash of the prompt and both answers in either order, and which order this is: contradictions share the hash alone."""
+        """64-bit hash of the prompt and both answers in either order, and which order this is.
+
+        Copies share both; a pair and its contradiction share the hash alone.
+        """
         chosen, rejected = _plain(self.chosen), _plain(self.rejected)
         first, second = sorted((chosen, rejected))
-        return _hash(json.dumps([_plain(self.prompt), self.tools, first, second])), chosen == first
+        text = json.dumps([_plain(self.prompt), self.tools, first, second])
+        return _hash(text), chosen == first
 
 
 def _plain(text: Text) -> str:
-    return (
-        text if isinstance(text, str) else json.dumps([[turn.role, turn.content] for turn in text])
-    )
+    if isinstance(text, str):
+        return text
+    return json.dumps([[turn.role, turn.content] for turn in text])
 
 
 def _hash(text: str) -> int:
-    """First 64 bits of SHA-256: the same on every machine and for ever, unlike hash()."""
+    """First 64 bits of SHA-256."""
+    # Not hash(): it differs between processes, and a split must be the same on every machine.
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
@@ -155,15 +174,16 @@ class Dropped:
     """A pair that is not used, and why. Those with the same reason are counted together."""
 
     reason: str
-    by_rule: bool = False
-    """Left out because an option or the set's own rule says so; else it cannot be used, which counts against
-    data.max_dropped_fraction."""
+    filtered: bool = False
+    """Whether an option or the data set's own rule excludes it. Otherwise it is invalid, which
+    counts against data.max_dropped_fraction."""
 
 
 def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Number of leading items (characters, token ids, messages) that two sequences share."""
+    # Bisection, not a loop over the items: comparing slices runs in C.
     low, high = 0, min(len(a), len(b))
-    while low < high:  # bisection: comparing slices is much faster than a loop over items
+    while low < high:
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
             low = middle

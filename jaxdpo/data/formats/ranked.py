@@ -1,4 +1,11 @@
-"""Rows with several answers: a list of them in order or with ranks or scores, or two with a label that names the better one."""
+"""Rows with several answers: a list with ranks or scores, or two answers and a label.
+
+    {"prompt": "Why?", "completions": ["So.", "No.", "Hm."], "scores": [4, 1, 3]}
+    {"prompt": "Why?", "response_a": "So.", "response_b": "No.", "label": "A"}
+
+Dropped, beyond what make_preference drops: null answers, and rows whose label is null. Filtered:
+ties, and lists with fewer than two ranked answers.
+"""
 
 import itertools
 import re
@@ -13,6 +20,7 @@ from jaxdpo.utils.text import printable
 
 T = TypeVar("T")
 
+# Names that data sets on the hub give these columns; the first of a tuple that a row has is read.
 LISTS = ("completions", "responses", "outputs", "output", "answers", "candidates", "generations")
 TEXTS = ("text", "response", "completion", "output", "answer")
 RANKS = ("rank", "ranks", "ranking")
@@ -20,20 +28,12 @@ SCORES = ("score", "scores", "rating", "ratings", "overall_score")
 RANKED_COLUMNS = (*PROMPTS, *LISTS, *RANKS, *SCORES)
 
 LABELS = ("label", "preference", "preferred", "winner", "better", "better_response_id", "choice")
-SIDES = tuple(
-    (stem + first, stem + second)
-    for stem in (
-        "response",
-        "answer",
-        "completion",
-        "output",
-        "conversation",
-        "candidate",
-        "generation",
-        "text",
-    )
-    for first, second in (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"))
-)
+_STEMS = (
+    "response", "answer", "completion", "output", "conversation", "candidate", "generation", "text"
+)  # fmt: skip
+_ENDINGS = (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"))
+SIDES = tuple((stem + first, stem + second) for stem in _STEMS for first, second in _ENDINGS)
+"""Names of the columns of two answers."""
 AB_COLUMNS = (*PROMPTS, *LABELS, *itertools.chain(*SIDES))
 TIES = re.compile(r"(tie|draw|both|neither|none|same)\b")
 
@@ -42,7 +42,10 @@ TIES = re.compile(r"(tie|draw|both|neither|none|same)\b")
 
 
 def parse_ranked(row: Row, section: DataSection) -> Iterator[Outcome]:
-    """A prompt and a list of answers: by rank (0 or 1 is best), by score (more is better), or from best to worst as they stand.
+    """Parse a prompt and a list of answers.
+
+    They are ordered by rank (0 or 1 is best), by score (more is better), or, without either, as
+    they are listed, the best first; data.pairing says which of them are paired.
 
     Raises:
         ValueError: there is no list, or ranks or scores do not fit it.
@@ -50,18 +53,17 @@ def parse_ranked(row: Row, section: DataSection) -> Iterator[Outcome]:
     column = list_column(row)
     if column is None:
         raise ValueError(
-            f"no column holds a list of answers ({', '.join(LISTS)}); columns found: {shown_columns(row)}"
+            f"no column holds a list of answers ({', '.join(LISTS)}); "
+            f"columns found: {shown_columns(row)}"
         )
-    answers = row[column]
-    standings = _standings(row, column)
-    ranked = [
-        (standing, answer)
-        for standing, answer in zip(standings, answers, strict=True)
-        if standing is not None
-    ]
+    ranked = []
+    for rank, answer in zip(_ranks(row, column), row[column], strict=True):
+        if rank is not None:
+            ranked.append((rank, answer))
     for better, worse in choose_pairs(ranked, section.pairing):
         yield pair(row, _text(better), _text(worse), column, column)
-    if (reason := no_pair(ranked)) is not None:
+    reason = no_pair(ranked)
+    if reason is not None:
         yield reason
 
 
@@ -76,78 +78,95 @@ def is_ranked(row: Row) -> bool:
 
 
 def choose_pairs(ranked: Sequence[tuple[float, T]], rule: str) -> Iterator[tuple[T, T]]:
-    """(better, worse) answers of one prompt from (standing, answer), less being better; equal standings make no pair."""
+    """(better, worse) answers of one prompt; equal ranks make no pair.
+
+    Args:
+        ranked: (rank, answer), a lower rank being better.
+        rule: data.pairing: best-worst, adjacent or all.
+    """
     ordered = sorted(ranked, key=lambda item: item[0])
-    if rule == "best-worst":
-        places = [(ordered[0], ordered[-1])] if ordered else []
+    if rule == "adjacent":
+        candidates = itertools.pairwise(ordered)
+    elif rule == "all":
+        candidates = itertools.combinations(ordered, 2)
     else:
-        places = (
-            itertools.pairwise(ordered)
-            if rule == "adjacent"
-            else itertools.combinations(ordered, 2)
-        )
-    yield from ((better, worse) for (first, better), (second, worse) in places if first < second)
+        candidates = zip(ordered[:1], ordered[-1:], strict=True)
+    for (first, better), (second, worse) in candidates:
+        if first < second:
+            yield better, worse
 
 
 def no_pair(ranked: Sequence[tuple[float, Any]]) -> Dropped | None:
-    """Why these answers make no pair, if they make none."""
+    """Why these answers make no pair; None if they make one."""
     if len(ranked) < 2:
-        return Dropped("fewer than two ranked answers", by_rule=True)
-    return Dropped(TIE, by_rule=True) if len({standing for standing, _ in ranked}) == 1 else None
+        return Dropped("fewer than two ranked answers", filtered=True)
+    ranks = {rank for rank, _ in ranked}
+    return Dropped(TIE, filtered=True) if len(ranks) == 1 else None
 
 
-def _standings(row: Row, column: str) -> list[float | None]:
-    """Where each answer stands, less being better; None for one that has no rank or score."""
+def _ranks(row: Row, column: str) -> list[float | None]:
+    """The rank of each answer, lower being better; None for one without a rank or score."""
     answers = row[column]
-    for names, sign in ((RANKS, 1.0), (SCORES, -1.0)):
-        for name in names:
-            inner = [answer.get(name) if isinstance(answer, dict) else None for answer in answers]
-            values = row[name] if isinstance(row.get(name), list) else inner
-            if any(value is not None for value in values):
-                if len(values) != len(answers):
-                    raise ValueError(
-                        f"column {name!r} has {len(values)} values for {len(answers)} answers in column {column!r}"
-                    )
-                return [None if value is None else sign * number(value, name) for value in values]
-    return [float(place) for place in range(len(answers))]
+    for name in (*RANKS, *SCORES):
+        sign = 1.0 if name in RANKS else -1.0
+        if isinstance(row.get(name), list):
+            values = row[name]
+        else:
+            values = [answer.get(name) if isinstance(answer, dict) else None for answer in answers]
+        if all(value is None for value in values):
+            continue
+        if len(values) != len(answers):
+            raise ValueError(
+                f"column {name!r} has {len(values)} values for {len(answers)} answers "
+                f"in column {column!r}"
+            )
+        return [None if value is None else sign * number(value, name) for value in values]
+    return [float(position) for position in range(len(answers))]
 
 
 def _text(answer: Any) -> Any:
-    """What an answer says: itself, or the text in an object that holds it beside its score."""
+    """An answer's text or messages: the item itself, or that of an object with other fields."""
     if not isinstance(answer, dict) or {"role", "from"} & answer.keys():
         return answer
-    return next((answer[name] for name in TEXTS if name in answer), answer.get("content", answer))
+    for name in TEXTS:
+        if name in answer:
+            return answer[name]
+    return answer.get("content", answer)
 
 
 # --- two answers and a label ---
 
 
 def parse_ab(row: Row, section: DataSection) -> Iterator[Outcome]:
-    """A prompt, two answers in columns such as response_a and response_b, and the better one's letter or number, or tie.
+    """Parse a prompt, two answers, and a label: the better one's letter or number, or tie.
 
     Raises:
-        ValueError: a column is missing, or the label is not the letter or number of one of the two columns.
+        ValueError: a column is missing, or the label is not the letter or number of one of the
+            two columns.
     """
     sides, label = _sides(row), _label_column(row)
     if sides is None or label is None:
-        wanted = f"two columns such as response_a and response_b, and one of {', '.join(LABELS)}"
-        raise ValueError(f"it must have {wanted}; columns found: {shown_columns(row)}")
+        raise ValueError(
+            "it must have two columns such as response_a and response_b, and one of "
+            f"{', '.join(LABELS)}; columns found: {shown_columns(row)}"
+        )
     if row[label] is None:
         yield Dropped("no label")
         return
+    letters = [side.rpartition("_")[2] for side in sides]
     text = _label(row[label])
-    winners = [
-        side for side in sides if re.search(rf"(^|[\W_]){side.rpartition('_')[2].lower()}$", text)
-    ]
-    if winners:
-        better, worse = sides if winners == [sides[0]] else sides[::-1]
-        yield pair(row, row[better], row[worse], better, worse)
+    # "A", "response_a" and "model A" all end in the letter of the better column.
+    first, second = (re.search(rf"(^|[\W_]){letter.lower()}$", text) for letter in letters)
+    if first:
+        yield pair(row, row[sides[0]], row[sides[1]], sides[0], sides[1])
+    elif second:
+        yield pair(row, row[sides[1]], row[sides[0]], sides[1], sides[0])
     elif TIES.match(text):
-        yield Dropped(TIE, by_rule=True)
+        yield Dropped(TIE, filtered=True)
     else:
-        letters = " or ".join(side.rpartition("_")[2] for side in sides)
         raise ValueError(
-            f"column {label!r} is {printable(repr(row[label]))}, must be {letters} (the better of {' and '.join(sides)}) or tie"
+            f"column {label!r} is {printable(repr(row[label]))}, must be {' or '.join(letters)} "
+            f"(the better of {' and '.join(sides)}) or tie"
         )
 
 
@@ -165,7 +184,7 @@ def _label_column(row: Row) -> str | None:
 
 
 def _label(value: Any) -> str:
-    """The label as text; 1 and 1.0 are the number of a column."""
+    """The label as lower-case text; 1 and 1.0 are the number of a column."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip().lower()

@@ -1,4 +1,12 @@
-"""stanfordnlp/SHP: a post, two comments on it, their scores, and which is preferred."""
+"""stanfordnlp/SHP: a post, two comments on it, their scores, and which one is preferred.
+
+    {"history": "How long ...?", "human_ref_A": "Seven minutes", "human_ref_B": "Until it is done",
+     "labels": 1, "score_A": 340, "score_B": 166}
+
+Label 1 prefers comment A, 0 comment B. Dropped, beyond what make_preference drops: rows whose label
+and scores disagree. Filtered: rows whose scores are closer than data.shp.min_score_ratio, and (by
+sources.py) training pairs of one post beyond PAIRS_PER_POST.
+"""
 
 from collections.abc import Iterator
 
@@ -6,10 +14,10 @@ from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import (
     Outcome,
     Row,
-    checked,
+    make_preference,
     number,
+    one_turn,
     require,
-    said,
     string,
     with_system,
 )
@@ -17,55 +25,39 @@ from jaxdpo.data.formats.preference import Dropped
 
 COLUMNS = ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B")
 SUBREDDITS = (
-    *(
-        "askacademia",
-        "askanthropology",
-        "askbaking",
-        "askcarguys",
-        "askculinary",
-        "askdocs",
-        "askengineers",
-        "askhistorians",
-        "askhr",
-    ),
-    *(
-        "askphilosophy",
-        "askphysics",
-        "askscience",
-        "asksciencefiction",
-        "asksocialscience",
-        "askvet",
-        "changemyview",
-    ),
-    *("explainlikeimfive", "legaladvice"),
-)
+    "askacademia", "askanthropology", "askbaking", "askcarguys", "askculinary", "askdocs",
+    "askengineers", "askhistorians", "askhr", "askphilosophy", "askphysics", "askscience",
+    "asksciencefiction", "asksocialscience", "askvet", "changemyview", "explainlikeimfive",
+    "legaladvice",
+)  # fmt: skip
 PAIRS_PER_POST = 5
-"""A few posts have most of the pairs; the set's authors train on no more than these of each."""
+"""A few posts have most of the pairs; the set's authors train on at most this many of each."""
 
 
 def parse_shp(row: Row, section: DataSection) -> Iterator[Outcome]:
-    """Label 1 prefers comment A, 0 comment B. Pairs whose scores are closer than data.shp.min_score_ratio are left out.
+    """Parse a row of SHP.
 
     Raises:
         ValueError: a column is missing or has the wrong type.
     """
     require(row, *COLUMNS)
-    label, scores = (
-        number(row["labels"], "labels"),
-        {side: number(row[f"score_{side}"], f"score_{side}") for side in "AB"},
-    )
+    label = number(row["labels"], "labels")
+    scores = {side: number(row[f"score_{side}"], f"score_{side}") for side in "AB"}
     if label not in (0, 1):
         raise ValueError(
             f"column 'labels' is {label:g}, must be 1 (A is preferred) or 0 (B is preferred)"
         )
     better, worse = "AB" if label == 1 else "BA"
+    ratio = section.shp.min_score_ratio
     if scores[better] < scores[worse]:
         yield Dropped("label and scores disagree")
-    elif not _is_clear(scores[better], scores[worse], section.shp.min_score_ratio):
-        yield Dropped(f"score ratio below {section.shp.min_score_ratio:g}", by_rule=True)
+    elif not _is_clear(scores[better], scores[worse], ratio):
+        yield Dropped(f"score ratio below {ratio:g}", filtered=True)
     else:
-        answers = (said("assistant", string(row, f"human_ref_{side}")) for side in (better, worse))
-        yield checked(row, with_system(row, said("user", string(row, "history"))), *answers)
+        prompt = with_system(row, one_turn("user", string(row, "history")))
+        chosen = one_turn("assistant", string(row, f"human_ref_{better}"))
+        rejected = one_turn("assistant", string(row, f"human_ref_{worse}"))
+        yield make_preference(row, prompt, chosen, rejected)
 
 
 def is_shp(row: Row) -> bool:
@@ -74,5 +66,6 @@ def is_shp(row: Row) -> bool:
 
 
 def _is_clear(better: float, worse: float, ratio: float) -> bool:
-    """Whether better / worse reaches the ratio. Votes can sum to 0 or less: any positive score is clearly better than that."""
+    """Whether better / worse reaches the ratio."""
+    # Votes can sum to 0 or less, where a ratio means nothing: any positive score beats those.
     return better > max(worse, 0) and better >= ratio * worse

@@ -1,1 +1,1 @@
-"""Looking at preference data: survey, near-duplicates, examples, tables."""
+"""Looking at preference data: survey, near-duplicates, examples, report, conversion."""

@@ -1,6 +1,5 @@
-"""Pairs to look at: prompt, chosen and rejected answer with what is scored marked, for a terminal and for a page."""
+"""Pairs to look at, with their loss tokens marked, for a terminal and for a page."""
 
-import itertools
 from collections.abc import Sequence
 
 from jaxdpo.data.formats.preference import Preference, Text, strings
@@ -11,100 +10,128 @@ from jaxdpo.utils.html_report import Example, Passage
 from jaxdpo.utils.text import printable
 
 Spans = list[tuple[str, bool]]
-"""Text, and whether it is scored."""
+"""Text, and whether the loss counts it (the completion mask)."""
 
-SHOWN = 1200
-"""Most characters of one text that a terminal is shown."""
+MAX_SHOWN = 1200
+"""Most characters of one text that a terminal is shown: about 15 lines."""
 _STYLES = {"chosen": "green", "rejected": "red"}
 
 
 def example_of_record(record: Preference, why: str = "", all_turns: bool = True) -> Example:
-    """A pair as it was read, before any template; of answers of several turns all that the assistant says is scored, or the last."""
-    texts = (("prompt", record.prompt), ("chosen", record.chosen), ("rejected", record.rejected))
+    """A pair as it was read, before any chat template.
+
+    Args:
+        record: the pair.
+        why: why it is shown, for its heading.
+        all_turns: whether the loss counts every assistant turn of an answer, or the last alone
+            (data.loss_turns).
+    """
     passages = []
-    for name, text in texts:
-        scored_from = None if name == "prompt" else 0 if all_turns else len(text) - 1
-        passages.append(
-            Passage(
-                name, _count(sum(map(len, strings(text))), "character"), _turns(text, scored_from)
-            )
-        )
+    for name, text in (
+        ("prompt", record.prompt),
+        ("chosen", record.chosen),
+        ("rejected", record.rejected),
+    ):
+        first_turn = None
+        if name != "prompt":
+            first_turn = 0 if all_turns else len(text) - 1
+        characters = sum(map(len, strings(text)))
+        passages.append(Passage(name, _count(characters, "character"), _turns(text, first_turn)))
     return _example(record, why, passages)
 
 
 def example_of_tokens(pair: EncodedPair, tokenizer: Tokenizer, why: str = "") -> Example:
-    """A pair as the model sees it; its tokens as text."""
+    """A pair as the model sees it, its tokens decoded.
+
+    Args:
+        pair: the pair.
+        tokenizer: decodes its tokens.
+        why: why it is shown, for its heading.
+    """
     prompt = [(decode_answer(tokenizer, pair.prompt_ids[:0], pair.prompt_ids), False)]
     passages = [Passage("prompt", _count(len(pair.prompt_ids), "token"), _printable(prompt))]
     ends = (pair.ended_chosen, pair.ended_rejected)
-    for name, (ids, scored), ended in zip(("chosen", "rejected"), pair.answers, ends, strict=True):
-        part = "" if scored.all() else f"{int(scored.sum()):,} of "
-        note = f"{part}{_count(len(ids), 'token')} scored" + ("" if ended else ", no end marker")
-        passages.append(
-            Passage(name, note, _printable(answer_pieces(tokenizer, pair.prompt_ids, ids, scored)))
-        )
+    for name, (ids, mask), ended in zip(("chosen", "rejected"), pair.answers, ends, strict=True):
+        note = _count(len(ids), "loss token")
+        if not mask.all():
+            note = f"{_count(len(ids), 'token')}, {int(mask.sum()):,} of them loss tokens"
+        if not ended:
+            note += ", no eos"
+        spans = answer_pieces(tokenizer, pair.prompt_ids, ids, mask)
+        passages.append(Passage(name, note, _printable(spans)))
     return _example(pair, why, passages)
 
 
 def show(example: Example, console: Console) -> None:
-    """Print an example: what is scored in colour, or <<like this>> where there are no colours. Long texts lose their middle."""
+    """Print an example; long texts lose their middle.
+
+    Loss tokens are in colour, or <<like this>> where there are no colours.
+    """
     coloured = is_coloured(console)
-    say_parts(
-        console,
-        [(f"pair {example.title}", "bold"), (f", {example.note}" if example.note else "", "")],
-    )
+    note = f", {example.note}" if example.note else ""
+    say_parts(console, [(f"pair {example.title}", "bold"), (note, "")])
     for passage in example.passages:
         say_parts(console, [(f"  {passage.name}, {passage.note}", "bold" if coloured else "")])
-        spans = _shortened(passage.spans)
-        if coloured:
-            parts = [
-                (text, _STYLES.get(passage.name, "") if scored else "") for text, scored in spans
-            ]
-        else:
-            parts = [(f"<<{text}>>" if scored else text, "") for text, scored in spans]
-        say_parts(
-            console,
-            [("    ", ""), *((text.replace("\n", "\n    "), style) for text, style in parts)],
-        )
+        parts = [("    ", "")]
+        for text, counted in _shortened(passage.spans):
+            style = ""
+            if counted and coloured:
+                style = _STYLES.get(passage.name, "")
+            elif counted:
+                text = f"<<{text}>>"
+            parts.append((text.replace("\n", "\n    "), style))
+        say_parts(console, parts)
 
 
 def _example(pair: Preference | EncodedPair, why: str, passages: list[Passage]) -> Example:
-    notes = (
-        [why] * bool(why)
-        + [f"weight {pair.weight:g}"] * (pair.weight != 1)
-        + [f"margin {pair.margin:g}"] * (pair.margin != 0)
-    )
+    notes = []
+    if why:
+        notes.append(why)
+    if pair.weight != 1:
+        notes.append(f"weight {pair.weight:g}")
+    if pair.margin != 0:
+        notes.append(f"margin {pair.margin:g}")
     return Example(printable(pair.id), ", ".join(notes), passages)
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
-def _turns(text: Text, scored_from: int | None) -> Spans:
-    """A text with the names of the speakers; what the assistant says is scored from this turn on, in a prompt (None) nothing is."""
+def _turns(text: Text, first_turn: int | None) -> Spans:
+    """A text with the roles of its turns.
+
+    Args:
+        text: a string or turns.
+        first_turn: the first turn whose text the loss counts, if it is the assistant's; None: no
+            turn (a prompt).
+    """
     if isinstance(text, str):
-        return _printable([(text, scored_from is not None)])
+        return _printable([(text, first_turn is not None)])
     spans: Spans = []
     for number, turn in enumerate(text):
-        name = "" if scored_from is not None and len(text) == 1 else f"{turn.role}: "
-        scored = scored_from is not None and number >= scored_from and turn.role == "assistant"
-        spans += [("\n" * bool(spans) + name, False), (turn.content, scored)]
+        if spans:
+            spans.append(("\n", False))
+        if first_turn is None or len(text) > 1:  # the usual answer needs no role
+            spans.append((f"{turn.role}: ", False))
+        counted = first_turn is not None and number >= first_turn and turn.role == "assistant"
+        spans.append((turn.content, counted))
     return _printable(spans)
 
 
 def _printable(spans: Spans) -> Spans:
-    return [(printable(text), scored) for text, scored in spans if text]
+    return [(printable(text), counted) for text, counted in spans if text]
 
 
 def _shortened(spans: Sequence[tuple[str, bool]]) -> Spans:
-    """The spans with the middle of their text left out, if there is more than SHOWN of it."""
-    total, half = sum(len(text) for text, _ in spans), SHOWN // 2
-    if total <= SHOWN + SHOWN // 4:  # to leave out a few words helps nobody
+    """The spans without the middle of their text, if there is more than MAX_SHOWN of it."""
+    total, half = sum(len(text) for text, _ in spans), MAX_SHOWN // 2
+    if total <= MAX_SHOWN + MAX_SHOWN // 4:  # a cut of a few words would help nobody
         return list(spans)
-    places = itertools.accumulate((len(text) for text, _ in spans[:-1]), initial=0)
-    placed = [(place, text, scored) for place, (text, scored) in zip(places, spans, strict=True)]
-    heads = [(text[: max(half - place, 0)], scored) for place, text, scored in placed]
-    tails = [(text[max(total - half - place, 0) :], scored) for place, text, scored in placed]
+    head, tail, start = [], [], 0
+    for text, counted in spans:
+        head.append((text[: max(half - start, 0)], counted))
+        tail.append((text[max(total - half - start, 0) :], counted))
+        start += len(text)
     gap = (f"\n[... {total - 2 * half:,} characters more ...]\n", False)
-    return [(text, scored) for text, scored in (*heads, gap, *tails) if text]
+    return [(text, counted) for text, counted in (*head, gap, *tail) if text]

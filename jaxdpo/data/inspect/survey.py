@@ -1,4 +1,4 @@
-"""What stands in preference data: one pass over its text, and what is worth telling of its text and its tokens."""
+"""A survey of preference data: one pass over its text, then what is notable of text and tokens."""
 
 import array
 import dataclasses
@@ -10,14 +10,20 @@ import numpy as np
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.preference import Preference, strings
-from jaxdpo.data.inspect.near_duplicates import Neighbours, Sketchbook, jaccard, runs_of_words, said
+from jaxdpo.data.inspect.near_duplicates import (
+    NearDuplicates,
+    SignatureIndex,
+    content,
+    jaccard,
+    shingles,
+)
 from jaxdpo.data.prepare import Prepared, split_by_prompt
 from jaxdpo.data.sources import read_set
 
 NEARLY_EQUAL = 0.8
-"""Share of common runs of words from which the two answers of a pair count as nearly equal."""
-NAMED = 5
-"""Odd pairs of a kind that are named."""
+"""Jaccard index from which the answers of a pair count as nearly equal, as for near-duplicates."""
+MAX_NAMED = 5
+"""Odd pairs of a kind that are named: as many as a line of a terminal has room for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +34,9 @@ class Part:
     lengths: np.ndarray
     """Integers [N, 3]: of prompt, chosen and rejected, in the survey's unit."""
     prompts: int
-    """Distinct ones."""
+    """Distinct prompts."""
     ended: float | None = None
-    """Share of answers that end in an end marker; None: unknown."""
+    """Share of answers that end with eos (or an end-of-turn token); None: unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +48,18 @@ class Odd:
     ids: tuple[str, ...]
     """The first, or the most extreme, of them."""
     sizes: tuple[int, ...] = ()
-    """What is extreme about each."""
+    """Lengths of each, in the survey's unit, where those are the reason."""
 
     @classmethod
     def of(cls, kind: str, mask: np.ndarray, ids: Sequence[str]) -> "Odd":
-        """Those of the mask, bool [N]."""
-        return cls(
-            kind, int(mask.sum()), tuple(ids[int(place)] for place in np.flatnonzero(mask)[:NAMED])
-        )
+        """The pairs of a mask, bool [N]."""
+        first = np.flatnonzero(mask)[:MAX_NAMED]
+        return cls(kind, int(mask.sum()), tuple(ids[int(place)] for place in first))
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """All that is told of the data, but for its pairs themselves."""
+    """All that is reported of the data, except the pairs themselves."""
 
     unit: str
     """tokens or characters."""
@@ -63,9 +68,9 @@ class Survey:
     parts: Sequence[Part]
     """Those that have pairs."""
     odd: Sequence[Odd]
-    neighbours: Neighbours | None
+    near_duplicates: NearDuplicates | None
     limits: tuple[int, int] | None = None
-    """data.max_length and data.max_prompt_length as they are set; None where lengths are not in tokens."""
+    """data.max_length and data.max_prompt_length, tokens; None where lengths are characters."""
     warnings: Sequence[str] = ()
 
 
@@ -73,94 +78,90 @@ class Survey:
 
 
 class Texts:
-    """What is kept of the text of each pair: names, lengths, keys and sketches, and no text."""
+    """What is kept of each pair's text: id, lengths, hashes and signatures, but not the text.
+
+    100,000 pairs take 270 MB, the search included (benchmarks/near_duplicates.py).
+    """
 
     def __init__(
         self, threshold: float, spells_special: Callable[[Preference], bool] | None = None
     ):
-        """Begin.
+        """Start without pairs.
 
         Args:
-            threshold: how alike two texts are that count as almost the same (neighbours.py); 0: none are searched.
-            spells_special: whether a record spells a special token of the tokenizer, if there is one.
+            threshold: least Jaccard index of near-duplicates; 0: do not search.
+            spells_special: whether a record spells a special token of the tokenizer, if there is
+                one.
         """
-        self._threshold, self._spells_special = threshold, spells_special
-        self._book = Sketchbook()
-        self._lengths, self._alike, self._special = (
-            array.array("q"),
-            array.array("f"),
-            array.array("B"),
-        )
-        self._keys, self._pair_keys, self._orders = (
-            array.array("Q"),
-            array.array("Q"),
-            array.array("B"),
-        )
         self.ids: list[str] = []
+        self._threshold, self._spells_special = threshold, spells_special
+        self._signatures = SignatureIndex()
+        # Python's arrays, not lists: eight bytes a value, not an object each.
+        self._lengths = array.array("q")
+        self._similarity = array.array("f")
+        self._special = array.array("B")
+        self._prompt_keys = array.array("Q")
+        self._pair_keys = array.array("Q")
+        self._orders = array.array("B")
 
     def add(self, record: Preference) -> None:
-        """Take the next pair: all of data.train come first, then those of data.eval."""
-        answers = [runs_of_words(said(text)) for text in (record.chosen, record.rejected)]
+        """Add the next pair: all of data.train come first, then those of data.eval."""
+        chosen, rejected = shingles(content(record.chosen)), shingles(content(record.rejected))
         self.ids.append(record.id)
-        self._lengths.extend(
-            sum(map(len, strings(text))) for text in (record.prompt, record.chosen, record.rejected)
-        )
-        self._alike.append(jaccard(*answers))
+        for text in (record.prompt, record.chosen, record.rejected):
+            self._lengths.append(sum(map(len, strings(text))))
+        self._similarity.append(jaccard(chosen, rejected))
         self._special.append(self._spells_special is not None and self._spells_special(record))
-        self._keys.append(record.prompt_key)
-        self._pair_keys.append(record.pair_key[0])
-        self._orders.append(record.pair_key[1])
+        self._prompt_keys.append(record.prompt_key)
+        pair_key, order = record.pair_key
+        self._pair_keys.append(pair_key)
+        self._orders.append(order)
         if self._threshold:
-            self._book.add(record, *answers)
+            self._signatures.add(record, chosen, rejected)
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 [N, 3]: characters of prompt, chosen and rejected."""
         return np.array(self._lengths, np.int64).reshape(-1, 3)
 
-    def held_out(self, trained: int, section: DataSection) -> np.ndarray:
-        """bool [N]: validation pairs, where the first `trained` pairs are those of data.train."""
+    def held_out(self, num_train: int, section: DataSection) -> np.ndarray:
+        """bool [N]: validation pairs, where the first `num_train` pairs are those of data.train."""
         if section.eval:
-            return np.arange(len(self.ids)) >= trained
-        return split_by_prompt(np.array(self._keys, np.uint64), section.eval_fraction)
+            return np.arange(len(self.ids)) >= num_train
+        return split_by_prompt(np.array(self._prompt_keys, np.uint64), section.eval_fraction)
 
     def parts(self, held_out: np.ndarray) -> list[Part]:
-        """Training and validation pairs, by their characters."""
-        keys, lengths = np.array(self._keys, np.uint64), self.lengths
-        named = (("train", ~held_out), ("eval", held_out))
-        return [
-            Part(name, lengths[these], len(np.unique(keys[these])))
-            for name, these in named
-            if these.any()
-        ]
+        """Training and validation pairs, with lengths in characters."""
+        keys, lengths = np.array(self._prompt_keys, np.uint64), self.lengths
+        parts = []
+        for name, mask in (("train", ~held_out), ("eval", held_out)):
+            if mask.any():
+                parts.append(Part(name, lengths[mask], len(np.unique(keys[mask]))))
+        return parts
 
     def odd(self) -> list[Odd]:
-        """Pairs that stand out by their text."""
+        """Pairs that are odd by their text."""
         return [*_extremes(self.lengths, self.ids), *self.odd_by_words()]
 
     def odd_by_words(self) -> list[Odd]:
-        """Pairs whose answers say nearly the same, and such that spell special tokens."""
-        equal = Odd.of(
-            "answers that are nearly equal", np.array(self._alike) >= NEARLY_EQUAL, self.ids
-        )
-        if self._spells_special is None:
-            return [equal]
-        return [
-            equal,
-            Odd.of("text that spells a special token", np.array(self._special, bool), self.ids),
-        ]
+        """Pairs with nearly equal answers, and pairs that spell special tokens."""
+        equal = np.array(self._similarity) >= NEARLY_EQUAL
+        found = [Odd.of("answers that are nearly equal", equal, self.ids)]
+        if self._spells_special is not None:
+            special = np.array(self._special, bool)
+            found.append(Odd.of("text that spells a special token", special, self.ids))
+        return found
 
-    def neighbours(self, held_out: np.ndarray) -> Neighbours | None:
-        """Pairs and prompts that are almost the same, if they are to be searched."""
+    def near_duplicates(self, held_out: np.ndarray) -> NearDuplicates | None:
+        """Near-duplicates among pairs and prompts, if they are searched for."""
         if not self._threshold or not self.ids:
             return None
-        whole = np.stack(
-            [np.array(column, np.uint64) for column in (self._pair_keys, self._orders, held_out)],
-            axis=1,
-        )
-        copies = np.ones(len(whole), bool)
-        copies[np.unique(whole, axis=0, return_index=True)[1]] = False
-        return self._book.search(self.ids, copies, held_out, self._threshold)
+        # Copies have equal hashes, and are on the same side of the split.
+        columns = (self._pair_keys, self._orders, held_out)
+        keys = np.stack([np.array(column, np.uint64) for column in columns], axis=1)
+        copies = np.ones(len(keys), bool)
+        copies[np.unique(keys, axis=0, return_index=True)[1]] = False
+        return self._signatures.search(self.ids, copies, held_out, self._threshold)
 
 
 def read_texts(section: DataSection, texts: Texts, out: Callable[[Preference], None]) -> Survey:
@@ -176,14 +177,15 @@ def read_texts(section: DataSection, texts: Texts, out: Callable[[Preference], N
             texts.add(record)
             if option == "data.train":
                 out(record)
-        reports += [
-            dataclasses.replace(report, kept=report.parsed).to_json() for report, _ in opened
-        ]
+        for report, _ in opened:
+            reports.append(dataclasses.replace(report, kept=report.parsed).to_json())
         sizes.append(len(texts.ids))
     held_out = texts.held_out(sizes[0], section)
-    return Survey(
-        "characters", reports, texts.parts(held_out), texts.odd(), texts.neighbours(held_out)
-    )
+    found = texts.near_duplicates(held_out)
+    return Survey("characters", reports, texts.parts(held_out), texts.odd(), found)
+
+
+# --- tokens ---
 
 
 def survey_tokens(
@@ -192,64 +194,63 @@ def survey_tokens(
     """The survey of texts with what is known once they are tokens.
 
     Args:
-        words: what is odd about the text (Texts.odd_by_words).
-        done: the pairs, encoded without being cut.
-        limits: data.max_length and data.max_prompt_length as they are set.
+        words: the pairs that are odd by their words (Texts.odd_by_words).
+        done: the pairs, encoded without truncation.
+        limits: data.max_length and data.max_prompt_length, tokens.
     """
-    tables = (("train", done.train), ("eval", done.eval))
-    parts = [
-        Part(name, table.lengths, done.report[name]["prompts"], done.report[name]["ended"])
-        for name, table in tables
-        if len(table)
-    ]
-    ids = [name for _, table in tables for name in table.ids]
-    lengths = np.concatenate([table.lengths for _, table in tables])
-    unended = [
-        not (table[i].ended_chosen and table[i].ended_rejected)
-        for _, table in tables
-        for i in range(len(table))
-    ]
-    prompts, answers, _ = cuts(lengths, *limits)
+    parts, ids, no_eos = [], [], []
+    for name, table in (("train", done.train), ("eval", done.eval)):
+        ids += table.ids
+        for pair in (table[i] for i in range(len(table))):
+            no_eos.append(not (pair.ended_chosen and pair.ended_rejected))
+        if len(table):
+            counts = done.report[name]
+            parts.append(Part(name, table.lengths, counts["prompts"], counts["ended"]))
+    lengths = np.concatenate([done.train.lengths, done.eval.lengths])
+    cut_prompts, cut_answers, _ = cuts(lengths, *limits)
     odd = [
         *_extremes(lengths, ids),
-        Odd.of(f"cut by data.max_length={limits[0]}", prompts | answers, ids),
-        Odd.of("an answer without an end marker", np.array(unended, bool), ids),
+        Odd.of(f"truncated by data.max_length={limits[0]}", cut_prompts | cut_answers, ids),
+        Odd.of("an answer without eos", np.array(no_eos, bool), ids),
         *words,
     ]
     sets = (*done.report["sets"]["train"], *done.report["sets"]["eval"])
-    return Survey(
-        "tokens", sets, parts, odd, texts.neighbours, limits, tuple(done.report["warnings"])
-    )
+    warnings = tuple(done.report["warnings"])
+    return Survey("tokens", sets, parts, odd, texts.near_duplicates, limits, warnings)
 
 
 def cuts(
     lengths: np.ndarray, max_length: int, max_prompt_length: int
-) -> tuple[np.ndarray, Any, int]:
-    """What truncation does to pairs of these lengths, integers [N, 3]: bool [N] prompts that are cut, bool [N] pairs with an answer
-    that is, and the number of tokens that are left."""
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """What truncation does to pairs of these lengths.
+
+    Args:
+        lengths: integers [N, 3]: tokens of prompt, chosen and rejected.
+        max_length: most tokens of prompt and answer.
+        max_prompt_length: most tokens of a prompt.
+
+    Returns:
+        bool [N] whether the prompt is cut, bool [N] whether an answer is, and the number of tokens
+        that are left.
+    """
     lengths = lengths.astype(np.int64)  # as wide as the limits, of which any may be given
     prompts = np.minimum(lengths[:, 0], max_prompt_length)
     answers = np.minimum(lengths[:, 1:], (max_length - prompts)[:, None])
-    return (
-        prompts < lengths[:, 0],
-        np.any(answers < lengths[:, 1:], axis=1),
-        int(prompts.sum() + answers.sum()),
-    )
+    cut_prompts = prompts < lengths[:, 0]
+    cut_answers = np.any(answers < lengths[:, 1:], axis=1)
+    return cut_prompts, cut_answers, int(prompts.sum() + answers.sum())
 
 
 def _extremes(lengths: np.ndarray, ids: list[str]) -> list[Odd]:
     """The longest pairs, and those with the shortest answers."""
-    longest, shortest = (
-        lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0),
-        lengths[:, 1:].min(axis=1, initial=np.iinfo(lengths.dtype).max),
-    )
+    longest = lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
+    shortest = lengths[:, 1:].min(axis=1, initial=np.iinfo(lengths.dtype).max)
     found = []
     for kind, sizes, order in (
         ("the longest, prompt and answer", longest, np.argsort(-longest, kind="stable")),
         ("the shortest answers", shortest, np.argsort(shortest, kind="stable")),
     ):
-        first = order[:NAMED].tolist()
-        found.append(
-            Odd(kind, len(first), tuple(ids[i] for i in first), tuple(int(sizes[i]) for i in first))
-        )
+        first = order[:MAX_NAMED].tolist()
+        names = tuple(ids[i] for i in first)
+        found.append(Odd(kind, len(first), names, tuple(int(sizes[i]) for i in first)))
     return found

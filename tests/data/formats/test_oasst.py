@@ -37,7 +37,8 @@ def message(
 
 
 def thread(**more: Any) -> list[dict[str, Any]]:
-    """A question with three ranked answers and one without a rank; below the best, a further question with two answers."""
+    """A question with three ranked answers and one without a rank; below the best answer, a
+    further question with two answers."""
     return [
         message("r", None, "prompter"),
         message("a1", "r", "assistant", 1),
@@ -135,7 +136,7 @@ def test_ranked_siblings_are_paired(rule: str, expected: list[str]) -> None:
         ({"b0": {"text": " "}}, {}, ["a0>a2"], ["empty answer"]),
     ],
 )
-def test_what_is_left_out(
+def test_what_is_filtered_or_dropped(
     changes: dict[str, dict[str, Any]],
     options: dict[str, Any],
     expected: list[str],

@@ -8,7 +8,7 @@ from jaxdpo.data.report import DataReport, describe_counts
 from jaxdpo.utils.text import printable
 
 
-def test_prompt_key_is_fixed_for_ever_and_depends_on_the_prompt_alone() -> None:
+def test_prompt_key_never_changes_and_depends_on_the_prompt_alone() -> None:
     pair = Preference("Why?", "a", "b", id="x:1")
     assert (
         pair.prompt_key
@@ -68,20 +68,18 @@ def test_report_counts_each_reason_and_keeps_five_examples() -> None:
     for row in range(7):
         report.drop(Dropped("empty answer"), f"f:{row}")
     report.drop(Dropped("identical answers"), "f:9")
-    report.drop(Dropped("tie", by_rule=True), "f:10")
+    report.drop(Dropped("tie", filtered=True), "f:10")
     found = report.to_json()
     assert found["dropped"]["empty answer"] == {
         "count": 7,
         "examples": ["f:0", "f:1", "f:2", "f:3", "f:4"],
     }
     assert found["dropped"]["identical answers"]["count"] == 1
-    assert report.dropped_fraction == 8 / 20, "what a rule leaves out does not count"
+    assert report.dropped_fraction == 8 / 20, "what is filtered does not count"
     assert found["left_out"] == {"tie": {"count": 1, "examples": ["f:10"]}}
     line = describe_counts(found)
-    assert (
-        "20 rows read, 12 parsed, 12 kept; dropped 8 (7 empty answer, 1 identical answers); left out 1 (1 tie); columns not used: score"
-        in line
-    )
+    assert "20 rows read, 12 parsed, 12 kept; dropped 8 (7 empty answer, 1 identical" in line
+    assert "answers); left out 1 (1 tie); columns not used: score" in line
 
 
 def test_printable_defuses_terminal_escapes_and_reordering() -> None:

@@ -52,11 +52,11 @@ def test_pairs_of_four_answers() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"scores": [3, 3]}, Dropped("tie", by_rule=True)),
-        ({"scores": [3, None]}, Dropped("fewer than two ranked answers", by_rule=True)),
+        ({"scores": [3, 3]}, Dropped("tie", filtered=True)),
+        ({"scores": [3, None]}, Dropped("fewer than two ranked answers", filtered=True)),
         (
             {"completions": [], "scores": None},
-            Dropped("fewer than two ranked answers", by_rule=True),
+            Dropped("fewer than two ranked answers", filtered=True),
         ),
         ({"completions": ["a", "a"]}, Dropped("identical answers")),
         ({"completions": ["a", None]}, Dropped("an answer is null")),
@@ -120,13 +120,13 @@ def test_the_label_names_the_better_column(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("label", "expected"),
     [
-        ("tie", Dropped("tie", by_rule=True)),
-        ("tie (bothbad)", Dropped("tie", by_rule=True)),
-        ("neither", Dropped("tie", by_rule=True)),
+        ("tie", Dropped("tie", filtered=True)),
+        ("tie (bothbad)", Dropped("tie", filtered=True)),
+        ("neither", Dropped("tie", filtered=True)),
         (None, Dropped("no label")),
     ],
 )
-def test_ties_are_left_out(label: Any, expected: Dropped) -> None:
+def test_ties_are_filtered(label: Any, expected: Dropped) -> None:
     assert (
         one(parse_ab, {"prompt": "q", "response_a": "a", "response_b": "b", "label": label})
         == expected
@@ -137,12 +137,13 @@ def test_ties_are_left_out(label: Any, expected: Dropped) -> None:
 def test_a_label_that_does_not_name_a_column_is_not_guessed(label: Any) -> None:
     with pytest.raises(
         ValueError,
-        match=r"column 'label' is .*, must be a or b \(the better of response_a and response_b\) or tie",
+        match=r"column 'label' is .*, must be a or b "
+        r"\(the better of response_a and response_b\) or tie",
     ):
         one(parse_ab, {"prompt": "q", "response_a": "a", "response_b": "b", "label": label})
 
 
-def test_rows_that_are_something_else() -> None:
+def test_rows_of_another_form_are_errors_or_not_detected() -> None:
     with pytest.raises(
         ValueError, match="two columns such as response_a and response_b, and one of label"
     ):

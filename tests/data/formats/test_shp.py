@@ -45,17 +45,17 @@ def test_label_1_prefers_a_and_label_0_prefers_b() -> None:
     ("label", "scores", "outcome"),
     [
         (1, (4, 2), None),
-        (1, (3, 2), Dropped("score ratio below 2", by_rule=True)),
-        (0, (1, 1), Dropped("score ratio below 2", by_rule=True)),
+        (1, (3, 2), Dropped("score ratio below 2", filtered=True)),
+        (0, (1, 1), Dropped("score ratio below 2", filtered=True)),
         (1, (1, 0), None),
         (0, (-4, 1), None),
-        (1, (0, 0), Dropped("score ratio below 2", by_rule=True)),
-        (1, (0, -3), Dropped("score ratio below 2", by_rule=True)),
+        (1, (0, 0), Dropped("score ratio below 2", filtered=True)),
+        (1, (0, -3), Dropped("score ratio below 2", filtered=True)),
         (1, (2, 8), Dropped("label and scores disagree")),
         (0, (0, -1), Dropped("label and scores disagree")),
     ],
 )
-def test_close_scores_are_left_out_and_zero_divides_nothing(
+def test_close_scores_are_filtered_without_division_by_zero(
     label: int, scores: tuple[int, int], outcome: Dropped | None
 ) -> None:
     found = one(parse_shp, shp(label, *scores))

@@ -137,7 +137,8 @@ def test_preference_drops(row: dict[str, Any], reason: str) -> None:
                 "chosen": [user("q"), {"from": "elf", "value": "a"}],
                 "rejected": [user("q"), assistant("b")],
             },
-            "message 2 of column 'chosen' must be {'role': string, 'content': string}, is {'from': 'str', 'value': 'str'}",
+            "message 2 of column 'chosen' must be {'role': string, 'content': string}, "
+            "is {'from': 'str', 'value': 'str'}",
         ),
         (
             {"chosen": [{"role": "user", "content": None}], "rejected": [user("q")]},

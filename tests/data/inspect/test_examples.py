@@ -6,7 +6,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.data.formats.preference import Message, Preference
-from jaxdpo.data.inspect.examples import SHOWN, example_of_record, example_of_tokens, show
+from jaxdpo.data.inspect.examples import MAX_SHOWN, example_of_record, example_of_tokens, show
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.utils.html_report import Example, Passage
 
@@ -34,7 +34,8 @@ def test_colours_on_a_terminal_and_marks_elsewhere(monkeypatch: pytest.MonkeyPat
         and "<<" not in coloured
     )
     assert shown(example, colours=False) == (
-        "pair \n  prompt, 1 character\n    q\n  chosen, 8 characters\n    <<good\n    day>>\n  rejected, 3 characters\n    <<bad>>\n"
+        "pair \n  prompt, 1 character\n    q\n  chosen, 8 characters\n    <<good\n    day>>\n"
+        "  rejected, 3 characters\n    <<bad>>\n"
     )
     monkeypatch.setenv("NO_COLOR", "1")
     assert "<<bad>>" in shown(example, colours=True) and "\x1b[31m" not in shown(
@@ -62,7 +63,7 @@ def test_text_cannot_drive_the_terminal() -> None:
         )
 
 
-def test_only_what_the_assistant_says_is_scored() -> None:
+def test_only_assistant_turns_have_loss_tokens() -> None:
     answer = (Message("assistant", "a"), Message("user", "more?"), Message("assistant", "b"))
     example = example_of_record(
         Preference((Message("user", "q"),), answer, (Message("assistant", "c"),)), why="odd"
@@ -82,7 +83,9 @@ def test_only_what_the_assistant_says_is_scored() -> None:
     ]
 
 
-def test_tokens_that_are_not_scored_are_not_marked(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tokens_outside_the_completion_mask_are_not_marked(
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
     texts = ["The sky", " is blue", " on a day", ", I think"]
     prompt, *parts = (np.array(byte_tokenizer(text)["input_ids"], np.int32) for text in texts)
     chosen = np.concatenate(parts)
@@ -98,11 +101,10 @@ def test_tokens_that_are_not_scored_are_not_marked(byte_tokenizer: PreTrainedTok
         (texts[3], True),
     ]
     assert (
-        example.passages[1].note == f"{scored.sum()} of {len(chosen)} tokens scored, no end marker"
+        example.passages[1].note
+        == f"{len(chosen)} tokens, {scored.sum()} of them loss tokens, no eos"
     )
-    assert (
-        example.passages[2].note == f"{len(parts[0])} tokens scored" and example.note == "weight 2"
-    )
+    assert example.passages[2].note == f"{len(parts[0])} loss tokens" and example.note == "weight 2"
 
 
 @pytest.mark.parametrize("spans", [["x" * 5000], ["a" * 500, "b" * 500, "c" * 3000, "d" * 1000]])
@@ -113,11 +115,11 @@ def test_long_texts_lose_their_middle(spans: list[str]) -> None:
     )
     head, _, rest = text.partition("\n    [... ")
     number, _, tail = rest.partition(" characters more ...]\n    ")
-    assert head.endswith(whole[: SHOWN // 2]) and tail.strip() == whole[-SHOWN // 2 :]
-    assert int(number.replace(",", "")) == len(whole) - SHOWN
+    assert head.endswith(whole[: MAX_SHOWN // 2]) and tail.strip() == whole[-MAX_SHOWN // 2 :]
+    assert int(number.replace(",", "")) == len(whole) - MAX_SHOWN
 
 
-def test_a_text_that_is_hardly_too_long_is_shown_whole() -> None:
+def test_a_text_that_is_hardly_too_long_is_shown_completely() -> None:
     assert "characters more" not in shown(
-        Example("", "", [Passage("prompt", "", [("x" * (SHOWN + 9), False)])]), colours=False
+        Example("", "", [Passage("prompt", "", [("x" * (MAX_SHOWN + 9), False)])]), colours=False
     )

@@ -6,12 +6,12 @@ import pytest
 
 from jaxdpo.data.formats.preference import Message, Preference
 from jaxdpo.data.inspect.near_duplicates import (
-    Neighbours,
-    Sketchbook,
-    agreement,
+    NearDuplicates,
+    SignatureIndex,
+    estimate_jaccard,
     jaccard,
-    runs_of_words,
-    sketch,
+    minhash,
+    shingles,
 )
 
 WORDS = [
@@ -33,12 +33,10 @@ def search(
     records: list[Preference],
     held_out: Callable[[int], bool] = lambda _: False,
     threshold: float = 0.8,
-) -> Neighbours:
-    book = Sketchbook()
+) -> NearDuplicates:
+    book = SignatureIndex()
     for record in records:
-        book.add(
-            record, *(runs_of_words(str(answer)) for answer in (record.chosen, record.rejected))
-        )
+        book.add(record, *(shingles(str(answer)) for answer in (record.chosen, record.rejected)))
     keys = [record.pair_key for record in records]
     copies = np.array([key in keys[:place] for place, key in enumerate(keys)])
     return book.search(
@@ -60,14 +58,14 @@ def changed(words: str) -> str:
     return f"{first.upper()}, " + rest.replace(rest.split()[30], "quite", 1) + "!"
 
 
-def test_nothing_is_found_where_nothing_is_alike() -> None:
+def test_texts_with_nothing_in_common_are_no_near_duplicates() -> None:
     found = search(others(), held_out=lambda i: i % 5 == 0)
     assert (found.pairs.count, found.prompts.count, found.leaks.count) == (0, 0, 0)
     assert (found.pairs.total, found.prompts.total, found.leaks.total) == (160, 160, 40)
     assert not (*found.pairs.examples, *found.prompts.examples, *found.leaks.examples)
 
 
-def test_planted_neighbours_are_found_and_named() -> None:
+def test_planted_near_duplicates_are_found_and_named() -> None:
     rows = others(50)
     prompt, chosen, rejected = (
         str(part) for part in (rows[7].prompt, rows[7].chosen, rows[7].rejected)
@@ -88,7 +86,7 @@ def test_planted_neighbours_are_found_and_named() -> None:
         1,
         55,
     )
-    assert 0.8 <= match.alike < 1
+    assert 0.8 <= match.similarity < 1
     assert [(match.id, match.other) for match in found.prompts.examples] == [
         ("r50", "r7")
     ] and found.prompts.total == 52
@@ -139,21 +137,28 @@ def test_system_prompts_do_not_make_prompts_alike() -> None:
         ("\ud83d x", "\ud83d x", 1.0),
     ],
 )
-def test_how_alike_two_texts_are(a: str, b: str, alike: float) -> None:
-    assert jaccard(runs_of_words(a), runs_of_words(b)) == pytest.approx(alike)
+def test_jaccard_index_of_two_texts(a: str, b: str, alike: float) -> None:
+    assert jaccard(shingles(a), shingles(b)) == pytest.approx(alike)
 
 
-def test_sketches_estimate_how_alike_texts_are() -> None:
-    """Texts with 0, 1, ... common sentences of 20: the estimate is within five standard deviations, and right on average."""
+def test_minhash_estimates_the_jaccard_index() -> None:
+    """Texts with 0, 1, ... common sentences of 20.
+
+    The estimate is within five standard deviations, and right on average.
+    """
     errors = []
     for seed in range(200):
         kept = seed % 21
         words = [text(seed * 100 + place, 15) for place in range(20)]
         changes = [text(seed * 100 + place + 50, 15) for place in range(20)]
-        a, b = (runs_of_words(" ".join(part)) for part in (words, words[:kept] + changes[kept:]))
+        a, b = (shingles(" ".join(part)) for part in (words, words[:kept] + changes[kept:]))
         share = jaccard(a, b)
         error = (
-            float(agreement(np.stack([sketch(a), sketch(b)]), np.array([0]), np.array([1]))[0])
+            float(
+                estimate_jaccard(np.stack([minhash(a), minhash(b)]), np.array([0]), np.array([1]))[
+                    0
+                ]
+            )
             - share
         )
         assert abs(error) <= 5 * np.sqrt(share * (1 - share) / 120) + 1e-9
@@ -161,7 +166,9 @@ def test_sketches_estimate_how_alike_texts_are() -> None:
     assert abs(np.mean(errors)) < 0.01
 
 
-def test_the_sketch_of_a_long_text_is_that_of_its_parts() -> None:
-    runs = runs_of_words(text(1, 40_000))
+def test_the_signature_of_a_long_text_is_that_of_its_parts() -> None:
+    runs = shingles(text(1, 40_000))
     assert len(runs) > 1 << 14
-    np.testing.assert_array_equal(sketch(runs), np.minimum(sketch(runs[:100]), sketch(runs[100:])))
+    np.testing.assert_array_equal(
+        minhash(runs), np.minimum(minhash(runs[:100]), minhash(runs[100:]))
+    )

@@ -1,0 +1,28 @@
+"""Preference records as rows of our JSON lines, which training reads like any other set."""
+
+import json
+from typing import Any
+
+from jaxdpo.data.formats.preference import Preference, Text
+
+
+def to_row(record: Preference) -> dict[str, Any]:
+    """A record as JSON values; row format `preference` reads them back, except its root."""
+    row: dict[str, Any] = {
+        "prompt": _plain(record.prompt),
+        "chosen": _plain(record.chosen),
+        "rejected": _plain(record.rejected),
+    }
+    if record.tools:
+        row["tools"] = json.loads(record.tools)
+    row["weight"] = record.weight
+    if record.margin:
+        row["margin"] = record.margin
+    row["id"] = record.id
+    return row
+
+
+def _plain(text: Text) -> Any:
+    if isinstance(text, str):
+        return text
+    return [{"role": turn.role, "content": turn.content} for turn in text]
