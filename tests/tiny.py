@@ -118,7 +118,7 @@ def pack(
         share_prefix=share_prefix,
         num_rows=num_rows,
         packed_lengths=(size,),
-        num_places=places or len(some),
+        max_pairs=places or len(some),
     )(some)
 
 
