@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxdpo.config import cli
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import Config, MeshSection, OptimSection
 from jaxdpo.data.packing import Batch, Packer
-from jaxdpo.data.pair_table import EncodedPair
+from jaxdpo.data.pair_table import EncodedPair, PairTable, to_columns
 from jaxdpo.distributed import offload, sharding
 from jaxdpo.losses import registry
 from jaxdpo.models.config import ModelConfig
@@ -95,6 +95,11 @@ def pairs(
         pair(*rng.integers(low, high, 3).tolist(), rng=rng, vocab=vocab, id=str(i))
         for i in range(count)
     ]
+
+
+def table(some: Iterable[EncodedPair]) -> PairTable:
+    """A table of the pairs in memory."""
+    return PairTable.from_columns(to_columns(some))
 
 
 def mesh(

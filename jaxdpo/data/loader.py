@@ -24,7 +24,7 @@ SAMPLED_STEPS = 1000
 (CPU seconds, `balance` alone)."""
 
 PREFETCHED_BATCHES = 4
-"""Batches prepared ahead: packing 64 pairs takes 5 ms and a step longer; some absorb a slow disk."""
+"""Batches prepared ahead. Packing 64 pairs takes 5 ms, a step longer; some absorb a slow disk."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,15 +7,15 @@ import pytest
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.packing import balance
-from jaxdpo.data.pair_table import PairTable
 from tests.tiny import pair, pairs
+from tests.tiny import table as make_table
 
 
 def loader(
     count: int = 10, *, batch_size: int = 4, num_rows: int = 1, seed: int = 0, **options: object
 ) -> Loader:
     section = DataSection(**{"max_length": 100, "packed_length": 256, **options})  # type: ignore[arg-type]
-    table = PairTable.from_pairs(pairs(count))
+    table = make_table(pairs(count))
     return Loader.create(table, section, batch_size=batch_size, num_rows=num_rows, seed=seed)
 
 
@@ -98,7 +98,7 @@ def test_every_step_fits_the_row_lengths_although_only_some_were_looked_at(
 
 
 def test_pairs_too_long_for_a_row_are_refused_at_once() -> None:
-    table = PairTable.from_pairs([pair(60, 60, 60), pair(100, 100, 100)])
+    table = make_table([pair(60, 60, 60), pair(100, 100, 100)])
     section = DataSection(max_length=100, packed_length=256)
     with pytest.raises(ValueError, match=r"data.packed_length=256: a pair needs 300 token positions"):
         Loader.create(table, section, batch_size=1, num_rows=1, seed=0)
@@ -110,7 +110,7 @@ def test_weights_and_ids_reach_the_batch() -> None:
         for one, weight in zip(pairs(3), (0.5, 2.0, 1.0), strict=True)
     ]
     section = DataSection(max_length=100, packed_length=256, shuffle=False)
-    some = Loader.create(PairTable.from_pairs(weighted), section, batch_size=3, num_rows=1, seed=0)
+    some = Loader.create(make_table(weighted), section, batch_size=3, num_rows=1, seed=0)
     batch = some.batch(1)
     by_place = dict(
         zip(batch.index_MBP.ravel().tolist(), batch.weights_MBP.ravel().tolist(), strict=True)
@@ -136,7 +136,7 @@ def mixed(weights: list[float], **options: object) -> Loader:
         }
     )  # type: ignore[arg-type]
     both = [dataclasses.replace(some, source=int(i >= 30)) for i, some in enumerate(pairs(40))]
-    return Loader.create(PairTable.from_pairs(both), section, batch_size=8, num_rows=1, seed=0)
+    return Loader.create(make_table(both), section, batch_size=8, num_rows=1, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -174,12 +174,12 @@ def test_a_mix_of_a_set_without_pairs_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"data\.weights=\[1, 2\]: set 2 of data\.train has no training pair"
     ):
-        Loader.create(PairTable.from_pairs(pairs(4)), section, batch_size=4, num_rows=1, seed=0)
+        Loader.create(make_table(pairs(4)), section, batch_size=4, num_rows=1, seed=0)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_read_disjoint_parts_of_the_steps_pairs_in_every_epoch(hosts: int) -> None:
-    table = PairTable.from_pairs(pairs(30))
+    table = make_table(pairs(30))
     section = DataSection(max_length=128, packed_length=256, num_packed_lengths=2)
 
     def feeding(mine: frozenset[int] | None) -> Loader:

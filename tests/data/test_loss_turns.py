@@ -8,10 +8,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.config.data_options import DataSection
+from jaxdpo.data.detokenize import answer_pieces, describe_pair
 from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.formats.trl import parse_preference
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokenize import Encoder, Tokenizer, answer_pieces, describe_pair, load_tokenizer
+from jaxdpo.data.tokenize import Encoder, Tokenizer, load_tokenizer
 
 USER, ASSISTANT = (lambda text, role=role: Message(role, text) for role in ("user", "assistant"))
 PROMPT = (USER("Which colour is the sky?"),)
@@ -105,15 +106,15 @@ def test_turns_that_the_template_rewrites(
         "{% for m in messages %}<|im_start|>{{ m.content | upper }}<|im_end|>\n{% endfor %}"
     )
     found = encode(encoder(chat_tokenizer, template=str(loud)))
-    assert found == Dropped("the chat template writes a turn otherwise than it stands in its row")
+    assert found == Dropped("the chat template rewrites a turn, so its tokens cannot be found")
 
 
 def test_a_cut_that_leaves_nothing_scored_drops_the_pair(
     byte_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     whole = encode(encoder(byte_tokenizer))
-    assert isinstance(whole, EncodedPair) and whole.chosen_scored is not None
-    last = len(whole.prompt_ids) + int(np.flatnonzero(~whole.chosen_scored)[-1]) + 1
+    assert isinstance(whole, EncodedPair) and whole.chosen_mask is not None
+    last = len(whole.prompt_ids) + int(np.flatnonzero(~whole.chosen_mask)[-1]) + 1
     few: dict[str, Any] = {"max_prompt_length": len(whole.prompt_ids)}
     assert encode(encoder(byte_tokenizer, "last", max_length=last, **few)) == Dropped(
         "no room for an answer"

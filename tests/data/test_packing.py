@@ -93,7 +93,7 @@ def test_packing_predicts_every_loss_token_from_exactly_what_comes_before_it(
         for sizes in lengths
     ]
     masked = [
-        dataclasses.replace(item, rejected_scored=rng.random(len(item.rejected_ids)) < 0.6)
+        dataclasses.replace(item, rejected_mask=rng.random(len(item.rejected_ids)) < 0.6)
         for item in some
     ]
     some = [item if seed % 2 else other for item, other in zip(some, masked, strict=True)]

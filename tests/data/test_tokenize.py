@@ -10,15 +10,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.config.data_options import DataSection
+from jaxdpo.data.detokenize import decode_answer, describe_pair
 from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokenize import (
-    Encoder,
-    check_vocabulary,
-    decode_answer,
-    describe_pair,
-    load_tokenizer,
-)
+from jaxdpo.data.tokenize import Encoder, check_vocabulary, load_tokenizer
 
 Write = Callable[..., str]
 KINDS = ("byte_tokenizer", "metaspace_tokenizer", "chat_tokenizer")
@@ -527,6 +522,6 @@ def test_a_pair_is_shown_safely_with_its_scored_text_marked(
         max_prompt_length=20,
     )
     shown = describe_pair(pair, byte_tokenizer)
-    assert "<< yes<|end|>>>" in shown and "rejected, 5 tokens scored, truncated" in shown
+    assert "<< yes<|end|>>>" in shown and "rejected, 5 loss tokens, truncated" in shown
     assert "prompt, 20 tokens, truncated" in shown and "pair f\\x07:1, weight 0.5" in shown
     assert shown.replace("\n", "").isprintable()

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from jaxdpo.data.chat_template import read_template
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokenize import EncodedPrompt, Encoder, load_tokenizer, read_template
+from jaxdpo.data.tokenize import EncodedPrompt, Encoder, load_tokenizer
 
 KINDS = ("byte_tokenizer", "metaspace_tokenizer", "chat_tokenizer")
 TURNS = (
