@@ -96,7 +96,7 @@ def test_no_usable_row(write: Write, byte_tokenizer: PreTrainedTokenizerFast) ->
     section = DataSection(train=[path], max_length=64, max_prompt_length=32)
     with pytest.raises(
         ValueError,
-        match=r"data\.train=.*useless\.jsonl: no usable pair is left\. .*3 rows read.*3 empty answer",
+        match=r"data\.train=.*useless\.jsonl: no valid pair is left\. .*3 rows read.*3 empty answer",
     ):
         prepare(section, byte_tokenizer, 1000)
 

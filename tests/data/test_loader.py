@@ -100,7 +100,9 @@ def test_every_step_fits_the_row_lengths_although_only_some_were_looked_at(
 def test_pairs_too_long_for_a_row_are_refused_at_once() -> None:
     table = make_table([pair(60, 60, 60), pair(100, 100, 100)])
     section = DataSection(max_length=100, packed_length=256)
-    with pytest.raises(ValueError, match=r"data.packed_length=256: a pair needs 300 token positions"):
+    with pytest.raises(
+        ValueError, match=r"data.packed_length=256: a pair needs 300 token positions"
+    ):
         Loader.create(table, section, batch_size=1, num_rows=1, seed=0)
 
 

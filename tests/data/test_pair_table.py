@@ -70,9 +70,7 @@ def test_the_fingerprint_sees_tokens_order_boundaries_and_weights() -> None:
     ]
     prints = {make_table(pairs).fingerprint() for pairs in others}
     assert len(prints | {table.fingerprint()}) == 6
-    assert (
-        table.take(np.array([0, 1])).fingerprint() == make_table(PAIRS[:2]).fingerprint()
-    )
+    assert table.take(np.array([0, 1])).fingerprint() == make_table(PAIRS[:2]).fingerprint()
 
 
 def test_statistics() -> None:

@@ -94,7 +94,9 @@ def test_every_word_is_encoded_once(
     seen: list[str] = []
     known = word_cache._IdsOfWord.__missing__
     monkeypatch.setattr(
-        word_cache._IdsOfWord, "__missing__", lambda self, word: (seen.append(word), known(self, word))[1]
+        word_cache._IdsOfWord,
+        "__missing__",
+        lambda self, word: (seen.append(word), known(self, word))[1],
     )
     words, prompt = words_of(byte_tokenizer), "\n\nHuman: why, <|end|> oh why?\n\nAssistant:"
     pairs = [(prompt, prompt + " yes", prompt + " no"), (prompt, prompt + " yes", prompt + " why")]

@@ -11,8 +11,9 @@ import numpy as np
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.preference import Preference, strings
 from jaxdpo.data.inspect.near_duplicates import Neighbours, Sketchbook, jaccard, runs_of_words, said
-from jaxdpo.data.prepare import Prepared, split_by_prompt
+from jaxdpo.data.prepare import Prepared
 from jaxdpo.data.sources import read_set
+from jaxdpo.data.splits import split_by_prompt
 
 NEARLY_EQUAL = 0.8
 """Share of common runs of words from which the two answers of a pair count as nearly equal."""

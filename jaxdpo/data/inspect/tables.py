@@ -67,7 +67,7 @@ def _bar(share: float, longest: int, blocks: bool) -> str:
 def _rows(item: Mapping[str, Any]) -> Table:
     """What became of the rows of a set."""
     rows = [["rows read", f"{item['rows_read']:,}", ""], ["pairs kept", f"{item['kept']:,}", ""]]
-    for verb, reasons in (("dropped", item["dropped"]), ("left out", item["left_out"])):
+    for verb, reasons in (("dropped", item["dropped"]), ("filtered", item["filtered"])):
         rows += [
             [
                 f"{verb}: {printable(reason)}",
