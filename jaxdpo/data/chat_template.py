@@ -21,7 +21,7 @@ FIXED_DATE = """{%- macro strftime_now(format) -%}
 {{- {"%Y-%m-%d": "2024-07-26"}.get(format, "26 Jul 2024") -}}
 {%- endmacro -%}"""
 """Put before a chat template that writes today's date (Llama 3.1 and later), so that a run resumed
-tomorrow sees the same tokens. 26 Jul 2024 is the date that Llama 3.1's own template falls back to."""
+tomorrow sees the same tokens. 26 Jul 2024 is what Llama 3.1's own template falls back to."""
 
 PLAIN_TURNS = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 """What is written before a turn without a chat template: the form of Anthropic's hh-rlhf."""

@@ -237,7 +237,7 @@ class Encoder:
     # --- prompts for generation ---
 
     def encode_prompt(self, prompt: Text) -> EncodedPrompt | Dropped:
-        """What training would put before an answer to this prompt; or why there is no such thing."""
+        """What training would put before an answer to this prompt; or why that does not exist."""
         templated = self.template is not None and not isinstance(prompt, str)
         text = prompt if isinstance(prompt, str) else self._layout.prompt(prompt)
         if isinstance(text, Dropped):

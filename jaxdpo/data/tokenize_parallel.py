@@ -38,7 +38,7 @@ ALONE = 8 * CHUNK_SIZE
 MAX_CHUNKS = 16
 """Chunks for each process that may be in memory: what this process encodes while others start."""
 MAX_PROCESSES = 32
-"""Most processes by default, chosen and not measured: one process reads and writes for all of them.
+"""Most processes by default, chosen and not measured: one of them reads and writes for all.
 data.num_proc can ask for more."""
 LOG_EVERY = 10.0
 """Seconds between log lines about the progress."""
