@@ -32,7 +32,7 @@ from jaxdpo.data.report import DataReport
 logger = logging.getLogger(__name__)
 
 CHUNK_SIZE = 512
-"""Records of a chunk: about a megabyte of text, so that sending it costs little next to encoding."""
+"""Records of a chunk: about a megabyte of text, so sending it costs little next to encoding."""
 ALONE = 8 * CHUNK_SIZE
 """Records that are encoded here before workers are started: they take seconds to start."""
 MAX_CHUNKS = 16

@@ -74,7 +74,8 @@ def test_repeats_can_be_kept(write: Write, byte_tokenizer: PreTrainedTokenizerFa
     [
         (
             "contradictions",
-            r"data\.train: 3 pairs: contradiction \(the first: first\.jsonl:4, second\.jsonl:2, .*data\.contradictions=drop",
+            r"data\.train: 3 pairs: contradiction \(the first: first\.jsonl:4, "
+            r"second\.jsonl:2, .*data\.contradictions=drop",
         ),
         (
             "duplicates",
@@ -95,7 +96,8 @@ def test_validation_prompts_that_are_trained_on(
     held_out = [write("held.jsonl", [row("s", "1", "2"), row("u", "1", "2"), row("v", "1", "2")])]
     with pytest.raises(
         ValueError,
-        match=r"data\.eval: 1 pairs: prompt is in the training sets \(the first: held\.jsonl:1\).*data\.overlap=drop",
+        match=r"data\.eval: 1 pairs: prompt is in the training sets \(the first: "
+        r"held\.jsonl:1\).*data\.overlap=drop",
     ):
         read(write, byte_tokenizer, eval=held_out)
     done = read(write, byte_tokenizer, eval=held_out, overlap="drop")

@@ -149,7 +149,8 @@ def test_pairs_of_another_tokenizer_are_refused(
     theirs.rename(ours)
     with pytest.raises(
         ValueError,
-        match=r"data\.cache: the pairs in .* were made with another tokenizer\. Remove .* to have it made again",
+        match=r"data\.cache: the pairs in .* were made with another tokenizer\. Remove .* to "
+        r"have it made again",
     ):
         prepared(byte_tokenizer, root, path)
 

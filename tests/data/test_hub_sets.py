@@ -1,4 +1,4 @@
-"""Each hub set: a few rows of our own with the set's columns and types, from its parser to records."""
+"""Each hub set: a few rows of our own with its columns and types, from its parser to records."""
 
 from typing import Any
 

@@ -86,7 +86,8 @@ def test_too_many_invalid_rows_stop_the_run(
     )
     with pytest.raises(
         ValueError,
-        match=r"30\.0% of the pairs are invalid, more than data\.max_dropped_fraction=0\.2\. .*3 identical answers",
+        match=r"30\.0% of the pairs are invalid, more than data\.max_dropped_fraction=0\.2\. "
+        r".*3 identical answers",
     ):
         prepare(options(train=[path], max_dropped_fraction=0.2), byte_tokenizer, 1000)
     section = options(
@@ -133,7 +134,8 @@ def test_warnings_about_templates_and_special_tokens(
     )
     with pytest.raises(
         ValueError,
-        match=r"none of 10 answers ends in an end marker \(0 were cut\).*data\.missing_eos=keep trains nevertheless",
+        match=r"none of 10 answers ends in an end marker \(0 were "
+        r"cut\).*data\.missing_eos=keep trains nevertheless",
     ):
         prepare(section, byte_tokenizer, 1000)
     assert prepare(dataclasses.replace(section, missing_eos="keep"), byte_tokenizer, 1000).report[

@@ -1,4 +1,7 @@
-"""Published token ids, tokenizers and templates, and real pairs. No text of the pairs is quoted: it is offensive."""
+"""Published token ids, tokenizers and templates, and real pairs.
+
+No text of the pairs is quoted: it is offensive.
+"""
 
 import functools
 import shutil

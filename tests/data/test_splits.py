@@ -109,7 +109,9 @@ KEYS = st.lists(st.integers(0, 2**64 - 1), max_size=30)
 
 
 @given(KEYS, KEYS, st.floats(0, 1, exclude_max=True))
-def test_a_prompt_stays_on_one_side(keys: list[int], more: list[int], fraction: float) -> None:
+def test_split_by_prompt_keeps_a_prompt_on_one_side(
+    keys: list[int], more: list[int], fraction: float
+) -> None:
     old, both = np.array(keys, np.uint64), np.array(keys + more, np.uint64)
     mask = split_by_prompt(old, fraction)
     assert mask.shape == old.shape and not set(old[mask]) & set(old[~mask])
@@ -127,7 +129,7 @@ def test_a_prompt_stays_on_one_side(keys: list[int], more: list[int], fraction: 
         )
 
 
-def test_added_rows_move_no_prompt_and_the_share_is_kept() -> None:
+def test_split_by_prompt_moves_no_prompt_when_rows_are_added() -> None:
     keys = np.random.default_rng(0).integers(0, 2**64, 4000, np.uint64)
     mask = split_by_prompt(keys, 0.05)
     assert 150 < mask.sum() < 250
