@@ -50,7 +50,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece-like BPE as Llama's: a space before the text, bytes for unknown characters, bos."""
+    """SentencePiece-like BPE as Llama's: a space before the text, bytes for the unknown, bos."""
     special = ["<unk>", "<s>", "</s>"]
     space = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))

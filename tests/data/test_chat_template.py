@@ -108,8 +108,8 @@ def test_a_chat_template_with_the_date_gives_the_same_tokens_every_day(
     path = tmp_path / "date.jinja"
     path.write_text(
         ""
-        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {{ strftime_now('%Y-%m-%d') }}{% endif %}"
-        + str(chat_tokenizer.chat_template)
+        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} "
+        "{{ strftime_now('%Y-%m-%d') }}{% endif %}" + str(chat_tokenizer.chat_template)
     )
     pair = encode(chat_tokenizer, chat(["q"], "a", "b"), chat_template=str(path))
     assert text_of(chat_tokenizer, pair)[0].startswith("26 Jul 2024 2024-07-26<|begin|>")

@@ -1,4 +1,4 @@
-"""Prompts for generation: the tokens that training puts before an answer, and those that end one."""
+"""Prompts for generation: the tokens that training puts before an answer, and the stop tokens."""
 
 import dataclasses
 from pathlib import Path
