@@ -187,7 +187,7 @@ def batch(mesh: jax.sharding.Mesh) -> Batch:
     """Shapes of a batch of TOKENS token positions."""
     rows, ids = sharding.num_row_shards(mesh), np.ones(2, np.int32)
     packed = Packer(
-        share_prefix=True, num_rows=rows, packed_lengths=(TOKENS // rows,), num_places=PAIRS
+        share_prefix=True, num_rows=rows, packed_lengths=(TOKENS // rows,), max_pairs=PAIRS
     )([EncodedPair(ids, ids, ids)])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.rows(mesh, 1)),

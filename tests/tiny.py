@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxdpo.config import cli
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import Config, MeshSection, OptimSection
 from jaxdpo.data.packing import Batch, Packer
-from jaxdpo.data.pair_table import EncodedPair
+from jaxdpo.data.pair_table import EncodedPair, PairTable, to_columns
 from jaxdpo.distributed import offload, sharding
 from jaxdpo.losses import registry
 from jaxdpo.models.config import ModelConfig
@@ -97,6 +97,11 @@ def pairs(
     ]
 
 
+def table(some: Iterable[EncodedPair]) -> PairTable:
+    """A table of the pairs in memory."""
+    return PairTable.from_columns(to_columns(some))
+
+
 def mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, expert: int = 1
 ) -> jax.sharding.Mesh:
@@ -118,7 +123,7 @@ def pack(
         share_prefix=share_prefix,
         num_rows=num_rows,
         packed_lengths=(size,),
-        num_places=places or len(some),
+        max_pairs=places or len(some),
     )(some)
 
 

@@ -1,52 +1,92 @@
-"""Records to text: by a chat template, or as Human: / Assistant: turns without one; and which of the text is scored."""
+"""Records to text: by a chat template, or as Human: / Assistant: turns without one.
+
+Also which part of the text has loss (`loss_spans`, characters), from which tokenize.py makes the
+completion mask.
+"""
 
 import dataclasses
 import functools
 import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text, Turns, strings
 from jaxdpo.utils.text import printable
 
+FIXED_DATE = """{%- macro strftime_now(format) -%}
+{{- {"%Y-%m-%d": "2024-07-26"}.get(format, "26 Jul 2024") -}}
+{%- endmacro -%}"""
+"""Put before a chat template that writes today's date (Llama 3.1 and later), so that a run resumed
+tomorrow sees the same tokens. 26 Jul 2024 is what Llama 3.1's own template falls back to."""
+
 PLAIN_TURNS = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+"""What is written before a turn without a chat template: the form of Anthropic's hh-rlhf."""
 PLAIN_ANSWER = "\n\nAssistant:"
 SENTINEL = "\ue000answer\ue000"
-"""Stands in for a turn to find what the template writes around it; private-use characters keep it apart from real text."""
+"""Stands in for a turn to find what the template writes around it. Private-use characters keep it
+apart from real text."""
 
 SPELLS_SPECIAL = Dropped("text spells a special token of the chat template")
-NOT_FOUND = Dropped("the chat template writes a turn otherwise than it stands in its row")
+NOT_FOUND = Dropped("the chat template rewrites a turn, so its tokens cannot be found")
+NO_PLAIN_ROLE = Dropped("plain text has no form for a role other than system, user, assistant")
 
 Spans = tuple[tuple[int, int], ...]
 """Begin and end of pieces of a text, in characters."""
 
 
+def read_template(tokenizer: Any, path: str | None) -> str | None:
+    """The chat template to use: the file at `path`, else the tokenizer's own, else None.
+
+    Raises:
+        ValueError: the file cannot be read, or the template does not compile.
+    """
+    try:
+        template = None if path is None else Path(path).expanduser().read_text(encoding="utf-8")
+        if template is None and tokenizer.chat_template:
+            template = str(tokenizer.get_chat_template())
+        if template is None:
+            return None
+        if "strftime_now" in template:
+            template = FIXED_DATE + template
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}], chat_template=template, tokenize=False
+        )
+    except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
+        raise ValueError(
+            f"data.chat_template={path}: {printable(str(error))}. Name a Jinja chat template file"
+        ) from None
+    except (TemplateError, TypeError):
+        pass  # it compiles; what it asks of a conversation is found out row by row
+    return template
+
+
 @dataclasses.dataclass(frozen=True)
-class Answered:
+class AnswerText:
     """A prompt and one answer to it, as text."""
 
     text: str
-    scored: Spans | None = None
-    """The parts of the text that are scored. None: all behind the prompt."""
+    loss_spans: Spans | None = None
+    """The parts of the text that have loss. None: all after the prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Rendered:
-    """One pair laid out as text: the prompt alone, and with each answer."""
+class PairText:
+    """One pair as text: the prompt alone, and with each answer."""
 
     prompt: str
-    chosen: Answered
-    rejected: Answered
+    chosen: AnswerText
+    rejected: AnswerText
     templated: bool
-    """Written by a chat template: special tokens are spelled in the text, and so is the end marker."""
+    """Written by a chat template: the text spells bos, eos and the other special tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Lays records out for one tokenizer."""
+    """Writes records as text for one tokenizer."""
 
     tokenizer: Any
     """A tokenizer of transformers."""
@@ -55,41 +95,23 @@ class Layout:
     special: tuple[str, ...]
     """Spellings of the tokenizer's special tokens."""
     all_turns: bool = True
-    """Score every assistant turn of an answer of several turns, not only the last."""
+    """Loss on every assistant turn of an answer of several turns, not only on the last."""
 
-    def render(self, record: Preference) -> Rendered | Dropped:
-        """Lay a record out: strings verbatim, messages by the chat template or as plain turns."""
+    def render(self, record: Preference) -> PairText | Dropped:
+        """Write a record: strings verbatim, messages by the chat template or as plain turns."""
         if record.tools and (isinstance(record.prompt, str) or self.template is None):
             return Dropped("plain text has no form for tools")
         if isinstance(record.prompt, str):
-            answers = [
-                self._without_end(str(answer)) for answer in (record.chosen, record.rejected)
-            ]
-            return Rendered(
-                record.prompt,
-                *(Answered(record.prompt + answer) for answer in answers),
-                templated=False,
-            )
+            return self._render_strings(record.prompt, str(record.chosen), str(record.rejected))
         prompt, chosen, rejected = record.prompt, _turns(record.chosen), _turns(record.rejected)
-        if self.template is not None:
-            return (
-                SPELLS_SPECIAL
-                if self.spell_special(record.texts)
-                else self._render_template(record.tools, prompt, chosen, rejected)
-            )
-        text = plain_prompt(prompt)
-        sides = (
-            [self._plain_answer(text, answer) for answer in (chosen, rejected)]
-            if isinstance(text, str)
-            else []
-        )
-        if (
-            isinstance(text, Dropped)
-            or isinstance(sides[0], Dropped)
-            or isinstance(sides[1], Dropped)
-        ):
-            return next(item for item in (text, *sides) if isinstance(item, Dropped))
-        return Rendered(text, sides[0], sides[1], templated=False)
+        if self.template is None:
+            return self._render_plain(prompt, chosen, rejected)
+        if self.spell_special(record.texts):
+            return SPELLS_SPECIAL
+        try:
+            return self._render_template(record.tools, prompt, chosen, rejected)
+        except (TemplateError, TypeError) as error:
+            return _refused(error)
 
     def prompt(self, prompt: Turns) -> str | Dropped:
         """The text that an answer to these turns is put behind."""
@@ -104,111 +126,141 @@ class Layout:
 
     @functools.cached_property
     def after_answer(self) -> str:
-        """What the template writes behind an answer that ends a conversation; nothing if it wants another conversation."""
+        """What the template writes after an answer that ends a conversation (its eos).
+
+        Empty if the template refuses such a conversation.
+        """
+        conversation = (Message("user", "a"), Message("assistant", SENTINEL))
         try:
-            return self._template((Message("user", "a"), Message("assistant", SENTINEL))).partition(
-                SENTINEL
-            )[2]
+            return self._template(conversation).partition(SENTINEL)[2]
         except (TemplateError, TypeError):
             return ""
 
     def spell_special(self, texts: Iterable[str]) -> bool:
         """Whether text from outside contains a special token's spelling, e.g. `<|im_end|>`."""
-        return self._special_pattern is not None and any(map(self._special_pattern.search, texts))
+        pattern = self._special_pattern
+        return pattern is not None and any(pattern.search(text) for text in texts)
 
     # --- plain text ---
 
-    def _plain_answer(self, prompt: str, answer: Turns) -> Answered | Dropped:
+    def _render_strings(self, prompt: str, chosen: str, rejected: str) -> PairText:
+        return PairText(
+            prompt,
+            AnswerText(prompt + self._without_eos(chosen)),
+            AnswerText(prompt + self._without_eos(rejected)),
+            templated=False,
+        )
+
+    def _render_plain(self, prompt: Turns, chosen: Turns, rejected: Turns) -> PairText | Dropped:
+        text = plain_prompt(prompt)
+        if isinstance(text, Dropped):
+            return text
+        sides = []
+        for answer in (chosen, rejected):
+            side = self._plain_answer(text, answer)
+            if isinstance(side, Dropped):
+                return side
+            sides.append(side)
+        return PairText(text, sides[0], sides[1], templated=False)
+
+    def _plain_answer(self, prompt: str, answer: Turns) -> AnswerText | Dropped:
         *before, last = answer
         if any(turn.role not in PLAIN_TURNS for turn in before):
-            return _NO_ROLE
+            return NO_PLAIN_ROLE
+        last = Message("assistant", self._without_eos(last.content))
         text, spans = prompt, []
-        for number, turn in enumerate(
-            (*before, Message("assistant", self._without_end(last.content)))
-        ):
+        for number, turn in enumerate((*before, last)):
+            # PLAIN_ANSWER is the end of the prompt for the first turn, and no loss for the others.
             start = len(text) if number == 0 else len(text) + len(PLAIN_ANSWER)
             text += f" {turn.content}" if number == 0 else PLAIN_TURNS[turn.role] + turn.content
-            spans += [(start, len(text))] if turn.role == "assistant" else []
-        return Answered(text, tuple(spans if self.all_turns else spans[-1:]) if before else None)
+            if turn.role == "assistant":
+                spans.append((start, len(text)))
+        if not before:
+            return AnswerText(text)
+        if not self.all_turns:
+            spans = spans[-1:]
+        return AnswerText(text, tuple(spans))
 
-    def _without_end(self, answer: str) -> str:
-        """The answer without an end-of-text token spelled at its end, which encoding adds as a token."""
-        return (
-            answer.removesuffix(str(self.tokenizer.eos_token))
-            if self.tokenizer.eos_token
-            else answer
-        )
+    def _without_eos(self, answer: str) -> str:
+        """The answer without an eos spelled at its end, because encoding adds eos as a token."""
+        if self.tokenizer.eos_token:
+            return answer.removesuffix(str(self.tokenizer.eos_token))
+        return answer
 
     # --- chat template ---
 
     def _render_template(
         self, tools: str, prompt: Turns, chosen: Turns, rejected: Turns
-    ) -> Rendered | Dropped:
-        try:
-            start = self._template(prompt, tools, add_generation_prompt=True)
-            if tools and start == self._template(prompt, add_generation_prompt=True):
-                return Dropped("the chat template has no place for tools")
-            texts = [self._template(prompt + answer, tools) for answer in (chosen, rejected)]
-            contents = (chosen[0].content, rejected[0].content)
-            if not all(
-                text.startswith(start + content)
-                for text, content in zip(texts, contents, strict=True)
-            ):
-                before = self._before_answer(prompt, start, tools)
-                start = before if all(text.startswith(before) for text in texts) else start
-            sides = [Answered(text) for text in texts]
-            if max(len(chosen), len(rejected)) > 1:
-                sides = [
-                    self._scored(tools, prompt, answer, text)
-                    for answer, text in zip((chosen, rejected), texts, strict=True)
-                ]
-        except (TemplateError, TypeError) as error:
-            return _refused(error)
-        return (
-            NOT_FOUND
-            if None in sides
-            else Rendered(start, *(side for side in sides if side), templated=True)
+    ) -> PairText | Dropped:
+        start = self._template(prompt, tools, add_generation_prompt=True)
+        if tools and start == self._template(prompt, add_generation_prompt=True):
+            return Dropped("the chat template has no place for tools")
+        answers = (chosen, rejected)
+        texts = [self._template(prompt + answer, tools) for answer in answers]
+        # Usually a text is the generation prompt, the answer and an end. If not, the template may
+        # write more before an answer than the generation prompt has.
+        is_usual = all(
+            text.startswith(start + answer[0].content)
+            for text, answer in zip(texts, answers, strict=True)
         )
+        if not is_usual:
+            before = self._before_answer(prompt, start, tools)
+            if all(text.startswith(before) for text in texts):
+                start = before
+        sides = []
+        for text, answer in zip(texts, answers, strict=True):
+            spans = None
+            if max(len(chosen), len(rejected)) > 1:
+                spans = self._loss_spans(tools, prompt, answer, text)
+                if spans is None:
+                    return NOT_FOUND
+            sides.append(AnswerText(text, spans))
+        return PairText(start, sides[0], sides[1], templated=True)
 
-    def _scored(self, tools: str, prompt: Turns, answer: Turns, text: str) -> Answered | None:
-        """The text with the places of its answer's assistant turns, each with its end marker; None where one cannot be found."""
+    def _loss_spans(self, tools: str, prompt: Turns, answer: Turns, text: str) -> Spans | None:
+        """Where the answer's assistant turns are in the text, each with its end marker.
+
+        A turn is found by writing the conversation again with a sentinel in its place: what is
+        before and after the sentinel must be the beginning and the end of the text.
+
+        Returns:
+            None if a turn cannot be found in this way.
+        """
         spans = []
         for number, turn in enumerate(answer):
-            last = number == len(answer) - 1
-            if turn.role == "assistant" and (last or self.all_turns):
-                marked = (
-                    *prompt,
-                    *answer[:number],
-                    Message("assistant", SENTINEL),
-                    *answer[number + 1 :],
-                )
-                before, found, after = self._template(marked, tools).partition(SENTINEL)
-                if (
-                    not found
-                    or not text.startswith(before)
-                    or not text.endswith(after)
-                    or len(before) + len(after) > len(text)
-                ):
-                    return None
-                end = len(text) - len(after)
-                marker = after if last else self.after_answer
-                spans.append((len(before), end + len(marker) if after.startswith(marker) else end))
-        return Answered(text, tuple(spans))
+            is_last = number == len(answer) - 1
+            if turn.role != "assistant" or not (is_last or self.all_turns):
+                continue
+            sentinel = Message("assistant", SENTINEL)
+            marked = (*prompt, *answer[:number], sentinel, *answer[number + 1 :])
+            before, found, after = self._template(marked, tools).partition(SENTINEL)
+            around = len(before) + len(after)
+            if not found or not text.startswith(before) or not text.endswith(after):
+                return None
+            if around > len(text):
+                return None
+            end = len(text) - len(after)
+            marker = after if is_last else self.after_answer
+            if after.startswith(marker):
+                end += len(marker)
+            spans.append((len(before), end))
+        return tuple(spans)
 
     def _before_answer(self, prompt: Turns, start: str, tools: str = "") -> str:
-        """`start` and what the template writes between it and an answer (Qwen3: an empty think block): no part of the answer."""
-        before, found, _ = self._template(
-            (*prompt, Message("assistant", SENTINEL)), tools
-        ).partition(SENTINEL)
+        """`start` and what the template writes between it and an answer, which is not the answer's.
+
+        Qwen3 writes an empty think block there, for example.
+        """
+        conversation = (*prompt, Message("assistant", SENTINEL))
+        before, found, _ = self._template(conversation, tools).partition(SENTINEL)
         return before if found and before.startswith(start) else start
 
     def _template(
         self, messages: Turns, tools: str = "", add_generation_prompt: bool = False
     ) -> str:
-        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         options = {"tools": json.loads(tools)} if tools else {}
         text = self.tokenizer.apply_chat_template(
-            turns,
+            [{"role": turn.role, "content": turn.content} for turn in messages],
             chat_template=self.template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -218,17 +270,16 @@ class Layout:
 
     @functools.cached_property
     def _special_pattern(self) -> re.Pattern[str] | None:
+        if not self.special:
+            return None
         longest_first = sorted(self.special, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-
-_NO_ROLE = Dropped("plain text has no form for a role other than system, user, assistant")
+        return re.compile("|".join(map(re.escape, longest_first)))
 
 
 def plain_prompt(prompt: Turns) -> str | Dropped:
     """Turns as Human: / Assistant: text that an answer is put behind."""
     if any(turn.role not in PLAIN_TURNS for turn in prompt):
-        return _NO_ROLE
+        return NO_PLAIN_ROLE
     return "".join(PLAIN_TURNS[turn.role] + turn.content for turn in prompt) + PLAIN_ANSWER
 
 

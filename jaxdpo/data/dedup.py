@@ -1,4 +1,7 @@
-"""Pairs that stand twice in the data, pairs that contradict each other, and validation prompts that are trained on."""
+"""Exact duplicates, pairs that contradict each other, and validation prompts that are trained on.
+
+Near-duplicates are found, not removed, by data/inspect/near_duplicates.py.
+"""
 
 from collections.abc import Sequence
 
@@ -15,7 +18,7 @@ def find_contradictions(table: PairTable) -> np.ndarray:
     """Pairs whose two answers another pair prefers the other way round: bool [N]."""
     keys = _keys(table)
     known = np.unique(keys)
-    keys ^= np.uint64(1)
+    keys ^= np.uint64(1)  # what the contradiction of each pair would have
     return known.take(known.searchsorted(keys), mode="clip") == keys
 
 
@@ -32,26 +35,30 @@ def _keys(table: PairTable) -> np.ndarray:
     return table.pair_keys & ~np.uint64(1) | table.orders
 
 
-def settle_repeats(
+def deduplicate(
     table: PairTable, section: DataSection, option: str, reports: Sequence[DataReport]
 ) -> tuple[PairTable, dict[str, int]]:
-    """The pairs without those that data.contradictions and data.duplicates drop, and how many there were of each.
+    """The pairs without those that data.contradictions and data.duplicates drop.
+
+    Returns:
+        The table, and the number of contradictions and of duplicates found (also where they stay).
 
     Raises:
         ValueError: there are some, and the option says error.
     """
     counts = {}
-    for name, find, how in (
+    for name, find, action in (
         ("contradictions", find_contradictions, section.contradictions),
         ("duplicates", find_duplicates, section.duplicates),
     ):
         mask = find(table)
         counts[name] = int(mask.sum())
-        table = _settle(table, mask, how, option, reports, name.removesuffix("s"), f"data.{name}")
+        reason = name.removesuffix("s")
+        table = _apply(action, f"data.{name}", table, mask, reason, option, reports)
     return table, counts
 
 
-def settle_overlap(
+def remove_overlap(
     held_out: PairTable, train: PairTable, section: DataSection, reports: Sequence[DataReport]
 ) -> PairTable:
     """The validation pairs without those whose prompt is trained on, as data.overlap says.
@@ -60,36 +67,31 @@ def settle_overlap(
         ValueError: there are some, and the option says error.
     """
     mask = np.isin(held_out.prompt_keys, train.prompt_keys)
-    return _settle(
-        held_out,
-        mask,
-        section.overlap,
-        "data.eval",
-        reports,
-        "prompt is in the training sets",
-        "data.overlap",
-    )
+    reason = "prompt is in the training sets"
+    return _apply(section.overlap, "data.overlap", held_out, mask, reason, "data.eval", reports)
 
 
-def _settle(
+def _apply(
+    action: str,
+    setting: str,
     table: PairTable,
     mask: np.ndarray,
-    how: str,
+    reason: str,
     option: str,
     reports: Sequence[DataReport],
-    reason: str,
-    setting: str,
 ) -> PairTable:
-    """The table without the pairs of the mask, which are counted, if they are to be dropped."""
-    if how == "keep" or not mask.any():
+    """Do with the pairs of the mask as an option says: keep, drop (and count them) or error."""
+    if action == "keep" or not mask.any():
         return table
-    if how == "error":
-        first = ", ".join(printable(table.ids[place]) for place in np.flatnonzero(mask)[:3])
+    found = np.flatnonzero(mask)
+    if action == "error":
+        first = ", ".join(printable(table.ids[index]) for index in found[:3])
         raise ValueError(
-            f"{option}: {mask.sum()} pairs: {reason} (the first: {first}). Mend the sets, or set {setting}=drop or keep"
+            f"{option}: {len(found)} pairs: {reason} (the first: {first}). "
+            f"Fix the sets, or set {setting}=drop or keep"
         )
-    for place, source in zip(np.flatnonzero(mask).tolist(), table.sources[mask], strict=True):
+    for index, source in zip(found.tolist(), table.sources[mask], strict=True):
         report = reports[source]
-        report.drop(Dropped(reason, filtered=True), table.ids[place])
+        report.drop(Dropped(reason, filtered=True), table.ids[index])
         report.kept -= 1
     return table.take(~mask)

@@ -1,8 +1,14 @@
-"""Encoded pairs on disk: made once, mapped into memory by every later start.
+"""Encoded pairs on disk: made once, memory-mapped by every later start.
 
-A folder of the cache holds one file for each column of a table and meta.json, which names everything that the pairs were made from: the
-bytes of the data, the options that choose and cut pairs, the tokenizer, the template, and this code. Folders are named by the hash
-of that, get their name when they are whole, and are never changed after.
+A folder of the cache has one file for each column of a table and meta.json, which names everything
+that the pairs were made from: the bytes of the data, the options that choose and cut pairs, the
+tokenizer, the chat template, and this code. Folders are named by the hash of that, get their name
+when they are complete, and never change after.
+
+Not an Arrow IPC file because on 100,000 pairs (CPU times, 2 cores) a table of Arrow lists reads a
+pair in 24 us instead of 13.5, and one with flat columns takes as long to read (12.2 us) but 5.0 ms
+instead of 4.2 to open, needs pairs collected into batches of thousands while writing (13 ms with
+batches of 512) and saves few lines: the columns still have to be built and addressed by hand.
 """
 
 import contextlib
@@ -28,13 +34,13 @@ META = "meta.json"
 
 
 class TableWriter:
-    """Puts lots of pairs one behind another into the files of a folder; memory does not grow with their number."""
+    """Appends chunks of pairs to the files of a folder; memory does not grow with their number."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, BinaryIO] = {
-            name: (folder / f"{name}.bin").open("wb") for name in COLUMNS
-        }
+        self._files: dict[str, BinaryIO] = {}
+        for name in COLUMNS:
+            self._files[name] = _column_file(folder, name).open("wb")
 
     def append(self, columns: Columns) -> None:
         """Add the pairs of these columns."""
@@ -45,33 +51,33 @@ class TableWriter:
         """Close the files; returns the bytes in each column."""
         for file in self._files.values():
             file.close()
-        return {name: (self.folder / f"{name}.bin").stat().st_size for name in COLUMNS}
+        return {name: _column_file(self.folder, name).stat().st_size for name in COLUMNS}
 
 
 def load_or_make(
     root: str | None, identity: dict[str, Any], make: Callable[[TableWriter], Any]
 ) -> tuple[PairTable, Any]:
-    """The table and notes of this identity: from the cache, or made and put there.
+    """The table and notes of this identity: from the cache, or made and stored there.
 
     Args:
-        root: the cache, data.cache. None: the table lives in a temporary folder as long as this process.
+        root: the cache, data.cache. None: the table is in a temporary folder as long as it lives.
         identity: JSON values that determine the table.
-        make: writes the pairs; returns notes, JSON values that are kept beside them.
+        make: writes the pairs; returns notes, JSON values that are stored with them.
 
     Raises:
-        ValueError: the cache cannot be written, or holds something else under this name.
+        ValueError: the cache cannot be written, or has something else under this name.
     """
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     try:
         if root is None:
             folder = Path(tempfile.mkdtemp(prefix="jaxdpo-pairs-"))
-            _fill(folder, identity, make)
+            _write(folder, identity, make)
             table, notes = open_table(folder, identity)
             weakref.finalize(table, shutil.rmtree, folder, ignore_errors=True)
             return table, notes
         folder = Path(root).expanduser() / key
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.with_suffix(".lock")):
+        with _locked(folder.with_suffix(".lock")):
             if (folder / META).is_file():
                 logger.info("data: encoded pairs found in %s", folder)
             else:
@@ -82,7 +88,7 @@ def load_or_make(
 
 
 def open_table(folder: Path, identity: dict[str, Any]) -> tuple[PairTable, Any]:
-    """The table in a folder, mapped and not read, and its notes.
+    """The table in a folder, memory-mapped and not read, and its notes.
 
     Raises:
         ValueError: the folder's pairs were made from something else, or files are damaged.
@@ -93,39 +99,47 @@ def open_table(folder: Path, identity: dict[str, Any]) -> tuple[PairTable, Any]:
         found, sizes, notes = meta["identity"], meta["sizes"], meta["notes"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"data.cache: {folder / META} is damaged. {remedy}") from None
-    if different := [
-        name for name in {**identity, **found} if identity.get(name) != found.get(name)
-    ]:
+    different = [name for name in {**identity, **found} if identity.get(name) != found.get(name)]
+    if different:
         raise ValueError(
-            f"data.cache: the pairs in {folder} were made with another {' and another '.join(different)}. {remedy}"
+            f"data.cache: the pairs in {folder} were made with another "
+            f"{' and another '.join(different)}. {remedy}"
         )
     columns = {}
     for name, dtype in COLUMNS.items():
-        path = folder / f"{name}.bin"
+        path = _column_file(folder, name)
         size = path.stat().st_size if path.is_file() else None
         if size != sizes.get(name):
             raise ValueError(
-                f"data.cache: {path} is damaged ({size} bytes, should be {sizes.get(name)}). {remedy}"
+                f"data.cache: {path} is damaged ({size} bytes, should be {sizes.get(name)}). "
+                f"{remedy}"
             )
-        columns[name] = np.memmap(path, dtype, "r").view(np.ndarray) if size else np.zeros(0, dtype)
+        if size:
+            columns[name] = np.memmap(path, dtype, "r").view(np.ndarray)
+        else:  # an empty file cannot be mapped
+            columns[name] = np.zeros(0, dtype)
     return PairTable.from_columns(columns), notes
 
 
+def _column_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.bin"
+
+
 def _make(folder: Path, identity: dict[str, Any], make: Callable[[TableWriter], Any]) -> None:
-    """Fill a new folder; it gets its name when it is whole. What a process that was killed left behind is removed."""
+    """Write a new folder, which gets its name when it is complete."""
     partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # what a process that was killed left behind
     partial.mkdir()
     try:
-        _fill(partial, identity, make)
+        _write(partial, identity, make)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    logger.info("data: encoded pairs kept in %s", folder)
+    logger.info("data: encoded pairs stored in %s", folder)
 
 
-def _fill(folder: Path, identity: dict[str, Any], make: Callable[[TableWriter], Any]) -> None:
+def _write(folder: Path, identity: dict[str, Any], make: Callable[[TableWriter], Any]) -> None:
     writer = TableWriter(folder)
     try:
         notes = make(writer)
@@ -136,8 +150,8 @@ def _fill(folder: Path, identity: dict[str, Any], make: Callable[[TableWriter], 
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time: of several that want the same pairs, one makes them and the others wait."""
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time: of several that want the same pairs, one makes them."""
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,12 +163,16 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _explained(root: str | None, error: OSError) -> ValueError:
     """An error of the file system as the user's: which folder, why, what to do."""
-    where = tempfile.gettempdir() if root is None else root
-    place = f"data.cache={'null' if root is None else root}"
+    if root is None:
+        option, folder = "data.cache=null", tempfile.gettempdir()
+    else:
+        option, folder = f"data.cache={root}", root
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ValueError(
-            f"{place}: no space is left for the encoded pairs in {where}. Free some, or name a folder on another disk"
+            f"{option}: no space is left for the encoded pairs in {folder}. "
+            "Free some, or name a folder on another disk"
         )
     return ValueError(
-        f"{place}: cannot be used ({error.strerror or error}). Name a folder that can be written, or null to keep nothing"
+        f"{option}: cannot be used ({error.strerror or error}). "
+        "Name a folder that can be written, or null to store nothing"
     )

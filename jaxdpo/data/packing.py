@@ -1,14 +1,31 @@
-"""Pairs to packed rows. numpy only.
+"""Packing: the pairs of one optimizer step as token sequences of a few fixed lengths. NumPy only.
 
-A row of T slots holds several pairs. In the shared layout a pair takes one run of slots,
+Prefix sharing (`data.share_prefix=true`, the default): both answers (completions) of a pair read
+one copy of the prompt P. The chosen answer A1 is stored in reverse order before P, the rejected
+answer A2 after it. A prompt of 3 tokens with answers of 2 and 3 tokens, in a sequence of 10:
 
-    reverse(C) | P | R        (chosen reversed, prompt, rejected)
+                 reverse(A1)       P              A2         padding
+    index          0   1       2   3   4       5   6   7      8   9
+    tokens        c1  c0      p0  p1  p2      r0  r1  r2      0   0
+    positions      4   3       0   1   2       3   4   5      0   0     rotary positions
+    k_start        0   1       2   2   2       2   2   2      8   9
+    k_end          5   5       3   4   5       6   7   8      9  10
 
-so that what any token may see is one interval of slots: a token of P or R sees from P's first slot to itself, a token of C
-from itself to P's last slot. The prompt is computed once for both answers. In the separate layout a pair takes two causal
-runs, P C and P R. Answer tokens are read by gather: each has the slot whose hidden state predicts it.
+Token t attends to the indices k_start[t] <= s < k_end[t]: a token of P or A2 sees from the start of
+P to itself, a token of A1 from itself to the end of P. One interval per token is all that attention
+needs, so no [T, T] mask exists anywhere, and several pairs share a sequence without seeing each
+other. The prompt is computed once instead of twice.
 
-Dimension names: M microbatches, B rows of a microbatch, T slots of a row, S scored tokens of a row, P pair places of a row.
+Without prefix sharing a pair takes two causal runs, P A1 and P A2.
+
+A batch is [M, B, T]: M microbatches (gradient accumulation) of B sequences (data parallelism: each
+device computes some of the B) of T tokens. M grows with the tokens of the step, B is fixed, T is
+one of a few lengths, so a run compiles one program per length. Packing changes the speed and never
+the loss.
+
+Dimension names: M microbatches, B sequences of a microbatch, T tokens of a sequence, S loss tokens
+of a sequence (padded to T), P pairs of a sequence (padded to the pairs of a step), 2 chosen and
+rejected.
 """
 
 import dataclasses
@@ -19,224 +36,265 @@ import numpy as np
 
 from jaxdpo.data.pair_table import EncodedPair
 
-Array = Any  # numpy on the host, JAX on the devices
+Array = Any  # NumPy on the host, JAX on the devices
 
-SLOT_MULTIPLE = 64
+LENGTH_MULTIPLE = 64
+"""Sequence lengths are multiples of it: the block of models/attention.py, and what
+mesh.context must divide."""
 
 
 class Batch(NamedTuple):
-    """The pairs of one optimizer step as M microbatches of B rows; int32 but for weights and margins. Padding has weight 0."""
+    """The pairs of one optimizer step, packed. int32 except weights and margins (float32).
 
+    The token arrays describe what the model computes (see the picture above), the loss token
+    arrays what the loss reads, the pair arrays what it multiplies by. Padding has weight 0.
+    """
+
+    # tokens
     tokens_MBT: Array
-    """Token ids."""
+    """Token ids; 0 in padding."""
     positions_MBT: Array
     """Rotary positions: both answers continue from the prompt's length."""
     k_start_MBT: Array
-    """First slot that a slot attends to."""
+    """First index that a token attends to."""
     k_end_MBT: Array
-    """One past the last slot that a slot attends to."""
+    """One past the last index that a token attends to."""
+
+    # loss tokens (the completion mask as a list): first all that exist, then padding
     slots_MBS: Array
-    """Slot whose hidden state predicts a scored token."""
+    """Index of the token whose hidden state predicts the loss token (the one before it)."""
     targets_MBS: Array
-    """Id of a scored token."""
+    """Token id of the loss token."""
     sides_MBS: Array
-    """Owner of a scored token: 2 * pair place + (0 chosen, 1 rejected); -1 where there is none. Scored tokens come first."""
+    """The answer it belongs to: 2 * pair + (0 chosen, 1 rejected), pair < P; -1 in padding."""
     common_MBS: Array
-    """1 where a scored token lies within the length of its pair's shorter answer, else 0."""
+    """1 where it is within the length of the pair's shorter answer, else 0 (for losses that
+    compare answers over their common length)."""
+
+    # pairs
     lengths_MBP2: Array
-    """Scored tokens of the chosen and the rejected side."""
+    """Number of loss tokens of the chosen and of the rejected answer."""
     weights_MBP: Array
-    """float32 weight of a pair; 0 in an empty place."""
+    """float32 weight of a pair; 0 in padding."""
     margins_MBP: Array
     """float32 margin of a pair."""
     index_MBP: Array
-    """Place of a pair within its step, from 0; -1 in an empty place."""
+    """Number of the pair within its step, from 0; -1 in padding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packer:
-    """Packs the pairs of a step into rows of a few fixed lengths.
+    """Packs the pairs of a step into sequences of a few fixed lengths.
 
     Args:
-        share_prefix: whether the two answers of a pair share one copy of its prompt.
-        num_rows: rows of a microbatch (B), the number of devices that see different rows.
-        packed_lengths: allowed row lengths in slots, ascending; the last is the longest.
-        num_places: pair places of a row (P), at least the pairs of a step.
+        share_prefix: both answers of a pair read one copy of the prompt (prefix sharing).
+        num_rows: B, sequences of a microbatch; a multiple of the devices that see different data.
+        packed_lengths: allowed sequence lengths T in tokens, ascending.
+        max_pairs: P, at least the pairs of a step.
     """
 
     share_prefix: bool
     num_rows: int
     packed_lengths: tuple[int, ...]
-    num_places: int
+    max_pairs: int
 
     def __call__(self, pairs: Sequence[EncodedPair], mine: Container[int] | None = None) -> Batch:
-        """Pack all the pairs; as many microbatches as they need.
+        """Pack all the pairs, in as many microbatches as they need.
 
         Args:
-            mine: the rows of a microbatch (0 to B - 1) that this process feeds. Of others nothing is read and nothing filled in but
-                index_MBP. None: all.
+            mine: which of the B sequences of a microbatch this process feeds. Pairs of other
+                sequences are not read, and only index_MBP is filled in for them. None: all.
 
         Raises:
-            ValueError: when a pair is longer than the longest row.
+            ValueError: a pair is longer than the longest sequence.
         """
-        rows = balance(
-            [pair_slots(pair, self.share_prefix) for pair in pairs],
-            self.num_rows,
-            self.packed_lengths[-1],
-        )
-        longest = max(sum(pair_slots(pairs[i], self.share_prefix) for i in row) for row in rows)
-        num_slots = next(size for size in self.packed_lengths if size >= longest)
-        read = [mine is None or number % self.num_rows in mine for number in range(len(rows))]
-        packed = [
-            self._row([pairs[i] for i in row] if own else [], row, num_slots)
-            for row, own in zip(rows, read, strict=True)
-        ]
-        shape = (len(rows) // self.num_rows, self.num_rows)
-        return Batch(
-            *(
-                np.stack(arrays).reshape(*shape, *arrays[0].shape)
-                for arrays in zip(*packed, strict=True)
-            )
-        )
+        sizes = [pair_length(pair, self.share_prefix) for pair in pairs]
+        # Every process computes the same assignment of pairs to sequences.
+        assigned = balance(sizes, self.num_rows, self.packed_lengths[-1])
+        fullest = max(sum(sizes[i] for i in row) for row in assigned)
+        length = next(length for length in self.packed_lengths if length >= fullest)
+        sequences = []
+        for number, row in enumerate(assigned):
+            is_mine = mine is None or number % self.num_rows in mine
+            own_pairs = [pairs[i] for i in row] if is_mine else []
+            sequences.append(self._sequence(own_pairs, row, length))
+        M = len(assigned) // self.num_rows
+        arrays = []
+        for parts in zip(*sequences, strict=True):
+            arrays.append(np.stack(parts).reshape(M, self.num_rows, *parts[0].shape))
+        return Batch(*arrays)
 
-    def _row(self, pairs: Sequence[EncodedPair], index: Sequence[int], num_slots: int) -> Batch:
-        row = _empty_row(num_slots, self.num_places)
-        lay = _lay_shared if self.share_prefix else _lay_separate
-        slot = scored = 0
-        row.index_MBP[: len(index)] = index
-        for place, pair in enumerate(pairs):
-            slot, scored = lay(row, pair, place, slot, scored)
-            row.lengths_MBP2[place] = [np.count_nonzero(mask) for _, mask in pair.answers]
-            row.weights_MBP[place] = pair.weight
-            row.margins_MBP[place] = pair.margin
-        return row
+    def _sequence(self, pairs: Sequence[EncodedPair], index: Sequence[int], length: int) -> Batch:
+        """One packed sequence: a Batch without M and B."""
+        sequence = _empty_sequence(length, self.max_pairs)
+        sequence.index_MBP[: len(index)] = index
+        write = _write_shared if self.share_prefix else _write_separate
+        start = num_loss = 0
+        for number, pair in enumerate(pairs):
+            start, num_loss = write(sequence, pair, number, start, num_loss)
+            lengths = [np.count_nonzero(mask) for _, mask in pair.answers]
+            sequence.lengths_MBP2[number] = lengths
+            sequence.weights_MBP[number] = pair.weight
+            sequence.margins_MBP[number] = pair.margin
+        return sequence
 
 
-def pair_slots(pair: EncodedPair, share_prefix: bool) -> int:
-    """Slots that a pair takes in a row."""
+def pair_length(pair: EncodedPair, share_prefix: bool) -> int:
+    """Tokens that a pair takes in a packed sequence."""
     prompts = 1 if share_prefix else 2
     return prompts * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
 
 
-def balance(sizes: Sequence[int], num_rows: int, max_slots: int) -> list[list[int]]:
-    """Spread items over a multiple of num_rows rows so that none holds more than max_slots, longest items first.
+def balance(sizes: Sequence[int], num_rows: int, max_length: int) -> list[list[int]]:
+    """Assign pairs to M * num_rows sequences of at most max_length tokens, M as small as fits.
+
+    Longest pairs first, each to the sequence with the fewest tokens so far: the devices of a
+    microbatch wait for its fullest sequence, so equal loads matter more than full ones.
 
     Returns:
-        For each row the indices of its items; M * num_rows rows with the smallest M that fits.
+        For each sequence the indices of its pairs, ascending.
 
     Raises:
-        ValueError: when one item alone is too long.
+        ValueError: one pair alone is too long.
     """
-    if max(sizes) > max_slots:
+    if max(sizes) > max_length:
         raise ValueError(
-            f"data.packed_length={max_slots}: a pair needs {max(sizes)} slots. Raise it, or lower data.max_length"
+            f"data.packed_length={max_length}: a pair needs {max(sizes)} token positions. "
+            "Raise it, or lower data.max_length"
         )
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    num = num_rows * max(1, -(-sum(sizes) // (num_rows * max_slots)))
+    longest_first = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    M = max(1, -(-sum(sizes) // (num_rows * max_length)))
     while True:
-        rows: list[list[int]] = [[] for _ in range(num)]
-        loads = [0] * num
-        for i in order:
+        rows: list[list[int]] = [[] for _ in range(M * num_rows)]
+        loads = [0] * len(rows)
+        for i in longest_first:
             lightest = loads.index(min(loads))
             rows[lightest].append(i)
             loads[lightest] += sizes[i]
-        if max(loads) <= max_slots:
+        if max(loads) <= max_length:
             return [sorted(row) for row in rows]
-        num += num_rows
+        M += 1
 
 
-def choose_packed_lengths(loads: Iterable[int], count: int, max_slots: int) -> tuple[int, ...]:
-    """At most `count` row lengths (one compiled program each) that waste the fewest slots on rows of these loads.
+def choose_packed_lengths(loads: Iterable[int], count: int, max_length: int) -> tuple[int, ...]:
+    """At most `count` sequence lengths (one compiled program each) with the least padding.
 
-    The lengths are multiples of SLOT_MULTIPLE, but for max_slots, which always ends the list, so that any row fits.
+    Args:
+        loads: tokens of sampled sequences, each to be padded to the next of the lengths.
+        count: most lengths to choose.
+        max_length: always the last of them, so that any sequence fits.
+
+    Returns:
+        Multiples of LENGTH_MULTIPLE, except max_length; ascending.
     """
-    rounded = np.minimum(-(-np.asarray(list(loads)) // SLOT_MULTIPLE) * SLOT_MULTIPLE, max_slots)
-    sizes, counts = np.unique(np.append(rounded, max_slots), return_counts=True)
-    counts[-1] -= 1  # max_slots was added by hand
-    below = np.concatenate([[0], np.cumsum(counts)])
-    # cost[j]: fewest slots for all rows up to size j when size j is chosen; one more round for each further length
+    loads = np.asarray(list(loads))
+    rounded = np.minimum(-(-loads // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_length)
+    sizes, counts = np.unique(np.append(rounded, max_length), return_counts=True)
+    counts[-1] -= 1  # max_length was appended by hand
+    below = np.concatenate([[0], np.cumsum(counts)])  # below[j]: sequences shorter than sizes[j]
+    # Dynamic programming. cost[j]: fewest tokens, padding included, of all sequences up to
+    # sizes[j] when sizes[j] is the longest chosen length; each round allows one length more.
     cost = sizes * below[1:]
     choices = [[int(size)] for size in sizes]
     for _ in range(count - 1):
-        rounds = [
-            min(range(j + 1), key=lambda i: cost[i] + (below[j + 1] - below[i + 1]) * sizes[j])
-            for j in range(len(sizes))
-        ]
-        choices = [[*choices[i], int(sizes[j])] for j, i in enumerate(rounds)]
-        cost = np.array(
-            [cost[i] + (below[j + 1] - below[i + 1]) * sizes[j] for j, i in enumerate(rounds)]
-        )
+        next_cost, next_choices = [], []
+        for j, size in enumerate(sizes):
+            # Sequences longer than sizes[i] are padded to `size`; i = j stands for no new length.
+            totals = cost[: j + 1] + (below[j + 1] - below[1 : j + 2]) * size
+            i = int(np.argmin(totals))
+            next_cost.append(totals[i])
+            next_choices.append([*choices[i], int(size)])
+        cost, choices = np.array(next_cost), next_choices
     return tuple(sorted(set(choices[-1])))
 
 
-def _empty_row(num_slots: int, num_places: int) -> Batch:
-    slots = np.arange(num_slots, dtype=np.int32)
+def _empty_sequence(length: int, max_pairs: int) -> Batch:
+    """Padding only. A padding token attends to itself: softmax over no key would be NaN."""
+    index = np.arange(length, dtype=np.int32)
 
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.int32)
 
     return Batch(
-        tokens_MBT=zeros(num_slots),
-        positions_MBT=zeros(num_slots),
-        k_start_MBT=slots.copy(),
-        k_end_MBT=slots + 1,
-        slots_MBS=zeros(num_slots),
-        targets_MBS=zeros(num_slots),
-        sides_MBS=zeros(num_slots) - 1,
-        common_MBS=zeros(num_slots),
-        lengths_MBP2=zeros(num_places, 2),
-        weights_MBP=np.zeros(num_places, np.float32),
-        margins_MBP=np.zeros(num_places, np.float32),
-        index_MBP=zeros(num_places) - 1,
+        tokens_MBT=zeros(length),
+        positions_MBT=zeros(length),
+        k_start_MBT=index.copy(),
+        k_end_MBT=index + 1,
+        slots_MBS=zeros(length),
+        targets_MBS=zeros(length),
+        sides_MBS=zeros(length) - 1,
+        common_MBS=zeros(length),
+        lengths_MBP2=zeros(max_pairs, 2),
+        weights_MBP=np.zeros(max_pairs, np.float32),
+        margins_MBP=np.zeros(max_pairs, np.float32),
+        index_MBP=zeros(max_pairs) - 1,
     )
 
 
-def _lay_shared(
-    row: Batch, pair: EncodedPair, place: int, slot: int, scored: int
+def _write_shared(
+    sequence: Batch, pair: EncodedPair, number: int, start: int, num_loss: int
 ) -> tuple[int, int]:
-    """Write reverse(C) | P | R from `slot` on; returns the next free slot and scored token."""
+    """Write reverse(A1) | P | A2 from index `start` on.
+
+    Returns:
+        The next free token index, and the next free loss token.
+    """
     p, c, r = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
-    prompt, after = slot + c, slot + c + p + r
-    row.tokens_MBT[slot:after] = np.concatenate(
-        [pair.chosen_ids[::-1], pair.prompt_ids, pair.rejected_ids]
-    )
-    row.positions_MBT[slot:prompt] = np.arange(p + c - 1, p - 1, -1)
-    row.positions_MBT[prompt:after] = np.arange(p + r)
-    row.k_end_MBT[slot:prompt] = prompt + p  # a C token: itself to the end of P
-    row.k_start_MBT[prompt:after] = prompt  # a P or R token: the start of P to itself
-    last = prompt + p - 1
-    scored = _score(
-        row, place, 0, scored, pair, np.concatenate([[last], np.arange(prompt - 1, slot, -1)])
-    )
-    scored = _score(row, place, 1, scored, pair, np.arange(last, after - 1))
-    return after, scored
+    prompt = start + c
+    rejected = prompt + p
+    end = rejected + r
+    sequence.tokens_MBT[start:prompt] = pair.chosen_ids[::-1]
+    sequence.tokens_MBT[prompt:rejected] = pair.prompt_ids
+    sequence.tokens_MBT[rejected:end] = pair.rejected_ids
+    sequence.positions_MBT[start:prompt] = np.arange(p + c - 1, p - 1, -1)
+    sequence.positions_MBT[prompt:end] = np.arange(p + r)
+    # Where an interval is not written it ends at the token itself (see _empty_sequence).
+    sequence.k_end_MBT[start:prompt] = rejected  # A1: itself to the end of P
+    sequence.k_start_MBT[prompt:end] = prompt  # P and A2: the start of P to itself
+    # The last prompt token predicts the first token of both answers.
+    last = rejected - 1
+    predict_chosen = np.concatenate([[last], np.arange(prompt - 1, start, -1)])
+    predict_rejected = np.arange(last, end - 1)
+    num_loss = _write_loss_tokens(sequence, pair, number, 0, num_loss, predict_chosen)
+    num_loss = _write_loss_tokens(sequence, pair, number, 1, num_loss, predict_rejected)
+    return end, num_loss
 
 
-def _lay_separate(
-    row: Batch, pair: EncodedPair, place: int, slot: int, scored: int
+def _write_separate(
+    sequence: Batch, pair: EncodedPair, number: int, start: int, num_loss: int
 ) -> tuple[int, int]:
-    """Write P C and P R from `slot` on; returns the next free slot and scored token."""
+    """Write P A1 and P A2 from index `start` on; returns as _write_shared does."""
     p = len(pair.prompt_ids)
     for side, answer in enumerate((pair.chosen_ids, pair.rejected_ids)):
-        after = slot + p + len(answer)
-        row.tokens_MBT[slot:after] = np.concatenate([pair.prompt_ids, answer])
-        row.positions_MBT[slot:after] = np.arange(after - slot)
-        row.k_start_MBT[slot:after] = slot
-        scored = _score(row, place, side, scored, pair, np.arange(slot + p - 1, after - 1))
-        slot = after
-    return slot, scored
+        end = start + p + len(answer)
+        sequence.tokens_MBT[start : start + p] = pair.prompt_ids
+        sequence.tokens_MBT[start + p : end] = answer
+        sequence.positions_MBT[start:end] = np.arange(end - start)
+        sequence.k_start_MBT[start:end] = start
+        predict = np.arange(start + p - 1, end - 1)
+        num_loss = _write_loss_tokens(sequence, pair, number, side, num_loss, predict)
+        start = end
+    return start, num_loss
 
 
-def _score(
-    row: Batch, place: int, side: int, scored: int, pair: EncodedPair, slots: np.ndarray
+def _write_loss_tokens(
+    sequence: Batch, pair: EncodedPair, number: int, side: int, num_loss: int, predict: np.ndarray
 ) -> int:
-    """Note the scored tokens of an answer, whose tokens are predicted at `slots`; returns the next free scored token."""
-    answers = pair.answers
-    answer, mask = answers[side]
-    count, other = (int(np.count_nonzero(answers[number][1])) for number in (side, 1 - side))
-    end = scored + count
-    row.slots_MBS[scored:end] = slots[mask]
-    row.targets_MBS[scored:end] = answer[mask]
-    row.sides_MBS[scored:end] = 2 * place + side
-    row.common_MBS[scored:end] = np.arange(count) < min(count, other)
+    """Append an answer's loss tokens (those in its completion mask).
+
+    Args:
+        predict: index of the token that predicts each token of the answer.
+
+    Returns:
+        The next free loss token.
+    """
+    answer, mask = pair.answers[side]
+    _, other_mask = pair.answers[1 - side]
+    count = int(np.count_nonzero(mask))
+    shorter = min(count, int(np.count_nonzero(other_mask)))
+    end = num_loss + count
+    sequence.slots_MBS[num_loss:end] = predict[mask]
+    sequence.targets_MBS[num_loss:end] = answer[mask]
+    sequence.sides_MBS[num_loss:end] = 2 * number + side
+    sequence.common_MBS[num_loss:end] = np.arange(count) < shorter
     return end

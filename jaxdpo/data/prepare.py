@@ -1,4 +1,4 @@
-"""From data options to encoded pairs: read, encode, split, check, report."""
+"""From data options to encoded pairs: read, encode, deduplicate, split, check, report."""
 
 import dataclasses
 import functools
@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.dedup import settle_overlap, settle_repeats
+from jaxdpo.data.dedup import deduplicate, remove_overlap
 from jaxdpo.data.disk_cache import TableWriter, load_or_make
 from jaxdpo.data.pair_table import PairTable
 from jaxdpo.data.report import DataReport, describe_counts
 from jaxdpo.data.sources import READING_OPTIONS, read_set, set_identity
+from jaxdpo.data.splits import split_by_prompt
 from jaxdpo.data.tokenize import Encoder, Tokenizer, check_vocabulary
 from jaxdpo.data.tokenize_parallel import encode_records
 
@@ -34,11 +35,12 @@ class Prepared:
 
 
 def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prepared:
-    """Read, encode and split the pairs that the data options name. The rows' text is not kept in memory.
+    """Read, encode and split the pairs of the data options. Memory does not hold the rows' text.
 
     Raises:
-        ValueError: a set cannot be read, loses more than data.max_dropped_fraction of its rows, or leaves no usable pair; no
-            training answer has an end; or a token id has no row in the model.
+        ValueError: a set cannot be read, more than data.max_dropped_fraction of its pairs are
+            invalid, or none is valid; no training answer ends in eos; or the model has no embedding
+            for a token id.
     """
     encoder = Encoder.create(tokenizer, section)
     train, train_reports, train_repeats = _read_sets(
@@ -48,55 +50,49 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
         held_out, eval_reports, eval_repeats = _read_sets(
             section, "data.eval", section.eval, encoder, vocab_size
         )
-        held_out = settle_overlap(held_out, train, section, eval_reports)
+        held_out = remove_overlap(held_out, train, section, eval_reports)
         for item in eval_reports:
             _check_kept(item, "data.eval")
     else:
         mask = split_by_prompt(train.prompt_keys, section.eval_fraction)
-        train, held_out, eval_reports, eval_repeats = train.take(~mask), train.take(mask), [], {}
-    report = {
-        **_report(train, held_out, {"train": train_reports, "eval": eval_reports}, encoder),
-        "repeats": {"train": train_repeats, "eval": eval_repeats},
-    }
-    _check_ends(report["train"], section)
+        train, held_out = train.take(~mask), train.take(mask)
+        eval_reports, eval_repeats = [], {}
+    sets = {"train": train_reports, "eval": eval_reports}
+    report = _report(train, held_out, sets, encoder)
+    report["repeats"] = {"train": train_repeats, "eval": eval_repeats}
+    _check_eos(report["train"], section)
     for warning in report["warnings"]:
         logger.warning("data: %s", warning)
     return Prepared(train, held_out, report)
 
 
-def split_by_prompt(prompt_keys: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose validation pairs by their prompt's hash: bool [N], True for validation.
-
-    A prompt's side depends on the prompt alone, so it does not move when rows are added, and pairs that share a prompt stay
-    together. Where the hashes would leave a side empty although there are two prompts, the nearest prompt crosses over.
-    """
-    prompts = np.unique(prompt_keys)
-    if fraction == 0 or len(prompts) < 2:
-        return np.zeros(len(prompt_keys), bool)
-    limit = np.uint64(int(fraction * 2**64))
-    limit = np.clip(limit, prompts[0] + np.uint64(1), prompts[-1])
-    return prompt_keys < limit
-
-
 def summary(report: dict[str, Any]) -> list[str]:
-    """The report as lines for the console: what became of each set, then what the model will see."""
+    """The report as lines for the console: the counts of each set, then what the model will see."""
     lines = [describe_counts(item) for item in (*report["sets"]["train"], *report["sets"]["eval"])]
     for part in ("train", "eval"):
-        stats = report[part]
-        if stats["pairs"]:
-            lengths = ", ".join(
-                f"{name} {q['p50']}/{q['p95']}/{q['max']}" for name, q in stats["length"].items()
-            )
-            cut = ", ".join(f"{count} {name}" for name, count in stats["truncated"].items())
-            pairs = f"{stats['pairs']} pairs of {stats['prompts']} prompts, the chosen answer longer in {stats['chosen_longer']:.0%}"
-            lines.append(f"{part}: {pairs}; tokens p50/p95/max: {lengths}; truncated: {cut}")
+        statistics = report[part]
+        if not statistics["pairs"]:
+            continue
+        lengths = []
+        for name, quantiles in statistics["length"].items():
+            lengths.append(f"{name} {quantiles['p50']}/{quantiles['p95']}/{quantiles['max']}")
+        truncated = [f"{count} {name}" for name, count in statistics["truncated"].items()]
+        lines.append(
+            f"{part}: {statistics['pairs']} pairs of {statistics['prompts']} prompts, "
+            f"the chosen answer longer in {statistics['chosen_longer']:.0%}; "
+            f"tokens p50/p95/max: {', '.join(lengths)}; truncated: {', '.join(truncated)}"
+        )
     return lines
 
 
 def _read_sets(
     section: DataSection, option: str, names: list[str], encoder: Encoder, vocab_size: int
 ) -> tuple[PairTable, list[DataReport], dict[str, int]]:
-    """The pairs of all sets of an option, a report for each set, and the number of pairs that repeat or contradict others."""
+    """The pairs of all sets of an option.
+
+    Returns:
+        The pairs, a report for each set, and how many pairs repeat or contradict others.
+    """
 
     def make(writer: TableWriter) -> dict[str, Any]:
         reports, largest = [], -1
@@ -114,7 +110,8 @@ def _read_sets(
     for report in reports:
         _check_kept(report, option)
         _check_dropped(report, option, section.max_dropped_fraction)
-    table, repeats = settle_repeats(table, section, option, reports)
+    # Not part of the cache: these options can change without encoding again.
+    table, repeats = deduplicate(table, section, option, reports)
     for report in reports:
         _check_kept(report, option)
     return table, reports, repeats
@@ -125,46 +122,57 @@ def _identity(
 ) -> dict[str, Any]:
     """All that the encoded pairs of an option depend on, each part named as the user knows it."""
     values = dataclasses.asdict(section)
+    options = {name: values[name] for name in READING_OPTIONS}
     return {
         "data": [set_identity(name, option) for name in names],
-        "options": {name: values[name] for name in READING_OPTIONS} | {"option": option},
+        "options": {**options, "option": option},
         **encoder.identity,
-        "code": _code(),
+        "code": _code_version(),
     }
 
 
 @functools.cache
-def _code() -> str:
-    """Hash of the code that reads and encodes, and the versions of what it stands on."""
+def _code_version() -> str:
+    """The code that reads and encodes, and the versions of the libraries that tokenize."""
+    text = code_hash(Path(__file__).parent)
+    for name in ("tokenizers", "transformers"):
+        text += f" {name} {version(name)}"
+    return text
+
+
+def code_hash(folder: Path) -> str:
+    """Hex SHA-256 of the Python files in a folder and its subfolders (formats/ parses the rows)."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         digest.update(path.read_bytes())
-    return digest.hexdigest() + "".join(
-        f" {name} {version(name)}" for name in ("tokenizers", "transformers")
-    )
+    return digest.hexdigest()
 
 
 def _check_kept(report: DataReport, option: str) -> None:
     if report.kept == 0:
         raise ValueError(
-            f"{option}={report.name}: no usable pair is left. {describe_counts(report.to_json())}"
+            f"{option}={report.name}: no valid pair is left. {describe_counts(report.to_json())}"
         )
 
 
 def _check_dropped(report: DataReport, option: str, limit: float) -> None:
     if report.dropped_fraction > limit:
         raise ValueError(
-            f"{option}={report.name}: {report.dropped_fraction:.1%} of the pairs are unusable, more than "
-            f"data.max_dropped_fraction={limit}. {describe_counts(report.to_json())}. Repair the rows or raise the limit"
+            f"{option}={report.name}: {report.dropped_fraction:.1%} of the pairs are invalid, "
+            f"more than data.max_dropped_fraction={limit}. {describe_counts(report.to_json())}. "
+            "Repair the rows or raise the limit"
         )
 
 
-def _check_ends(statistics: dict[str, Any], section: DataSection) -> None:
+def _check_eos(statistics: dict[str, Any], section: DataSection) -> None:
+    """Training on answers of which none ends in eos would teach the model not to stop."""
     if statistics["ended"] == 0 and section.missing_eos == "error":
-        cut = sum(statistics["truncated"][side] for side in ("chosen", "rejected"))
+        truncated = statistics["truncated"]
         raise ValueError(
-            f"data.train: none of {2 * statistics['pairs']} answers ends in an end marker ({cut} were cut), so the model would not learn "
-            "to stop. Raise data.max_length, or use a tokenizer or a data.chat_template that has one; data.missing_eos=keep trains nevertheless"
+            f"data.train: none of {2 * statistics['pairs']} answers ends in an end marker "
+            f"({truncated['chosen'] + truncated['rejected']} were cut), so the model would not "
+            "learn to stop. Raise data.max_length, or use a tokenizer or a data.chat_template "
+            "that has one; data.missing_eos=keep trains nevertheless"
         )
 
 
@@ -184,19 +192,30 @@ def _report(
 
 def _warnings(report: dict[str, Any], encoder: Encoder) -> Iterator[str]:
     if report["shared_prompts"]:
-        yield f"{report['shared_prompts']} validation prompts are in the training sets too: validation looks better than it is"
+        yield (
+            f"{report['shared_prompts']} validation prompts are in the training sets too: "
+            "validation looks better than it is"
+        )
     if report["with_margin"]:
-        yield f"{report['with_margin']} pairs have a margin, taken from the loss's logit (ODPO). Rename the column if that is not meant"
+        yield (
+            f"{report['with_margin']} pairs have a margin, taken from the loss's logit (ODPO). "
+            "Rename the column if that is not meant"
+        )
     for part in ("train", "eval"):
         if report[part]["ended"] == 0:
-            yield f"{part}: no answer ends in an end-of-text token, so the model will not learn to stop"
+            yield (
+                f"{part}: no answer ends in an end-of-text token, so the model will not learn "
+                "to stop"
+            )
     for item in (*report["sets"]["train"], *report["sets"]["eval"]):
         if item["special_text"]:
             yield (
-                f"{item['name']}: {item['special_text']} rows spell a special token in their text, which is never read as that token. "
-                "If the text is the output of a chat template, give messages instead"
+                f"{item['name']}: {item['special_text']} rows spell a special token in their "
+                "text, which is never read as that token. If the text is the output of a chat "
+                "template, give messages instead"
             )
         if item["verbatim"] and encoder.template is not None:
             yield (
-                f"{item['name']}: {item['verbatim']} rows are plain strings, used as they are: the chat template applies to messages only"
+                f"{item['name']}: {item['verbatim']} rows are plain strings, used as they are: "
+                "the chat template applies to messages only"
             )

@@ -1,4 +1,8 @@
-"""Rows of local files: JSON lines, JSON arrays, CSV, Parquet and Arrow, plain or gzipped, read one row at a time."""
+"""Rows of local files: JSON lines, JSON arrays, CSV, Parquet and Arrow, plain or gzipped.
+
+Not datasets.load_dataset because it copies a file into its own cache before the first row, unifies
+the columns of all rows, and names neither file nor line when a row is broken.
+"""
 
 import codecs
 import csv
@@ -20,22 +24,27 @@ from jaxdpo.utils.text import printable
 Row = dict[str, Any]
 
 MAX_LINE = 32 * 2**20
-"""Longest line of a text file, in bytes; a longer one is not a row but a file of another kind."""
+"""Longest line of a text file, in bytes: far above any row, and memory for a file without lines."""
 
 
 def file_kind(path: Path) -> str | None:
-    """The ending that says how to read a file (a key of READERS; a final .gz does not count), or None if it is no such."""
+    """The ending that says how to read a file, without .gz: a key of READERS, or None."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
+    if suffixes and suffixes[-1] in READERS:
+        return suffixes[-1]
+    return None
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield (row number from 1, row); in JSON lines and CSV the number is the line's. Memory grows with a .json array only.
+    """Yield (row number from 1, row), one at a time; only a .json array is read at once.
+
+    In JSON lines and CSV the number is that of the line.
 
     Raises:
-        ValueError: the file is missing, damaged, not UTF-8 or not of the form that its ending says; names file and line.
+        ValueError: the file is missing, damaged, not UTF-8 or not what its ending says; names file
+            and line.
     """
     kind = file_kind(path)
     if not path.is_file() or kind is None:
@@ -72,12 +81,11 @@ def _not_readable(path: Path) -> str:
         return f"{path}: unknown ending. Files end in {', '.join(READERS)}, also with .gz"
     if not path.parent.is_dir():
         return f"{path}: no such file; the folder {path.parent} does not exist either"
-    near = difflib.get_close_matches(
-        path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.6
-    )
-    return f"{path}: no such file" + (
-        f". Did you mean {path.parent / near[0]}?" if near else f" in {path.parent}"
-    )
+    names = [entry.name for entry in path.parent.iterdir()]
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    if near:
+        return f"{path}: no such file. Did you mean {path.parent / near[0]}?"
+    return f"{path}: no such file in {path.parent}"
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
@@ -87,39 +95,38 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
         number += 1
         if len(line) > MAX_LINE:
             raise ValueError(
-                f"{name}:{number}: the line is longer than {MAX_LINE >> 20} MiB. Is each row on a line of its own?"
+                f"{name}:{number}: the line is longer than {MAX_LINE >> 20} MiB. "
+                "Is each row on a line of its own?"
             )
-        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        yield number, line
 
 
 def _read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
     for number, line in _lines(stream, name):
         if line.strip():
-            yield (
-                number,
-                _object(_parse(line.rstrip(b"\r\n"), f"{name}:{number}"), f"{name}:{number}"),
-            )
+            place = f"{name}:{number}"
+            yield number, _object(_parse(line.rstrip(b"\r\n"), place), place)
 
 
 def _read_json(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
-    """An array of objects (held in memory whole), or JSON lines under another ending."""
+    """An array of objects (read at once), or JSON lines under another ending."""
     first = stream.read(64)
     stream.seek(0)
     if not first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         yield from _read_lines(stream, name)
         return
-    for number, row in enumerate(
-        _parse(stream.read().removeprefix(codecs.BOM_UTF8), name), start=1
-    ):
+    rows = _parse(stream.read().removeprefix(codecs.BOM_UTF8), name)
+    for number, row in enumerate(rows, start=1):
         yield number, _object(row, f"{name}:{number}")
 
 
 def _read_csv(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
-    """Cells are text, but for an empty one (null), a number in a column that must hold one, and messages written as JSON."""
+    """Cells are text, except empty ones (null), numbers in CSV_NUMBERS, and messages as JSON."""
     csv.field_size_limit(MAX_LINE)
-    reader = csv.reader(
-        (_decode(line, f"{name}:{number}") for number, line in _lines(stream, name)), strict=True
-    )
+    lines = (_decode(line, f"{name}:{number}") for number, line in _lines(stream, name))
+    reader = csv.reader(lines, strict=True)
     header: list[str] = []
     start = 1
     try:
@@ -132,13 +139,10 @@ def _read_csv(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
                     raise ValueError(
                         f"{name}:{number}: has {len(cells)} cells, the header has {len(header)}"
                     )
-                yield (
-                    number,
-                    {
-                        column: _cell(column, text)
-                        for column, text in zip(header, cells, strict=True)
-                    },
-                )
+                row = {}
+                for column, text in zip(header, cells, strict=True):
+                    row[column] = _cell(column, text)
+                yield number, row
     except csv.Error as error:
         raise ValueError(f"{name}:{start}: broken CSV ({error})") from None
 
@@ -151,14 +155,15 @@ def _cell(column: str, text: str) -> Any:
             return float(text)
         if text.startswith(("[{", "[ {")):
             value = json.loads(text)
-            if all(
-                isinstance(item, dict) and item.keys() & {"role", "from", "function"}
-                for item in value
-            ):
+            if all(_is_message_or_tool(item) for item in value):
                 return value
     except ValueError:
         pass  # text that only looks like it
     return text
+
+
+def _is_message_or_tool(item: Any) -> bool:
+    return isinstance(item, dict) and bool(item.keys() & {"role", "from", "function"})
 
 
 CSV_NUMBERS = ("weight", "margin", "labels", "score_A", "score_B", "rank")
@@ -198,7 +203,8 @@ def _decode(data: bytes, place: str) -> str:
     except UnicodeDecodeError as error:
         bad = data[error.start]
         raise ValueError(
-            f"{place}: not UTF-8 (byte 0x{bad:02x} at position {error.start}). Convert the file to UTF-8"
+            f"{place}: not UTF-8 (byte 0x{bad:02x} at position {error.start}). "
+            "Convert the file to UTF-8"
         ) from None
 
 
@@ -207,8 +213,9 @@ def _parse(data: bytes, place: str) -> Any:
         return json.loads(_decode(data, place))
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, " if error.lineno > 1 else ""
+        reason = error.msg.removesuffix(" starting at")
         raise ValueError(
-            f"{place}: broken JSON ({error.msg.removesuffix(' starting at')} at {where}column {error.colno})"
+            f"{place}: broken JSON ({reason} at {where}column {error.colno})"
         ) from None
     except RecursionError:
         raise ValueError(f"{place}: broken JSON (nested too deeply)") from None
@@ -217,6 +224,7 @@ def _parse(data: bytes, place: str) -> Any:
 def _object(value: Any, place: str) -> Row:
     if not isinstance(value, dict):
         raise ValueError(
-            f"{place}: a row must be a JSON object with named columns, this is {type(value).__name__}"
+            f"{place}: a row must be a JSON object with named columns, "
+            f"this is {type(value).__name__}"
         )
     return value

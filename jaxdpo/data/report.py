@@ -1,4 +1,4 @@
-"""Counts of what was read, kept and dropped of each data set."""
+"""Counts of what was read, kept, dropped and filtered of each data set (data_report.json)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from jaxdpo.data.formats.preference import Dropped
 from jaxdpo.utils.text import printable
 
 MAX_EXAMPLES = 5
+"""Ids that the report names for each reason: enough to look at, few enough to print."""
 
 
 @dataclasses.dataclass
@@ -18,24 +19,24 @@ class DataReport:
     format: str = ""
     rows_read: int = 0
     parsed: int = 0
-    """Rows that the parser turned into a preference."""
+    """Pairs that the parser made of the rows."""
     kept: int = 0
     """Pairs that were left after encoding and truncation too."""
     special_text: int = 0
-    """Rows whose text spells one of the tokenizer's special tokens."""
+    """Pairs whose text spells one of the tokenizer's special tokens."""
     verbatim: int = 0
-    """Rows of plain strings, which no chat template touches."""
+    """Pairs of plain strings, to which no chat template applies."""
     ignored_columns: tuple[str, ...] = ()
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of unusable pairs per reason."""
-    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of pairs that a rule leaves out, per reason."""
+    """Number of invalid pairs per reason."""
+    filtered: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of valid pairs that an option or the set's own rule excludes, per reason."""
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """Ids of the first pairs dropped or left out for each reason."""
+    """Ids of the first pairs dropped or filtered for each reason."""
 
     def drop(self, dropped: Dropped, pair_id: str) -> None:
         """Count one pair that is not used."""
-        counts = self.left_out if dropped.filtered else self.dropped
+        counts = self.filtered if dropped.filtered else self.dropped
         counts[dropped.reason] = counts.get(dropped.reason, 0) + 1
         examples = self.examples.setdefault(dropped.reason, [])
         if len(examples) < MAX_EXAMPLES:
@@ -43,46 +44,48 @@ class DataReport:
 
     @property
     def dropped_fraction(self) -> float:
-        """Share of the pairs that no rule leaves out which are unusable, 0 to 1."""
+        """Share of invalid pairs, 0 to 1; filtered pairs do not count."""
         dropped = sum(self.dropped.values())
         return dropped / max(self.kept + dropped, 1)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        counts = {
-            name: getattr(self, name)
-            for name in ("rows_read", "parsed", "kept", "special_text", "verbatim")
-        }
-        lost = {"dropped": self._reasons(self.dropped), "left_out": self._reasons(self.left_out)}
         return {
             "name": self.name,
             "format": self.format,
-            **counts,
-            **lost,
+            "rows_read": self.rows_read,
+            "parsed": self.parsed,
+            "kept": self.kept,
+            "special_text": self.special_text,
+            "verbatim": self.verbatim,
+            "dropped": self._reasons(self.dropped),
+            "filtered": self._reasons(self.filtered),
             "ignored_columns": list(self.ignored_columns),
         }
 
     def _reasons(self, counts: Mapping[str, int]) -> dict[str, Any]:
-        return {
-            reason: {"count": count, "examples": self.examples[reason]}
-            for reason, count in sorted(counts.items())
-        }
+        reasons = {}
+        for reason, count in sorted(counts.items()):
+            reasons[reason] = {"count": count, "examples": self.examples[reason]}
+        return reasons
 
 
 def describe_counts(report: Mapping[str, Any]) -> str:
     """DataReport.to_json() as one line for the console."""
-    lost = _describe_reasons("dropped", report["dropped"]) + _describe_reasons(
-        "left out", report["left_out"]
+    text = (
+        f"{printable(report['name'])} [{report['format']}]: {report['rows_read']} rows read, "
+        f"{report['parsed']} parsed, {report['kept']} kept"
     )
-    ignored = (
-        f"; columns not used: {printable(', '.join(report['ignored_columns']))}"
-        if report["ignored_columns"]
-        else ""
-    )
-    counts = f"{report['rows_read']} rows read, {report['parsed']} parsed, {report['kept']} kept"
-    return f"{printable(report['name'])} [{report['format']}]: {counts}{lost}{ignored}"
+    text += _describe_reasons("dropped", report["dropped"])
+    text += _describe_reasons("filtered", report["filtered"])
+    if report["ignored_columns"]:
+        text += f"; columns not used: {printable(', '.join(report['ignored_columns']))}"
+    return text
 
 
 def _describe_reasons(verb: str, reasons: Mapping[str, Any]) -> str:
+    if not reasons:
+        return ""
+    total = sum(item["count"] for item in reasons.values())
     each = ", ".join(f"{item['count']} {printable(reason)}" for reason, item in reasons.items())
-    return f"; {verb} {sum(item['count'] for item in reasons.values())} ({each})" if reasons else ""
+    return f"; {verb} {total} ({each})"

@@ -1,7 +1,7 @@
-"""Where preference pairs come from: local files and hub sets, and the forms that their rows have.
+"""Where preference pairs come from: local files and hub sets, and the formats of their rows.
 
-Adding a set: write a parser in a file of its own, add its row to FORMATS (and its name to data.format) and the set to HUB_SETS, add
-a fixture test (docs/data.md).
+Adding a set: write a parser in a file of its own, add it to FORMATS (and its name to data.format)
+and the set to HUB_SETS, add a fixture test (docs/data.md).
 """
 
 import collections
@@ -28,10 +28,12 @@ from jaxdpo.utils.text import printable
 
 logger = logging.getLogger(__name__)
 
-PlacedRows = Iterator[tuple[str, Row]]
-"""Rows with where they stand: pairs.jsonl:3."""
+NamedRows = Iterator[tuple[str, Row]]
+"""Rows with file and number: pairs.jsonl:3."""
 
 ROWS_TO_DETECT = 16
+"""Rows that must all look like a format before it is chosen: one row may lack a column by chance,
+and rows in memory twice should be few."""
 
 READING_OPTIONS = (
     "format",
@@ -47,14 +49,14 @@ READING_OPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One form of rows."""
+    """One format of rows."""
 
     parse: Parser
     columns: tuple[str, ...]
     """Columns that the parser reads; others are reported as ignored."""
     detect: Callable[[Row], bool]
     """Whether a row looks like it."""
-    gather: Callable[[PlacedRows], PlacedRows] | None = None
+    gather: Callable[[NamedRows], NamedRows] | None = None
     """Turns rows into those that the parser reads, where one pair is made of several."""
     pairs_per_prompt: int = 0
     """Most training pairs with one prompt that the set's authors recommend. 0: no limit."""
@@ -68,7 +70,7 @@ FORMATS: dict[str, Format] = {
     "ab": Format(ranked.parse_ab, ranked.AB_COLUMNS, ranked.is_ab),
     "preference": Format(trl.parse_preference, trl.COLUMNS, lambda row: True),
 }
-"""Forms of rows by their name in data.format; the first that fits the first rows of a set is taken."""
+"""Formats by their name in data.format; the first that fits the first rows of a set is taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class HubSet:
     subsets: tuple[str, ...] = ()
     """Folders of the set, offered as name/subset."""
     splits: tuple[str, str | None] = ("train", "test")
-    """Splits that data.train and data.eval mean when they name none; None: there is no such split."""
+    """Splits that data.train and data.eval mean when they name none; None: there is no such."""
 
 
 HUB_SETS: dict[str, HubSet] = {
@@ -110,7 +112,7 @@ class SetSpec:
     path: Path | None = None
     """The file or folder, or None for a hub set."""
     format: str | None = None
-    """Form of the rows that a known hub set has; None: found from the rows."""
+    """Format of a known hub set; None: found from the rows."""
     hub: str = ""
     revision: str | None = None
     """Commit, tag or branch of the hub set."""
@@ -135,34 +137,36 @@ def parse_spec(text: str, option: str) -> SetSpec:
     Raises:
         ValueError: an unknown set name (the nearest is offered), no split, or a count below 1.
     """
-    head, _, tail = text.rpartition(":")
-    rest, count = (
-        (head, int(tail)) if tail.isdecimal() and not Path(text).is_file() else (text, None)
-    )
+    name, count = text, None
+    head, _, last = text.rpartition(":")
+    if last.isdecimal() and not Path(text).is_file():
+        name, count = head, int(last)
     if count == 0:
         raise ValueError(f"{option}={text}: the count must be at least 1")
     spec = SetSpec(text, option, count=count)
-    folder, _, split = rest.rpartition(":")
+    folder, _, split = name.rpartition(":")
     if folder and Path(folder).expanduser().is_dir():
         return dataclasses.replace(spec, path=Path(folder).expanduser(), split=split)
-    path = Path(rest).expanduser()
-    if (
-        path.exists()
-        or file_kind(path)
-        or rest.startswith((".", "/", "~"))
-        or (len(path.parts) > 1 and path.parent.is_dir())
-    ):
+    path = Path(name).expanduser()
+    # A misspelled path should be reported as a missing file, not as an unknown hub set.
+    looks_like_path = name.startswith((".", "/", "~")) or (
+        len(path.parts) > 1 and path.parent.is_dir()
+    )
+    if path.exists() or file_kind(path) or looks_like_path:
         return dataclasses.replace(spec, path=path)
-    return _hub_spec(spec, *rest.partition(":")[::2])
+    hub_name, _, split = name.partition(":")
+    return _hub_spec(spec, hub_name, split)
 
 
 def _hub_spec(spec: SetSpec, name: str, split: str) -> SetSpec:
     name, _, revision = name.partition("@")
     known, subset = _known_set(name, spec)
-    usual = known.splits[spec.option == "data.eval"]
+    train_split, eval_split = known.splits
+    usual = eval_split if spec.option == "data.eval" else train_split
     if not split and usual is None:
         raise ValueError(
-            f"{spec.place}: the set has no split for validation. Name one, or leave data.eval out to hold back pairs of data.train"
+            f"{spec.place}: the set has no split for validation. Name one, or leave data.eval out "
+            "to hold back pairs of data.train"
         )
     return dataclasses.replace(
         spec,
@@ -179,25 +183,31 @@ def _known_set(name: str, spec: SetSpec) -> tuple[HubSet, str | None]:
     offered: dict[str, tuple[HubSet, str | None]] = {}
     for short, known in HUB_SETS.items():
         offered[short] = offered[known.hub] = (known, None)
-        offered.update({f"{short}/{subset}": (known, subset) for subset in known.subsets})
+        for subset in known.subsets:
+            offered[f"{short}/{subset}"] = (known, subset)
     if name in offered:
         return offered[name]
+    # 0.8: a misspelled short name, but not every owner/name that shares some letters with one.
     near = difflib.get_close_matches(name, offered, n=1, cutoff=0.8)
-    if near or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not near and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return HubSet(name, ""), None
+    if not near:
         files = [str(path) for path in Path().iterdir() if file_kind(path)]
-        nearest = near or difflib.get_close_matches(name, [*files, *offered], n=1, cutoff=0.0)
-        raise ValueError(
-            f"{spec.place}: no such file or set. Did you mean {nearest[0]}? Sets: {', '.join(HUB_SETS)}. "
-            "A file ends in .jsonl, .json, .csv or .parquet; any hub set with rows of a known form is written owner/name"
-        )
-    return HubSet(name, ""), None
+        near = difflib.get_close_matches(name, [*files, *offered], n=1, cutoff=0.0)
+    raise ValueError(
+        f"{spec.place}: no such file or set. Did you mean {near[0]}? Sets: {', '.join(HUB_SETS)}. "
+        "A file ends in .jsonl, .json, .csv or .parquet; any hub set with rows of a known form is "
+        "written owner/name"
+    )
 
 
 # --- reading ---
 
 
 def set_identity(text: str, option: str) -> list[Any]:
-    """JSON values that change when the rows of an entry do: its name, and hashes of its files or the hub set's own fingerprint.
+    """JSON values that change when the rows of an entry do.
+
+    They are its name, and hashes of its files or the hub set's own fingerprint.
 
     Raises:
         ValueError: the set cannot be opened.
@@ -216,70 +226,71 @@ def read_set(
 ) -> tuple[DataReport, Iterator[Preference]]:
     """Open one entry of data.train or data.eval.
 
-    Returns the report, whose counts grow while the records are taken from the iterator beside it.
+    Returns:
+        The report, whose counts grow while the records are taken from the iterator beside it.
 
     Raises:
-        ValueError: the set cannot be opened, is empty, or (while iterating) a row has the wrong form; names file and row.
+        ValueError: the set cannot be opened, is empty, or (while iterating) a row has the wrong
+            form; names file and row.
     """
     spec = parse_spec(text, option)
-    rows = itertools.islice(_placed_rows(spec), spec.count)
+    rows = itertools.islice(_named_rows(spec), spec.count)
     head = list(itertools.islice(rows, ROWS_TO_DETECT))
     if not head:
         raise ValueError(f"{spec.place}: has no rows")
-    forced = spec.format or (None if section.format == "auto" else section.format)
-    name = forced or next(
-        name for name, form in FORMATS.items() if all(form.detect(row) for _, row in head)
-    )
-    how = (
-        "forced by data.format"
-        if forced and not spec.format
-        else "known set"
-        if forced
-        else "found from its rows"
-    )
+    name, how = _choose_format(spec, section, [row for _, row in head])
     logger.info("%s: format %s (%s)", spec.place, name, how)
     form = FORMATS[name]
     columns = dict.fromkeys(itertools.chain.from_iterable(row for _, row in head))
     ignored = tuple(str(column) for column in columns if column not in (*form.columns, *OPTIONAL))
     report = DataReport(text, name, ignored_columns=ignored)
     records = _records(itertools.chain(head, rows), form, section, report, spec.place)
-    limit = (
-        0
-        if option == "data.eval"
-        else form.pairs_per_prompt
-        if section.max_pairs_per_prompt is None
-        else section.max_pairs_per_prompt
-    )
-    return report, _limited(records, limit, report) if limit else records
+    limit = section.max_pairs_per_prompt
+    if limit is None:
+        limit = form.pairs_per_prompt
+    if limit and option != "data.eval":  # validation measures, so nothing is thinned out there
+        records = _limited(records, limit, report)
+    return report, records
 
 
-def _placed_rows(spec: SetSpec) -> PlacedRows:
-    """The rows; an error while reading them is told with the option that named their set."""
+def _choose_format(spec: SetSpec, section: DataSection, rows: list[Row]) -> tuple[str, str]:
+    """The name of the rows' format, and how it was found."""
+    if spec.format:
+        return spec.format, "known set"
+    if section.format != "auto":
+        return section.format, "forced by data.format"
+    for name, form in FORMATS.items():
+        if all(form.detect(row) for row in rows):
+            return name, "found from its rows"
+    raise AssertionError("the last format takes any row")
+
+
+def _named_rows(spec: SetSpec) -> NamedRows:
+    """The rows; an error while reading them names the option that named their set."""
     try:
         yield from _hub_rows(spec) if spec.path is None else _local_rows(spec, spec.path)
     except ValueError as error:
         raise ValueError(f"{spec.place}: {error}") from None
 
 
-def _local_rows(spec: SetSpec, path: Path) -> PlacedRows:
+def _local_rows(spec: SetSpec, path: Path) -> NamedRows:
     for file in _files(spec, path):
-        yield from ((f"{file.name}:{number}", row) for number, row in read_rows(file))
+        for number, row in read_rows(file):
+            yield f"{file.name}:{number}", row
 
 
 def _files(spec: SetSpec, path: Path) -> list[Path]:
-    usual = (
-        ("test", "validation", "test_prefs")
-        if spec.option == "data.eval"
-        else ("train", "train_prefs")
-    )
-    return list(split_files(path, spec.split, usual)) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    if spec.option == "data.eval":
+        return split_files(path, spec.split, ("test", "validation", "test_prefs"))
+    return split_files(path, spec.split, ("train", "train_prefs"))
 
 
-def _hub_rows(spec: SetSpec) -> PlacedRows:
-    name = spec.hub + (f"/{spec.subset}" if spec.subset else "")
-    yield from (
-        (f"{name}:{spec.split}:{number}", row) for number, row in enumerate(_hub_set(spec), start=1)
-    )  # type: ignore[misc]
+def _hub_rows(spec: SetSpec) -> NamedRows:
+    name = f"{spec.hub}/{spec.subset}" if spec.subset else spec.hub
+    for number, row in enumerate(_hub_set(spec), start=1):
+        yield f"{name}:{spec.split}:{number}", row  # type: ignore[misc]
 
 
 def _hub_set(spec: SetSpec) -> datasets.Dataset:
@@ -297,34 +308,39 @@ def _hub_set(spec: SetSpec) -> datasets.Dataset:
 
 
 def _records(
-    rows: PlacedRows, form: Format, section: DataSection, report: DataReport, place: str
+    rows: NamedRows, form: Format, section: DataSection, report: DataReport, place: str
 ) -> Iterator[Preference]:
-    errors = {
-        reason
-        for reason, how in ((EMPTY, section.empty), (IDENTICAL, section.identical))
-        if how == "error"
-    }
     try:
-        for where, row in (form.gather or iter)(_counted(rows, report)):
+        named_rows = _counted(rows, report)
+        if form.gather is not None:
+            named_rows = form.gather(named_rows)
+        for where, row in named_rows:
             for number, outcome in enumerate(_parsed(form.parse, row, section, where), start=1):
                 name = where if number == 1 else f"{where}/{number}"
                 if isinstance(outcome, Dropped):
-                    if outcome.reason in errors:
-                        option = "empty" if outcome.reason == EMPTY else "identical"
-                        raise ValueError(
-                            f"{printable(name)}: {outcome.reason}. Repair it, or set data.{option}=drop"
-                        )
+                    _check_allowed(outcome, section, name)
                     report.drop(outcome, name)
                 else:
                     report.parsed += 1
                     yield outcome if outcome.id else dataclasses.replace(outcome, id=name)
     except ValueError as error:
-        raise ValueError(
-            str(error) if str(error).startswith(place) else f"{place}: {error}"
-        ) from None
+        message = str(error)
+        if not message.startswith(place):
+            message = f"{place}: {message}"
+        raise ValueError(message) from None
 
 
-def _counted(rows: PlacedRows, report: DataReport) -> PlacedRows:
+def _check_allowed(dropped: Dropped, section: DataSection, name: str) -> None:
+    """Raise where data.empty or data.identical makes an error of an invalid pair."""
+    for reason, option, action in (
+        (EMPTY, "empty", section.empty),
+        (IDENTICAL, "identical", section.identical),
+    ):
+        if dropped.reason == reason and action == "error":
+            raise ValueError(f"{printable(name)}: {reason}. Repair it, or set data.{option}=drop")
+
+
+def _counted(rows: NamedRows, report: DataReport) -> NamedRows:
     for where, row in rows:
         report.rows_read += 1
         yield where, row

@@ -1,4 +1,7 @@
-"""Which files of a folder hold a split: `datasets` folders (save_to_disk), and copies of hub sets."""
+"""Training and validation splits: by the hash of the prompt, and as the files of a folder.
+
+Folders are those of `datasets` (save_to_disk), and copies of hub sets.
+"""
 
 import difflib
 import json
@@ -6,30 +9,54 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from jaxdpo.data.readers import file_kind
+
+
+def split_by_prompt(prompt_keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Choose validation pairs by their prompt's hash (data.eval_fraction).
+
+    A prompt's side depends on the prompt alone, so it does not move when rows are added, and pairs
+    that share a prompt stay together. Where the hashes would leave a side empty although there are
+    two prompts, the nearest prompt crosses over.
+
+    Args:
+        prompt_keys: uint64 [N], hashes that are spread evenly.
+        fraction: share of the prompts to hold out, 0 to 1.
+
+    Returns:
+        bool [N], True for validation.
+    """
+    prompts = np.unique(prompt_keys)
+    if fraction == 0 or len(prompts) < 2:
+        return np.zeros(len(prompt_keys), bool)
+    limit = np.uint64(int(fraction * 2**64))
+    limit = np.clip(limit, prompts[0] + np.uint64(1), prompts[-1])
+    return prompt_keys < limit
 
 
 def split_files(folder: Path, split: str | None, usual: Sequence[str]) -> list[Path]:
     """The files with the rows of a split, in order.
 
     Args:
-        split: the split that is asked for; None: the first of `usual` that the folder has, or its only one.
+        split: the split that is asked for; None: the first of `usual` that the folder has, or its
+            only one.
 
     Raises:
-        ValueError: the folder holds no rows, or no such split; names those that it has.
+        ValueError: the folder has no rows, or no such split; names those that it has.
     """
     if (folder / "state.json").is_file():
         return _saved_files(folder, split)
     splits = _splits(folder)
     if not splits:
         raise ValueError(
-            f"{folder}: is a folder without rows. Name a file, or a folder of files or from save_to_disk"
+            f"{folder}: is a folder without rows. Name a file, or a folder of files or from "
+            "save_to_disk"
         )
-    name = (
-        split
-        or next((name for name in usual if name in splits), None)
-        or (next(iter(splits)) if len(splits) == 1 else None)
-    )
+    name = split or next((name for name in usual if name in splits), None)
+    if name is None and len(splits) == 1:
+        (name,) = splits
     if name is None or name not in splits:
         near = difflib.get_close_matches(split or usual[0], splits, n=1, cutoff=0.0)[0]
         asked = f"no split {split}" if split else f"no split {' or '.join(usual)}"
@@ -40,27 +67,26 @@ def split_files(folder: Path, split: str | None, usual: Sequence[str]) -> list[P
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
-    if (folder / "dataset_dict.json").is_file():
-        return {
-            path.parent.name: _saved_files(path.parent, None)
-            for path in sorted(folder.glob("*/state.json"))
-        }
     splits: dict[str, list[Path]] = {}
+    if (folder / "dataset_dict.json").is_file():
+        for path in sorted(folder.glob("*/state.json")):
+            splits[path.parent.name] = _saved_files(path.parent, None)
+        return splits
     for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if (
-            path.is_file()
-            and file_kind(path)
-            and not any(part.startswith(".") for part in parts)
-            and path.name != "dataset_infos.json"
-        ):
-            splits.setdefault(_split_of(path), []).append(path)
+        if not path.is_file() or not file_kind(path) or path.name == "dataset_infos.json":
+            continue
+        # Hidden folders hold caches of the hub client, with files of the same names.
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        splits.setdefault(_split_of(path), []).append(path)
     return splits
 
 
 def _split_of(path: Path) -> str:
-    """train.jsonl.gz and train-00000-of-00002.parquet hold the split train."""
-    stem = path.name[: -len("".join(path.suffixes))] if path.suffixes else path.name
+    """train.jsonl.gz and train-00000-of-00002.parquet have the split train."""
+    stem = path.name
+    if path.suffixes:
+        stem = stem[: -len("".join(path.suffixes))]
     return re.sub(r"-\d+-of-\d+$", "", stem)
 
 

@@ -1,7 +1,13 @@
-"""Records to token ids: exact prompt boundaries, scored tokens, truncation.
+"""Tokenization: preference records to token ids, with exact prompt boundaries.
 
-Prompt and answer are laid out and encoded together, because encoding them apart gives other tokens; the boundary is where
-the encoded prompt and the encoded prompt + answer part.
+One pair on its way through `Encoder.encode`:
+
+1. `chat_template.py` writes the prompt and the prompt with each answer (completion) as text;
+2. the three texts are tokenized. Prompt and answer are tokenized together, because apart they give
+   other tokens; the boundary is where the ids of the prompt and of prompt + answer part;
+3. bos is put before and eos behind, unless a chat template wrote them (`special_tokens.py`);
+4. the loss spans become a completion mask (`_completion_mask`);
+5. the prompt, then the answers are truncated (`truncate.py`).
 """
 
 import dataclasses
@@ -15,24 +21,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-os.environ.setdefault(
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-)  # it advises to install PyTorch, which nothing here needs
+# transformers advises to install PyTorch, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.chat_template import Answered, Layout, Rendered
+from jaxdpo.data.chat_template import AnswerText, Layout, PairText, read_template
 from jaxdpo.data.formats.preference import Dropped, Preference, Text, shared_length
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokens import Ids, Texts, Words
+from jaxdpo.data.special_tokens import SpecialTokens
+from jaxdpo.data.truncate import truncate_completion, truncate_prompt
+from jaxdpo.data.word_cache import Ids, Texts, WordCache
 from jaxdpo.utils.text import printable
-
-FIXED_DATE = """{%- macro strftime_now(format) -%}
-{{- {"%Y-%m-%d": "2024-07-26"}.get(format, "26 Jul 2024") -}}
-{%- endmacro -%}"""
-"""Put before a template that writes today's date, so that a run resumed tomorrow sees the same tokens."""
 
 Tokenizer = PreTrainedTokenizerBase
 
@@ -46,7 +47,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> Tokenizer:
     folder = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not folder.is_dir():
         raise ValueError(f"model.path={path}: no such folder")
-    path = str(folder) if folder.is_dir() else path
+    if folder.is_dir():
+        path = str(folder)
     try:
         return AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=False
@@ -54,12 +56,28 @@ def load_tokenizer(path: str, revision: str | None = None) -> Tokenizer:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = printable(str(error)).strip().split("\n")[0]
         raise ValueError(
-            f"model.path={path}: its tokenizer could not be loaded ({reason}). The folder needs tokenizer.json"
+            f"model.path={path}: its tokenizer could not be loaded ({reason}). "
+            "The folder needs tokenizer.json"
         ) from None
 
 
+def check_vocabulary(largest: int, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Check that the model has an embedding for every token id, the largest of which is given.
+
+    Raises:
+        ValueError: it is not below vocab_size; names the token, the tokenizer and the model's size.
+    """
+    if largest >= vocab_size:
+        token = printable(str(tokenizer.convert_ids_to_tokens(largest)))
+        raise ValueError(
+            f"model.path: the tokenizer {tokenizer.name_or_path} gives the id {largest} "
+            f"({token!r}), but the model's vocab_size is {vocab_size}. "
+            "Use the tokenizer that the model was trained with"
+        )
+
+
 class EncodedPrompt(NamedTuple):
-    """A prompt that is to be answered."""
+    """A prompt to generate an answer to."""
 
     ids: np.ndarray
     """int32, at least one."""
@@ -75,24 +93,24 @@ class Encoder:
     template: str | None
     """Chat template for messages; None: plain text."""
     max_length: int
+    """Most tokens of prompt + answer."""
     max_prompt_length: int
     all_turns: bool = True
-    """Score every assistant turn of an answer of several turns, not only the last."""
+    """Loss on every assistant turn of an answer of several turns, not only on the last."""
 
     @classmethod
     def create(cls, tokenizer: Tokenizer, section: DataSection) -> "Encoder":
         """The encoder that the data options ask for.
 
         Raises:
-            ValueError: data.chat_template cannot be read, or is no valid template.
+            ValueError: data.chat_template cannot be read, or is not a valid template.
         """
         assert section.max_length > section.max_prompt_length > 0, (
             "automatic lengths are resolved from the model first"
         )
-        template = read_template(tokenizer, section.chat_template)
         return cls(
             tokenizer,
-            template,
+            read_template(tokenizer, section.chat_template),
             section.max_length,
             section.max_prompt_length,
             section.loss_turns == "all",
@@ -100,79 +118,167 @@ class Encoder:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """All that the ids of a text depend on, by the names that users know."""
+        """All that the ids of a text depend on, by the names that users know. JSON values."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        rules = sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+        if backend is None:
+            rules = sorted(self.tokenizer.get_vocab().items())
+        else:
+            rules = backend.to_str()
         special = sorted(
             (name, str(token)) for name, token in self.tokenizer.special_tokens_map.items()
         )
-        known = {
-            "tokenizer": [type(self.tokenizer).__name__, rules, special],
-            "chat template": self.template,
-        }
-        hashes = {
-            name: hashlib.sha256(json.dumps(value).encode()).hexdigest()
-            for name, value in known.items()
-        }
         return {
-            **hashes,
+            "tokenizer": _sha256([type(self.tokenizer).__name__, rules, special]),
+            "chat template": _sha256(self.template),
             "truncation": f"{self.max_length}, {self.max_prompt_length}",
             "choice of turns": self.all_turns,
         }
 
+    # --- pairs ---
+
     def encode(self, records: Sequence[Preference]) -> list[EncodedPair | Dropped]:
-        """Encode many records at once, each to a pair or to the reason why it is of no use."""
-        rendered = [self._layout.render(record) for record in records]
-        results: list[EncodedPair | Dropped | None] = [
-            item if isinstance(item, Dropped) else None for item in rendered
-        ]
+        """Encode many records at once, each to a pair or to the reason why it is dropped."""
+        texts = [self._layout.render(record) for record in records]
+        results: dict[int, EncodedPair | Dropped] = {}
+        # Two calls of the tokenizer: in what a chat template wrote, special tokens are parsed.
         for templated in (False, True):
-            these = [
-                (i, item)
-                for i, item in enumerate(rendered)
-                if isinstance(item, Rendered) and item.templated is templated
-            ]
-            texts = [(item.prompt, item.chosen.text, item.rejected.text) for _, item in these]
-            for (i, item), ids in zip(these, self._pair_ids(texts, templated), strict=True):
-                results[i] = self._pair(records[i], item, ids)
-        return [result for result in results if result is not None]
+            batch = []
+            for i, text in enumerate(texts):
+                if isinstance(text, Dropped):
+                    results[i] = text
+                elif text.templated is templated:
+                    batch.append((i, text))
+            triples = [(text.prompt, text.chosen.text, text.rejected.text) for _, text in batch]
+            for (i, text), ids in zip(batch, self._pair_ids(triples, templated), strict=True):
+                results[i] = self._pair(records[i], text, ids)
+        return [results[i] for i in range(len(records))]
 
     def spells_special(self, record: Preference) -> bool:
         """Whether the text from outside contains a special token's spelling."""
         return self._layout.spell_special(record.texts)
 
-    @functools.cached_property
-    def _layout(self) -> Layout:
-        return Layout(self.tokenizer, self.template, tuple(self._special), self.all_turns)
+    def _pair(
+        self, record: Preference, text: PairText, ids: Sequence[Ids]
+    ) -> EncodedPair | Dropped:
+        """The pair of a record, from the ids of its prompt and of its prompt with each answer."""
+        prompt, *sides = ids
+        if not text.templated and not self.special.ids.isdisjoint(itertools.chain(*sides)):
+            return Dropped(
+                "text spells a special token that the tokenizer cannot read as plain text"
+            )
+        boundary = min(shared_length(prompt, side) for side in sides)
+        bos, eos = self.special.bos, self.special.eos
+        if text.templated:  # the template wrote them
+            bos, eos = [], []
+        prompt_ids = bos + prompt[:boundary]
+        answers = [side[boundary:] for side in sides]
+        if not prompt_ids:
+            return Dropped("no prompt token before the answer")
+        if not all(answers):
+            return Dropped("empty answer")
+        if answers[0] == answers[1]:
+            return Dropped("identical answers")
 
-    # --- ids ---
+        kept_prompt = self._truncate_prompt(prompt_ids)
+        completions, masks, truncated = [], [], []
+        for answer, side in zip((text.chosen, text.rejected), sides, strict=True):
+            completion = side[boundary:] + eos
+            kept = truncate_completion(completion, len(kept_prompt), self.max_length)
+            completions.append(kept)
+            truncated.append(len(kept) < len(completion))
+            mask = self._completion_mask(answer, side, text.templated)
+            if mask is not None:
+                mask = mask[boundary:] + [True] * len(eos)
+                mask = truncate_completion(mask, len(kept_prompt), self.max_length)
+            masks.append(mask)
+        if not all(completions) or any(mask is not None and not any(mask) for mask in masks):
+            return Dropped("no room for an answer")
+        if completions[0] == completions[1]:
+            return Dropped("identical answers after truncation")
+        return EncodedPair(
+            prompt_ids=np.array(kept_prompt, np.int32),
+            chosen_ids=np.array(completions[0], np.int32),
+            rejected_ids=np.array(completions[1], np.int32),
+            chosen_mask=None if masks[0] is None else np.array(masks[0], bool),
+            rejected_mask=None if masks[1] is None else np.array(masks[1], bool),
+            id=record.id,
+            weight=record.weight,
+            margin=record.margin,
+            truncated_prompt=len(kept_prompt) < len(prompt_ids),
+            truncated_chosen=truncated[0],
+            truncated_rejected=truncated[1],
+            ended_chosen=self.special.end(completions[0]),
+            ended_rejected=self.special.end(completions[1]),
+            prompt_key=record.prompt_key,
+            pair_key=record.pair_key,
+        )
+
+    def _completion_mask(self, answer: AnswerText, ids: Ids, templated: bool) -> list[bool] | None:
+        """Which tokens of a prompt with its answer have loss. None: all after the prompt."""
+        if answer.loss_spans is None:
+            return None
+        mask = [False] * len(ids)
+        for begin, end in answer.loss_spans:
+            # Spans are in characters. The tokens before a character are those that the text up to
+            # there shares with the complete text: a token across the edge belongs to what follows.
+            before_begin, before_end = self.token_ids(
+                [answer.text[:begin], answer.text[:end]], templated
+            )
+            first, last = shared_length(before_begin, ids), shared_length(before_end, ids)
+            if end == len(answer.text):
+                last = len(ids)
+            mask[first:last] = [True] * (last - first)
+        return mask
+
+    def _truncate_prompt(self, ids: Ids) -> Ids:
+        bos_id = self.tokenizer.bos_token_id
+        return truncate_prompt(ids, self.max_prompt_length, bos_id)  # type: ignore[arg-type]
+
+    # --- prompts for generation ---
 
     def encode_prompt(self, prompt: Text) -> EncodedPrompt | Dropped:
-        """What training would put before an answer to this prompt; or why there is no such thing."""
+        """What training would put before an answer to this prompt; or why that does not exist."""
         templated = self.template is not None and not isinstance(prompt, str)
         text = prompt if isinstance(prompt, str) else self._layout.prompt(prompt)
         if isinstance(text, Dropped):
             return text
-        ids = ([] if templated else self._bos) + self.token_ids([text], templated)[0]
-        kept = np.array(self._cut_prompt(ids), np.int32)
-        return (
-            EncodedPrompt(kept, truncated=len(kept) < len(ids)) if ids else Dropped("has no token")
-        )
+        (ids,) = self.token_ids([text], templated)
+        if not templated:
+            ids = self.special.bos + ids
+        if not ids:
+            return Dropped("has no token")
+        kept = self._truncate_prompt(ids)
+        return EncodedPrompt(np.array(kept, np.int32), truncated=len(kept) < len(ids))
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: end of text, and the first special token that the template writes after an answer."""
-        if self.template is None:
-            return tuple(self._eos)
-        ends = [
-            token
-            for token in itertools.chain(*self.token_ids([self._layout.after_answer], True))
-            if token in self._special_ids
-        ]
-        return tuple(dict.fromkeys([*self._eos, *ends[:1]]))
+        """Token ids that end an answer.
+
+        They are eos and, with a chat template, the first special token that it writes after an
+        answer (`<|im_end|>`, which for many base models is not the eos token).
+        """
+        stop = list(self.special.eos)
+        if self.template is not None:
+            (after_answer,) = self.token_ids([self._layout.after_answer], True)
+            ends = [token for token in after_answer if token in self.special.ids]
+            stop += ends[:1]
+        return tuple(dict.fromkeys(stop))
+
+    # --- ids ---
+
+    @functools.cached_property
+    def special(self) -> SpecialTokens:
+        """The tokenizer's bos, eos and other special tokens."""
+        return SpecialTokens.of(self.tokenizer)
 
     def token_ids(self, texts: list[str], templated: bool) -> list[Ids]:
-        """Token ids; special tokens are read in what a template wrote, and split like any other text elsewhere."""
+        """Token ids of each text, without bos and eos.
+
+        Args:
+            templated: a chat template wrote the texts. Only then the spelling of a special token is
+                that token; in text from outside it is split like any other text, so that data
+                cannot end a turn or a document.
+        """
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -186,241 +292,20 @@ class Encoder:
 
     def _pair_ids(self, texts: Sequence[Texts], templated: bool) -> Sequence[Sequence[Ids]]:
         """The ids of the three texts of each pair."""
-        if texts and self._words is not None:
-            return self._words.encode_pairs(texts, special=templated)
+        if texts and self._word_cache is not None:
+            return self._word_cache.encode_pairs(texts, special=templated)
         ids = self.token_ids(list(itertools.chain(*texts)), templated)
         return [ids[start : start + 3] for start in range(0, len(ids), 3)]
 
     @functools.cached_property
-    def _words(self) -> Words | None:
-        return Words.of(self.tokenizer)
-
-    def _pair(
-        self, record: Preference, item: Rendered, ids: Sequence[Ids]
-    ) -> EncodedPair | Dropped:
-        """The pair of a record's texts and their ids: prompt, and prompt with chosen and rejected."""
-        prompt, *sides = ids
-        if not item.templated and not self._special_ids.isdisjoint(itertools.chain(*sides)):
-            return Dropped(
-                "text spells a special token that the tokenizer cannot read as plain text"
-            )
-        boundary = min(shared_length(prompt, side) for side in sides)
-        start, end = ([], []) if item.templated else (self._bos, self._eos)
-        prompt_ids = start + prompt[:boundary]
-        answers = [side[boundary:] for side in sides]
-        if not prompt_ids:
-            return Dropped("no prompt token before the answer")
-        if not all(answers):
-            return Dropped("empty answer")
-        if answers[0] == answers[1]:
-            return Dropped("identical answers")
-        kept_prompt = self._cut_prompt(prompt_ids)
-        room = max(self.max_length - len(kept_prompt), 0)
-        kept = [(answer + end)[:room] for answer in answers]
-        scored = [
-            self._scored(text, side, item.templated)
-            for text, side in zip((item.chosen, item.rejected), sides, strict=True)
-        ]
-        masks = [
-            None if mask is None else np.array((mask[boundary:] + [True] * len(end))[:room], bool)
-            for mask in scored
-        ]
-        if not all(kept) or any(mask is not None and not mask.any() for mask in masks):
-            return Dropped("no room for an answer")
-        if kept[0] == kept[1]:
-            return Dropped("identical answers after truncation")
-        cut = [len(answer) + len(end) > room for answer in answers]
-        return EncodedPair(
-            *(np.array(ids, np.int32) for ids in (kept_prompt, *kept)),
-            *masks,
-            id=record.id,
-            weight=record.weight,
-            margin=record.margin,
-            truncated_prompt=len(kept_prompt) < len(prompt_ids),
-            truncated_chosen=cut[0],
-            truncated_rejected=cut[1],
-            ended_chosen=self._ends(kept[0]),
-            ended_rejected=self._ends(kept[1]),
-            prompt_key=record.prompt_key,
-            pair_key=record.pair_key,
-        )
-
-    def _scored(self, side: Answered, ids: Ids, templated: bool) -> list[bool] | None:
-        """Which tokens of a prompt with its answer are scored; None: all behind the prompt."""
-        if side.scored is None:
-            return None
-        mask = [False] * len(ids)
-        for (
-            begin,
-            end,
-        ) in (
-            side.scored
-        ):  # where they lie among the tokens: as far as the text up to there has the same tokens
-            first, last = (
-                shared_length(cut, ids)
-                for cut in self.token_ids([side.text[:begin], side.text[:end]], templated)
-            )
-            last = len(ids) if end == len(side.text) else last
-            mask[first:last] = [True] * (last - first)
-        return mask
-
-    def _cut_prompt(self, ids: Ids) -> Ids:
-        """The end of the prompt; a beginning-of-text token stays in front."""
-        if len(ids) <= self.max_prompt_length:
-            return ids
-        first = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
-        return first + ids[len(ids) - (self.max_prompt_length - len(first)) :]
-
-    def _ends(self, ids: Ids) -> bool:
-        """Whether an answer ends in a special token, or in one and a line break (as ChatML templates write)."""
-        return not self._end_ids.isdisjoint(ids[-2:])
+    def _word_cache(self) -> WordCache | None:
+        return WordCache.of(self.tokenizer)
 
     @functools.cached_property
-    def _bos(self) -> Ids:
-        """What the tokenizer by its own convention puts before a text."""
-        with_special = list(self.tokenizer("a")["input_ids"])  # type: ignore[arg-type]
-        without = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-        return next(
-            (
-                with_special[:i]
-                for i in range(len(with_special))
-                if with_special[i : i + len(without)] == without
-            ),
-            [],
-        )
-
-    @functools.cached_property
-    def _eos(self) -> Ids:
-        return [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]  # type: ignore[arg-type]
-
-    @functools.cached_property
-    def _special(self) -> dict[str, int]:
-        """Special tokens and their ids. Those of one tokenizer stand in two lists, of which either may lack some."""
-        added = {
-            str(token): number
-            for number, token in self.tokenizer.added_tokens_decoder.items()
-            if token.special
-        }
-        return {
-            **added,
-            **dict(
-                zip(
-                    map(str, self.tokenizer.all_special_tokens),
-                    self.tokenizer.all_special_ids,
-                    strict=True,
-                )
-            ),
-        }
-
-    @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
-        """All but the one that stands for unknown text (GPT-2 uses its end-of-text token as that too)."""
-        return frozenset(self._special.values()).difference([self.tokenizer.unk_token_id])
-
-    @functools.cached_property
-    def _end_ids(self) -> frozenset[int]:
-        return self._special_ids.union(self._eos)
+    def _layout(self) -> Layout:
+        spellings = tuple(self.special.by_spelling)
+        return Layout(self.tokenizer, self.template, spellings, self.all_turns)
 
 
-def read_template(tokenizer: Tokenizer, path: str | None) -> str | None:
-    """The chat template to use: the one in the file at `path`, else the tokenizer's own, else None.
-
-    Raises:
-        ValueError: the file cannot be read, or the template does not compile.
-    """
-    try:
-        template = None if path is None else Path(path).expanduser().read_text(encoding="utf-8")
-        if template is None and tokenizer.chat_template:
-            template = str(tokenizer.get_chat_template())
-        if template is not None:
-            template = FIXED_DATE + template if "strftime_now" in template else template
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": "a"}], chat_template=template, tokenize=False
-            )
-    except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
-        raise ValueError(
-            f"data.chat_template={path}: {printable(str(error))}. Name a Jinja chat template file"
-        ) from None
-    except (TemplateError, TypeError):
-        pass  # it compiles; what it asks of a conversation is found out row by row
-    return template
-
-
-def check_vocabulary(largest: int, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Check that the model has a row for every token id, of which this is the largest.
-
-    Raises:
-        ValueError: it is not below vocab_size; names the token, the tokenizer and the model's size.
-    """
-    if largest >= vocab_size:
-        token = printable(str(tokenizer.convert_ids_to_tokens(largest)))
-        raise ValueError(
-            f"model.path: the tokenizer {tokenizer.name_or_path} gives the id {largest} ({token!r}), but the model's vocab_size is "
-            f"{vocab_size}. Use the tokenizer that the model was trained with"
-        )
-
-
-def describe_pair(pair: EncodedPair, tokenizer: Tokenizer) -> str:
-    """The pair as the model sees it, for a terminal: the prompt, and each answer's scored text between double angle brackets."""
-    prompt = _decode(tokenizer, pair.prompt_ids)
-    lines = [
-        f"pair {printable(pair.id)}, weight {pair.weight:g}",
-        f"  prompt, {len(pair.prompt_ids)} tokens{_cut(pair.truncated_prompt)}",
-    ]
-    lines.append(_indented(prompt))
-    for name, (ids, scored), truncated in zip(
-        ("chosen", "rejected"),
-        pair.answers,
-        (pair.truncated_chosen, pair.truncated_rejected),
-        strict=True,
-    ):
-        pieces = [
-            f"<<{text}>>" if counts else text
-            for text, counts in answer_pieces(tokenizer, pair.prompt_ids, ids, scored)
-        ]
-        lines.append(f"  {name}, {scored.sum()} tokens scored{_cut(truncated)}")
-        lines.append(_indented("".join(pieces)))
-    return "\n".join(lines)
-
-
-def answer_pieces(
-    tokenizer: Tokenizer, prompt_ids: np.ndarray, ids: np.ndarray, scored: np.ndarray
-) -> list[tuple[str, bool]]:
-    """An answer's text, cut where scored tokens begin and end; with each piece whether it is scored."""
-    edges = [0, *(np.flatnonzero(np.diff(scored)) + 1).tolist(), len(ids)]
-    texts = [
-        decode_answer(tokenizer, np.concatenate([prompt_ids, ids[:begin]]), ids[begin:end])
-        for begin, end in itertools.pairwise(edges)
-    ]
-    return list(zip(texts, scored[edges[:-1]].tolist(), strict=True))
-
-
-def decode_answer(
-    tokenizer: Tokenizer, prompt_ids: np.ndarray, answer_ids: np.ndarray, skip_special: bool = False
-) -> str:
-    """The answer's text as it stands after its prompt (decoded alone, some tokenizers would drop its first space)."""
-    before, whole = (
-        _decode(tokenizer, ids, skip_special)
-        for ids in (prompt_ids, np.concatenate([prompt_ids, answer_ids]))
-    )
-    return (
-        whole[len(before) :]
-        if whole.startswith(before)
-        else _decode(tokenizer, answer_ids, skip_special)
-    )
-
-
-def _decode(tokenizer: Tokenizer, ids: np.ndarray, skip_special: bool = False) -> str:
-    return str(
-        tokenizer.decode(
-            ids.tolist(), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
-        )
-    )
-
-
-def _cut(truncated: bool) -> str:
-    return ", truncated" if truncated else ""
-
-
-def _indented(text: str) -> str:
-    return "\n".join("    " + line for line in printable(text).split("\n"))
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

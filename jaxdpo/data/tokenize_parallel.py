@@ -1,7 +1,11 @@
-"""Records to the columns of a table, in this process or in several.
+"""Records to the columns of a table, tokenized in this process or in several.
 
-Other processes are started only for sets that are worth it, with nothing imported but what encodes. Records are dealt out in lots and
+Worker processes are started only for sets that are worth it. Records are handed out in chunks and
 come back in order, so the number of processes changes the time and nothing else.
+
+Not concurrent.futures.ProcessPoolExecutor because its processes import the main module again (JAX
+and the command, seconds each, and a script without an `if __name__` guard would start over), and
+forking a process with JAX's threads can deadlock. The workers import what tokenizes, nothing else.
 """
 
 import collections
@@ -27,21 +31,24 @@ from jaxdpo.data.report import DataReport
 
 logger = logging.getLogger(__name__)
 
-RECORDS_AT_ONCE = 512
-ALONE = 8 * RECORDS_AT_ONCE
-"""Records that are encoded here before other processes are started: they take seconds to start."""
-LOTS_AT_ONCE = 16
-"""Lots for each process that may be in memory: what this process gets done while others start."""
+CHUNK_SIZE = 512
+"""Records of a chunk: about a megabyte of text, so sending it costs little next to encoding."""
+ALONE = 8 * CHUNK_SIZE
+"""Records that are encoded here before workers are started: they take seconds to start."""
+MAX_CHUNKS = 16
+"""Chunks for each process that may be in memory: what this process encodes while others start."""
 MAX_PROCESSES = 32
-TELL_EVERY = 10.0
-"""Seconds between lines that tell how far it is."""
+"""Most processes by default, chosen and not measured: one of them reads and writes for all.
+data.num_proc can ask for more."""
+LOG_EVERY = 10.0
+"""Seconds between log lines about the progress."""
 
 
 class Encodes(Protocol):
-    """What turns records into pairs (chat.Encoder)."""
+    """What turns records into pairs (tokenize.Encoder)."""
 
     def encode(self, records: list[Preference]) -> list[EncodedPair | Dropped]:
-        """Each to a pair or to the reason why it is of no use."""
+        """Each to a pair or to the reason why it is dropped."""
         ...
 
     def spells_special(self, record: Preference) -> bool:
@@ -58,22 +65,25 @@ class EncodedChunk:
     dropped: list[tuple[Dropped, str]]
     """Each with the record's id."""
     special_text: int
+    """Records whose text spells a special token."""
     verbatim: int
+    """Records of plain strings."""
 
 
-def encode_lot(encoder: Encodes, records: list[Preference], source: int) -> EncodedChunk:
+def encode_chunk(encoder: Encodes, records: list[Preference], source: int) -> EncodedChunk:
     """Encode some records of one set."""
-    results = encoder.encode(records)
-    pairs = [result for result in results if isinstance(result, EncodedPair)]
-    dropped = [
-        (result, record.id)
-        for record, result in zip(records, results, strict=True)
-        if isinstance(result, Dropped)
-    ]
-    special = sum(map(encoder.spells_special, records))
-    verbatim = sum(isinstance(record.prompt, str) for record in records)
-    columns = to_columns(pairs) | {"sources": np.full(len(pairs), source, np.int32)}
-    return EncodedChunk(columns, len(pairs), dropped, special, verbatim)
+    pairs, dropped = [], []
+    special_text = verbatim = 0
+    for record, result in zip(records, encoder.encode(records), strict=True):
+        if isinstance(result, Dropped):
+            dropped.append((result, record.id))
+        else:
+            pairs.append(result)
+        special_text += encoder.spells_special(record)
+        verbatim += isinstance(record.prompt, str)
+    columns = to_columns(pairs)
+    columns["sources"] = np.full(len(pairs), source, np.int32)
+    return EncodedChunk(columns, len(pairs), dropped, special_text, verbatim)
 
 
 def encode_records(
@@ -82,57 +92,66 @@ def encode_records(
     """Columns of the records' pairs, in order; counts what is kept and dropped in the report.
 
     Args:
-        source: which of the sets it is.
+        source: which of the data sets it is.
         processes: how many encode, this one among them. 0: as many as there are cores.
     """
-    records = iter(records)
-    lots = iter(lambda: list(itertools.islice(records, RECORDS_AT_ONCE)), [])
-    told = time.monotonic()
-    with contextlib.closing(
-        _encoded(lots, encoder, source, processes or min(usable_cores(), MAX_PROCESSES))
-    ) as encoded:
-        for lot in encoded:
-            report.kept += lot.kept
-            report.special_text += lot.special_text
-            report.verbatim += lot.verbatim
-            for dropped, name in lot.dropped:
+    if not processes:
+        processes = min(usable_cores(), MAX_PROCESSES)
+    last_log = time.monotonic()
+    with contextlib.closing(_encoded(_chunks(records), encoder, source, processes)) as encoded:
+        for chunk in encoded:
+            report.kept += chunk.kept
+            report.special_text += chunk.special_text
+            report.verbatim += chunk.verbatim
+            for dropped, name in chunk.dropped:
                 report.drop(dropped, name)
-            yield lot.columns
-            if time.monotonic() - told > TELL_EVERY:
-                told = time.monotonic()
+            yield chunk.columns
+            if time.monotonic() - last_log > LOG_EVERY:
+                last_log = time.monotonic()
                 logger.info("data: %s: %d pairs encoded", report.name, report.kept)
 
 
 def usable_cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _chunks(records: Iterable[Preference]) -> Iterator[list[Preference]]:
+    records = iter(records)
+    while chunk := list(itertools.islice(records, CHUNK_SIZE)):
+        yield chunk
 
 
 def _encoded(
-    lots: Iterator[list[Preference]], encoder: Encodes, source: int, processes: int
+    chunks: Iterator[list[Preference]], encoder: Encodes, source: int, processes: int
 ) -> Generator[EncodedChunk, None, None]:
-    """The lots, encoded, in order. This process encodes too, whenever every other has its next lot waiting."""
-    for lot in itertools.islice(lots, ALONE // RECORDS_AT_ONCE) if processes > 1 else lots:
-        yield encode_lot(encoder, lot, source)
-    following = next(lots, None)
+    """The chunks, encoded, in order."""
+    alone = itertools.islice(chunks, ALONE // CHUNK_SIZE) if processes > 1 else chunks
+    for chunk in alone:
+        yield encode_chunk(encoder, chunk, source)
+    following = next(chunks, None)
     if following is None:
         return
     with Workers(encoder, processes - 1) as workers:
-        waiting: collections.deque[concurrent.futures.Future[EncodedChunk]] = collections.deque()
-        for lot in itertools.chain([following], lots):
-            if sum(not item.done() for item in waiting) < 2 * (processes - 1):
-                waiting.append(workers.submit(lot, source))
+        pending: collections.deque[concurrent.futures.Future[EncodedChunk]] = collections.deque()
+        for chunk in itertools.chain([following], chunks):
+            # This process encodes too, whenever every worker has its next chunk already.
+            if sum(not item.done() for item in pending) < 2 * (processes - 1):
+                future = workers.submit(chunk, source)
             else:
-                waiting.append(concurrent.futures.Future())
-                waiting[-1].set_result(encode_lot(encoder, lot, source))
-            while waiting and (waiting[0].done() or len(waiting) > LOTS_AT_ONCE * processes):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                future = concurrent.futures.Future()
+                future.set_result(encode_chunk(encoder, chunk, source))
+            pending.append(future)
+            while pending and (pending[0].done() or len(pending) > MAX_CHUNKS * processes):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 class Workers:
-    """Processes that encode: a thread for each hands it a lot and waits for the answer."""
+    """Worker processes: a thread for each hands it a chunk and waits for the result."""
 
     def __init__(self, encoder: Encodes, processes: int) -> None:
         self._encoder = pickle.dumps(encoder)
@@ -151,17 +170,17 @@ class Workers:
     def submit(
         self, records: list[Preference], source: int
     ) -> concurrent.futures.Future[EncodedChunk]:
-        """Have a lot encoded by whichever process is free."""
-        return self._pool.submit(self._ask, (records, source))
+        """Have a chunk encoded by whichever process is free."""
+        return self._pool.submit(self._request, (records, source))
 
     def _start(self) -> None:
-        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "jaxdpo.data.tokenize_worker"]
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "jaxdpo.data.tokenize_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            # Every core has a process already; threads within each would compete.
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+            # Ctrl-C goes to this process alone, which then ends the workers.
             start_new_session=True,
         )
         self._own.process = process
@@ -169,14 +188,14 @@ class Workers:
         assert process.stdin is not None
         process.stdin.write(self._encoder)
 
-    def _ask(self, question: Any) -> EncodedChunk:
+    def _request(self, request: Any) -> EncodedChunk:
         process = self._own.process
         try:
-            pickle.dump(question, process.stdin)
+            pickle.dump(request, process.stdin)
             process.stdin.flush()
             return pickle.load(process.stdout)
         except (EOFError, BrokenPipeError):
             raise ValueError(
-                f"data: a process that encodes pairs ended with status {process.wait()}, perhaps for want of memory. "
-                "Set data.num_proc=1 to encode in one process"
+                f"data: a process that encodes pairs ended with status {process.wait()}, "
+                "perhaps for want of memory. Set data.num_proc=1 to encode in one process"
             ) from None

@@ -21,14 +21,10 @@ from jaxdpo.checkpoints.run_dir import (
     model_files,
     read_run_config,
 )
+from jaxdpo.data.chat_template import read_template
+from jaxdpo.data.detokenize import decode_answer
 from jaxdpo.data.formats.preference import Dropped, Message
-from jaxdpo.data.tokenize import (
-    EncodedPrompt,
-    Encoder,
-    decode_answer,
-    load_tokenizer,
-    read_template,
-)
+from jaxdpo.data.tokenize import EncodedPrompt, Encoder, load_tokenizer
 from jaxdpo.distributed import sharding
 from jaxdpo.inference.prompts import Prompt
 from jaxdpo.models.config import ModelConfig

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.loader import Loader
-from jaxdpo.data.packing import SLOT_MULTIPLE, Batch
+from jaxdpo.data.packing import LENGTH_MULTIPLE, Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class BatchShapes:
         else:
             microbatches = pairs
         used = -(-pairs // (microbatches * num_rows)) * pair_size
-        typical = min(-(-used // SLOT_MULTIPLE) * SLOT_MULTIPLE, section.packed_length)
+        typical = min(-(-used // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, section.packed_length)
         return cls(
             microbatches=microbatches,
             rows=num_rows,

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxdpo.config import cli
-from jaxdpo.data.tokenize import describe_pair
+from jaxdpo.data.detokenize import describe_pair
 from jaxdpo.training.run_files import describe
 from jaxdpo.training.trainer import Trainer
 

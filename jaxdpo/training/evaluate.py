@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdpo.data.tokenize import decode_answer
+from jaxdpo.data.detokenize import decode_answer
 from jaxdpo.models.params import Params
 from jaxdpo.models.sampling import generate
 from jaxdpo.training.reference_cache import CachedLogps

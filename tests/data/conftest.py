@@ -21,7 +21,8 @@ CORPUS = [
     "A list:\n- apples\n- pears\n\n  and 3.14 or 1,000; über größe naïve 你好 🙂",
 ]
 CHATML = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ bos_token }}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -49,7 +50,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece-like BPE as Llama's: a space put in front of the text, bytes for unknown characters, a beginning token."""
+    """SentencePiece-like BPE as Llama's: a space before the text, bytes for the unknown, bos."""
     special = ["<unk>", "<s>", "</s>"]
     space = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))

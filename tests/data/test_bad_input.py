@@ -1,4 +1,4 @@
-"""The table of bad input: each is refused with a message that names option, file and line, and says what to do."""
+"""Bad input: each is refused with a message that names option, file and line, and a remedy."""
 
 import gzip
 import json
@@ -96,7 +96,8 @@ def test_no_usable_row(write: Write, byte_tokenizer: PreTrainedTokenizerFast) ->
     section = DataSection(train=[path], max_length=64, max_prompt_length=32)
     with pytest.raises(
         ValueError,
-        match=r"data\.train=.*useless\.jsonl: no usable pair is left\. .*3 rows read.*3 empty answer",
+        match=r"data\.train=.*useless\.jsonl: no valid pair is left\. .*3 rows read.*3 empty "
+        r"answer",
     ):
         prepare(section, byte_tokenizer, 1000)
 
@@ -139,7 +140,8 @@ def test_the_hub_without_a_network(tmp_path: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert (
         done.returncode == 1
-        and "data.train=hh-rlhf/harmless-base:test:5: the hub set Anthropic/hh-rlhf could not be loaded"
+        and "data.train=hh-rlhf/harmless-base:test:5: the hub set Anthropic/hh-rlhf "
+        "could not be loaded"
         in last
     )
     assert "download it and name the folder" in last
@@ -148,7 +150,8 @@ def test_the_hub_without_a_network(tmp_path: Path) -> None:
 def test_csv_cells(write: Write) -> None:
     turns: list[dict[str, Any]] = [{"role": "user", "content": 'q, "quoted"'}]
     cell = json.dumps(turns).replace('"', '""')
-    text = f'\ufeffprompt,chosen,rejected,weight,id\r\n"{cell}",[1],"two\nlines",0.5,x\r\n007,1.0,true,,\r\n'
+    header = "\ufeffprompt,chosen,rejected,weight,id\r\n"
+    text = f'{header}"{cell}",[1],"two\nlines",0.5,x\r\n007,1.0,true,,\r\n'
     first, second = collect(write("a.csv", text.encode()))[1]
     assert first.prompt and not isinstance(first.prompt, str)
     assert first.prompt[0].content == 'q, "quoted"' and (first.weight, first.id) == (0.5, "x")

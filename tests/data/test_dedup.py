@@ -35,7 +35,7 @@ def read(write: Write, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Pr
     return prepare(DataSection(**more), tokenizer, 1000)
 
 
-def test_repeats_are_left_out_and_counted_per_set(
+def test_repeats_are_filtered_and_counted_per_set(
     write: Write, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     done = read(write, byte_tokenizer)
@@ -46,11 +46,11 @@ def test_repeats_are_left_out_and_counted_per_set(
         "second.jsonl:4",
     ]
     first, second = done.report["sets"]["train"]
-    assert first["left_out"] == {
+    assert first["filtered"] == {
         "contradiction": {"count": 1, "examples": ["first.jsonl:4"]},
         "duplicate": {"count": 1, "examples": ["first.jsonl:2"]},
     }
-    assert {reason: item["count"] for reason, item in second["left_out"].items()} == {
+    assert {reason: item["count"] for reason, item in second["filtered"].items()} == {
         "contradiction": 2,
         "duplicate": 1,
     }
@@ -74,7 +74,8 @@ def test_repeats_can_be_kept(write: Write, byte_tokenizer: PreTrainedTokenizerFa
     [
         (
             "contradictions",
-            r"data\.train: 3 pairs: contradiction \(the first: first\.jsonl:4, second\.jsonl:2, .*data\.contradictions=drop",
+            r"data\.train: 3 pairs: contradiction \(the first: first\.jsonl:4, "
+            r"second\.jsonl:2, .*data\.contradictions=drop",
         ),
         (
             "duplicates",
@@ -95,7 +96,8 @@ def test_validation_prompts_that_are_trained_on(
     held_out = [write("held.jsonl", [row("s", "1", "2"), row("u", "1", "2"), row("v", "1", "2")])]
     with pytest.raises(
         ValueError,
-        match=r"data\.eval: 1 pairs: prompt is in the training sets \(the first: held\.jsonl:1\).*data\.overlap=drop",
+        match=r"data\.eval: 1 pairs: prompt is in the training sets \(the first: "
+        r"held\.jsonl:1\).*data\.overlap=drop",
     ):
         read(write, byte_tokenizer, eval=held_out)
     done = read(write, byte_tokenizer, eval=held_out, overlap="drop")
@@ -104,7 +106,7 @@ def test_validation_prompts_that_are_trained_on(
         and done.report["shared_prompts"] == 0
     )
     assert (
-        done.report["sets"]["eval"][0]["left_out"]["prompt is in the training sets"]["count"] == 1
+        done.report["sets"]["eval"][0]["filtered"]["prompt is in the training sets"]["count"] == 1
     )
     kept = read(write, byte_tokenizer, eval=held_out, overlap="keep")
     assert (
@@ -113,7 +115,7 @@ def test_validation_prompts_that_are_trained_on(
         and "1 validation prompts are in the training" in kept.report["warnings"][0]
     )
     only = [write("only.jsonl", [row("s", "1", "2")])]
-    with pytest.raises(ValueError, match=r"data\.eval=.*only\.jsonl: no usable pair is left"):
+    with pytest.raises(ValueError, match=r"data\.eval=.*only\.jsonl: no valid pair is left"):
         read(write, byte_tokenizer, eval=only, overlap="drop")
 
 

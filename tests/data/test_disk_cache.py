@@ -149,7 +149,8 @@ def test_pairs_of_another_tokenizer_are_refused(
     theirs.rename(ours)
     with pytest.raises(
         ValueError,
-        match=r"data\.cache: the pairs in .* were made with another tokenizer\. Remove .* to have it made again",
+        match=r"data\.cache: the pairs in .* were made with another tokenizer\. Remove .* to "
+        r"have it made again",
     ):
         prepared(byte_tokenizer, root, path)
 
@@ -163,10 +164,10 @@ def test_damaged_files_are_refused_by_name(
     if harm == "cut":
         os.truncate(folder / "tokens.bin", 40)
     elif harm == "gone":
-        (folder / "scored.bin").unlink()
+        (folder / "completion_mask.bin").unlink()
     else:
         (folder / "meta.json").write_text(json.dumps({"identity": []})[:-1])
-    named = {"cut": "tokens.bin", "gone": "scored.bin", "meta": "meta.json"}[harm]
+    named = {"cut": "tokens.bin", "gone": "completion_mask.bin", "meta": "meta.json"}[harm]
     with pytest.raises(ValueError, match=rf"{named} is damaged.*Remove"):
         prepared(byte_tokenizer, tmp_path / "c", path)
 

@@ -1,4 +1,4 @@
-"""Each hub set: a few rows of our own with the set's columns and types, from its parser to records."""
+"""Each hub set: a few rows of our own with its columns and types, from its parser to records."""
 
 from typing import Any
 
@@ -143,8 +143,8 @@ def test_rows_of_the_set(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         )
         for r in records
     ]
-    expected, dropped, left_out = EXPECTED[name]
-    assert (texts, report.dropped, report.left_out) == (expected, dropped, left_out)
+    expected, dropped, filtered = EXPECTED[name]
+    assert (texts, report.dropped, report.filtered) == (expected, dropped, filtered)
     assert (report.format, report.rows_read) == (HUB_SETS[name].format, len(FIXTURES[name][0]))
     assert set(report.ignored_columns) == IGNORED.get(name, set(report.ignored_columns))
 

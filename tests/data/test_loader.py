@@ -7,15 +7,15 @@ import pytest
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.packing import balance
-from jaxdpo.data.pair_table import PairTable
 from tests.tiny import pair, pairs
+from tests.tiny import table as make_table
 
 
 def loader(
     count: int = 10, *, batch_size: int = 4, num_rows: int = 1, seed: int = 0, **options: object
 ) -> Loader:
     section = DataSection(**{"max_length": 100, "packed_length": 256, **options})  # type: ignore[arg-type]
-    table = PairTable.from_pairs(pairs(count))
+    table = make_table(pairs(count))
     return Loader.create(table, section, batch_size=batch_size, num_rows=num_rows, seed=seed)
 
 
@@ -71,14 +71,14 @@ def test_a_batch_holds_exactly_the_pairs_of_its_step(share_prefix: bool, num_row
         assert lengths.tolist() == some.table.lengths[chosen, 1:].tolist()
         assert (
             batch.index_MBP.shape[2] == 4
-        )  # places do not follow the step's pairs: one program for the short last step too
+        )  # indices do not follow the step's pairs: one program for the short last step too
         assert some.num_tokens(step) == np.sum(
             batch.tokens_MBT != 0
         )  # the ids of these pairs are never 0
         assert batch.tokens_MBT.shape[2] in some.packer.packed_lengths
 
 
-def test_row_lengths_suit_the_pairs() -> None:
+def test_packed_lengths_suit_the_pairs() -> None:
     some = loader(40, batch_size=1, num_packed_lengths=3)
     sizes = some.packer.packed_lengths
     assert sizes == (64, 128, 256)  # no pair of these has more than 117 tokens
@@ -87,7 +87,7 @@ def test_row_lengths_suit_the_pairs() -> None:
     assert set(taken) == set(sizes[:-1])  # the longest is only there for pairs yet to come
 
 
-def test_every_step_fits_the_row_lengths_although_only_some_were_looked_at(
+def test_every_step_fits_the_packed_lengths_although_only_some_were_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("jaxdpo.data.loader.SAMPLED_STEPS", 2)
@@ -97,10 +97,12 @@ def test_every_step_fits_the_row_lengths_although_only_some_were_looked_at(
         assert some.batch(step).tokens_MBT.shape[0] == len(loads)
 
 
-def test_pairs_too_long_for_a_row_are_refused_at_once() -> None:
-    table = PairTable.from_pairs([pair(60, 60, 60), pair(100, 100, 100)])
+def test_pairs_too_long_for_packing_are_refused_at_once() -> None:
+    table = make_table([pair(60, 60, 60), pair(100, 100, 100)])
     section = DataSection(max_length=100, packed_length=256)
-    with pytest.raises(ValueError, match=r"data.packed_length=256: a pair needs 300 slots"):
+    with pytest.raises(
+        ValueError, match=r"data.packed_length=256: a pair needs 300 token positions"
+    ):
         Loader.create(table, section, batch_size=1, num_rows=1, seed=0)
 
 
@@ -110,7 +112,7 @@ def test_weights_and_ids_reach_the_batch() -> None:
         for one, weight in zip(pairs(3), (0.5, 2.0, 1.0), strict=True)
     ]
     section = DataSection(max_length=100, packed_length=256, shuffle=False)
-    some = Loader.create(PairTable.from_pairs(weighted), section, batch_size=3, num_rows=1, seed=0)
+    some = Loader.create(make_table(weighted), section, batch_size=3, num_rows=1, seed=0)
     batch = some.batch(1)
     by_place = dict(
         zip(batch.index_MBP.ravel().tolist(), batch.weights_MBP.ravel().tolist(), strict=True)
@@ -125,7 +127,7 @@ def test_a_thousand_epochs_use_a_thousand_orders() -> None:
 
 
 def mixed(weights: list[float], **options: object) -> Loader:
-    """A loader of a set of 30 pairs (places 0 to 29) and one of 10."""
+    """A loader of a set of 30 pairs (indices 0 to 29) and one of 10."""
     section = DataSection(
         **{
             "max_length": 100,
@@ -136,7 +138,7 @@ def mixed(weights: list[float], **options: object) -> Loader:
         }
     )  # type: ignore[arg-type]
     both = [dataclasses.replace(some, source=int(i >= 30)) for i, some in enumerate(pairs(40))]
-    return Loader.create(PairTable.from_pairs(both), section, batch_size=8, num_rows=1, seed=0)
+    return Loader.create(make_table(both), section, batch_size=8, num_rows=1, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -149,24 +151,28 @@ def test_a_mix_gives_each_set_its_share_of_every_epoch(
     some = mixed(weights)
     assert some.steps_per_epoch == 5
     for epoch in range(3):
-        places = np.array(seen(some, range(5 * epoch + 1, 5 * epoch + 6)))
-        assert ((places < 30).sum(), (places >= 30).sum()) == visits
+        indices = np.array(seen(some, range(5 * epoch + 1, 5 * epoch + 6)))
+        assert ((indices < 30).sum(), (indices >= 30).sum()) == visits
 
 
 def test_a_mixed_set_goes_on_where_the_last_epoch_stopped() -> None:
-    places = np.array(seen(mixed([1, 1]), range(1, 16)))
-    first, second = places[places < 30], places[places >= 30]
+    indices = np.array(seen(mixed([1, 1]), range(1, 16)))
+    first, second = indices[indices < 30], indices[indices >= 30]
     assert np.bincount(first).tolist() == [2] * 30, "three epochs of 20 are two passes over 30"
     assert np.bincount(second)[30:].tolist() == [6] * 10
     assert len(set(first[:20])) == 20 and set(first[:40]) == set(range(30)), (
         "the second epoch sees first what the first one did not"
     )
-    assert seen(mixed([1, 1]), range(1, 16)) == places.tolist() != seen(mixed([3, 1]), range(1, 16))
+    assert (
+        seen(mixed([1, 1]), range(1, 16)) == indices.tolist() != seen(mixed([3, 1]), range(1, 16))
+    )
 
 
 def test_a_mix_without_shuffling_spreads_each_set_evenly() -> None:
-    places = seen(mixed([1, 1], shuffle=False), range(1, 3))
-    assert [place >= 30 for place in places] == [False, True] * 8 and places[::2] == list(range(8))
+    indices = seen(mixed([1, 1], shuffle=False), range(1, 3))
+    assert [place >= 30 for place in indices] == [False, True] * 8 and indices[::2] == list(
+        range(8)
+    )
 
 
 def test_a_mix_of_a_set_without_pairs_is_refused() -> None:
@@ -174,12 +180,12 @@ def test_a_mix_of_a_set_without_pairs_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"data\.weights=\[1, 2\]: set 2 of data\.train has no training pair"
     ):
-        Loader.create(PairTable.from_pairs(pairs(4)), section, batch_size=4, num_rows=1, seed=0)
+        Loader.create(make_table(pairs(4)), section, batch_size=4, num_rows=1, seed=0)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_read_disjoint_parts_of_the_steps_pairs_in_every_epoch(hosts: int) -> None:
-    table = PairTable.from_pairs(pairs(30))
+def test_processes_read_disjoint_parts_of_the_steps_pairs_in_every_epoch(hosts: int) -> None:
+    table = make_table(pairs(30))
     section = DataSection(max_length=128, packed_length=256, num_packed_lengths=2)
 
     def feeding(mine: frozenset[int] | None) -> Loader:
@@ -202,7 +208,7 @@ def test_hosts_read_disjoint_parts_of_the_steps_pairs_in_every_epoch(hosts: int)
                 axis=1,
             )
             np.testing.assert_array_equal(together, array, err_msg=name)
-        places = [one.index_MBP[one.lengths_MBP2[..., 0] > 0].tolist() for one in fed]
-        assert sorted(itertools.chain(*places)) == list(range(len(whole.pairs_of(step)))), (
+        indices = [one.index_MBP[one.lengths_MBP2[..., 0] > 0].tolist() for one in fed]
+        assert sorted(itertools.chain(*indices)) == list(range(len(whole.pairs_of(step)))), (
             "disjoint, and all of them"
         )

@@ -1,4 +1,4 @@
-"""Answers of several turns: which of their tokens are scored."""
+"""Answers of several turns: which of their tokens are loss tokens (completion mask)."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.config.data_options import DataSection
+from jaxdpo.data.detokenize import answer_pieces, describe_pair
 from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.formats.trl import parse_preference
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokenize import Encoder, Tokenizer, answer_pieces, describe_pair, load_tokenizer
+from jaxdpo.data.tokenize import Encoder, Tokenizer, load_tokenizer
 
 USER, ASSISTANT = (lambda text, role=role: Message(role, text) for role in ("user", "assistant"))
 PROMPT = (USER("Which colour is the sky?"),)
@@ -40,8 +41,8 @@ def encode(
     return encoder.encode([Preference(PROMPT, chosen, rejected)])[0]
 
 
-def scored(encoder: Encoder, pair: EncodedPair | Dropped) -> list[list[str]]:
-    """The scored pieces of the chosen and of the rejected answer."""
+def loss_texts(encoder: Encoder, pair: EncodedPair | Dropped) -> list[list[str]]:
+    """The loss tokens of the chosen and of the rejected answer."""
     assert isinstance(pair, EncodedPair), pair
     sides = [
         answer_pieces(encoder.tokenizer, pair.prompt_ids, ids, mask) for ids, mask in pair.answers
@@ -54,66 +55,68 @@ def scored(encoder: Encoder, pair: EncodedPair | Dropped) -> list[list[str]]:
     [("all", [" Blue.", " Red, I think.<|end|>"]), ("last", [" Red, I think.<|end|>"])],
     ids=["all", "last"],
 )
-def test_plain_turns(
+def test_completion_mask_of_plain_turns(
     byte_tokenizer: PreTrainedTokenizerFast, turns: str, chosen: list[str]
 ) -> None:
     ours = encoder(byte_tokenizer, turns)
     pair = encode(ours)
-    assert scored(ours, pair) == [chosen, [" No.<|end|>"]]
+    assert loss_texts(ours, pair) == [chosen, [" No.<|end|>"]]
     assert isinstance(pair, EncodedPair)
     whole = str(byte_tokenizer.decode([*pair.prompt_ids, *pair.chosen_ids]))
     assert whole.endswith("\n\nHuman: And in the evening?\n\nAssistant: Red, I think.<|end|>")
 
 
 @pytest.mark.parametrize("turns", ["all", "last"])
-def test_turns_of_a_template_with_their_end_markers(
+def test_completion_mask_of_template_turns_with_their_eos(
     chat_tokenizer: PreTrainedTokenizerFast, turns: str
 ) -> None:
     ours = encoder(chat_tokenizer, turns)
     chosen = ["Blue.<|im_end|>\n", "Red, I think.<|im_end|>\n"]
-    assert scored(ours, encode(ours)) == [
+    assert loss_texts(ours, encode(ours)) == [
         chosen if turns == "all" else chosen[1:],
         ["No.<|im_end|>\n"],
     ]
 
 
-def test_turns_of_tools_are_not_scored(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_completion_mask_leaves_out_turns_of_tools(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     ours = encoder(chat_tokenizer)
     called = (ASSISTANT("look it up"), Message("tool", "blue"), ASSISTANT("It is blue."))
-    assert scored(ours, encode(ours, called))[0] == [
+    assert loss_texts(ours, encode(ours, called))[0] == [
         "look it up<|im_end|>\n",
         "It is blue.<|im_end|>\n",
     ]
-    assert scored(ours, encode(ours, SHORT, called))[1] == [
+    assert loss_texts(ours, encode(ours, SHORT, called))[1] == [
         "look it up<|im_end|>\n",
         "It is blue.<|im_end|>\n",
     ]
 
 
-def test_turns_that_the_template_rewrites(
+def test_completion_mask_of_turns_that_the_template_rewrites(
     chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     thinks = tmp_path / "thinks.jinja"  # as Qwen3's: the last turn alone gets a think block
     thinks.write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
-        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     ours = encoder(chat_tokenizer, template=str(thinks))
-    assert scored(ours, encode(ours))[0] == ["Blue.<|im_end|>\n", "Red, I think.<|im_end|>\n"]
+    assert loss_texts(ours, encode(ours))[0] == ["Blue.<|im_end|>\n", "Red, I think.<|im_end|>\n"]
     loud = tmp_path / "loud.jinja"
     loud.write_text(
         "{% for m in messages %}<|im_start|>{{ m.content | upper }}<|im_end|>\n{% endfor %}"
     )
     found = encode(encoder(chat_tokenizer, template=str(loud)))
-    assert found == Dropped("the chat template writes a turn otherwise than it stands in its row")
+    assert found == Dropped("the chat template rewrites a turn, so its tokens cannot be found")
 
 
-def test_a_cut_that_leaves_nothing_scored_drops_the_pair(
+def test_truncation_that_leaves_no_loss_token_drops_the_pair(
     byte_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     whole = encode(encoder(byte_tokenizer))
-    assert isinstance(whole, EncodedPair) and whole.chosen_scored is not None
-    last = len(whole.prompt_ids) + int(np.flatnonzero(~whole.chosen_scored)[-1]) + 1
+    assert isinstance(whole, EncodedPair) and whole.chosen_mask is not None
+    last = len(whole.prompt_ids) + int(np.flatnonzero(~whole.chosen_mask)[-1]) + 1
     few: dict[str, Any] = {"max_prompt_length": len(whole.prompt_ids)}
     assert encode(encoder(byte_tokenizer, "last", max_length=last, **few)) == Dropped(
         "no room for an answer"
@@ -134,7 +137,7 @@ def test_rows_whose_dialogues_part_early() -> None:
     assert isinstance(record, Preference) and (record.chosen, record.rejected) == (LONG, SHORT)
 
 
-def test_what_is_scored_is_marked(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_loss_tokens_are_marked(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     pair = encode(encoder(byte_tokenizer))
     assert isinstance(pair, EncodedPair)
     shown = describe_pair(pair, byte_tokenizer)
@@ -145,9 +148,9 @@ def test_what_is_scored_is_marked(byte_tokenizer: PreTrainedTokenizerFast) -> No
     )
 
 
-def test_qwen3_scores_what_its_turns_say(real_data: Path) -> None:
+def test_completion_mask_of_qwen3(real_data: Path) -> None:
     ours = encoder(load_tokenizer(str(real_data / "tokenizers" / "qwen3")))
-    assert scored(ours, encode(ours)) == [
+    assert loss_texts(ours, encode(ours)) == [
         ["Blue.<|im_end|>\n", "Red, I think.<|im_end|>\n"],
         ["No.<|im_end|>\n"],
     ]

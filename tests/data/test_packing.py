@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdpo.data.packing import (
-    SLOT_MULTIPLE,
+    LENGTH_MULTIPLE,
     Batch,
     Packer,
     balance,
     choose_packed_lengths,
-    pair_slots,
+    pair_length,
 )
 from jaxdpo.data.pair_table import EncodedPair
 from tests.tiny import pair, pairs
@@ -35,7 +35,7 @@ def seen(row: Batch, slot: int) -> tuple[list[int], list[int]]:
 
 
 def check_row(row: Batch, some: list[EncodedPair], share_prefix: bool) -> list[int]:
-    """Every fact about a row that the model relies on; returns the places within the step of its pairs."""
+    """Everything that the model relies on; returns which pairs of the step the row has."""
     scored = 0
     for place, index in enumerate(row.index_MBP):
         if index < 0:
@@ -59,12 +59,12 @@ def check_row(row: Batch, some: list[EncodedPair], share_prefix: bool) -> list[i
             scored += mask.sum()
     assert (row.sides_MBS[:scored] >= 0).all() and (row.sides_MBS[scored:] == -1).all()
     real = [int(i) for i in row.index_MBP if i >= 0]
-    check_slots(row, sum(pair_slots(some[i], share_prefix) for i in real))
+    check_slots(row, sum(pair_length(some[i], share_prefix) for i in real))
     return real
 
 
 def check_slots(row: Batch, filled: int) -> None:
-    """Every slot sees itself; a filled one sees exactly the positions up to its own, an empty one nothing else."""
+    """Every token sees itself; a real one exactly the positions up to its own, padding no other."""
     for slot in range(len(row.tokens_MBT)):
         assert row.k_start_MBT[slot] <= slot < row.k_end_MBT[slot]
         if slot < filled:
@@ -84,7 +84,7 @@ def check_slots(row: Batch, filled: int) -> None:
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_scored_token_is_predicted_from_exactly_what_comes_before_it(
+def test_packing_predicts_every_loss_token_from_exactly_what_comes_before_it(
     share_prefix: bool, lengths: list[tuple[int, int, int]], num_rows: int, spare: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -93,7 +93,7 @@ def test_every_scored_token_is_predicted_from_exactly_what_comes_before_it(
         for sizes in lengths
     ]
     masked = [
-        dataclasses.replace(item, rejected_scored=rng.random(len(item.rejected_ids)) < 0.6)
+        dataclasses.replace(item, rejected_mask=rng.random(len(item.rejected_ids)) < 0.6)
         for item in some
     ]
     some = [item if seed % 2 else other for item, other in zip(some, masked, strict=True)]
@@ -101,7 +101,7 @@ def test_every_scored_token_is_predicted_from_exactly_what_comes_before_it(
         share_prefix=share_prefix,
         num_rows=num_rows,
         packed_lengths=(64, 120),
-        num_places=len(some) + spare,
+        max_pairs=len(some) + spare,
     )
     batch = packer(some)
     assert batch.tokens_MBT.shape[1] == num_rows and batch.tokens_MBT.shape[2] in (64, 120)
@@ -114,12 +114,12 @@ def test_every_scored_token_is_predicted_from_exactly_what_comes_before_it(
     assert sorted(found) == list(range(len(some)))
 
 
-def test_the_shared_row_written_out() -> None:
+def test_prefix_sharing_written_out() -> None:
     prompt, chosen, rejected = (
         np.array(part, np.int32) for part in ([11, 12, 13], [21, 22], [31, 32, 33])
     )
     (row,) = rows_of(
-        Packer(share_prefix=True, num_rows=1, packed_lengths=(10,), num_places=1)(
+        Packer(share_prefix=True, num_rows=1, packed_lengths=(10,), max_pairs=1)(
             [EncodedPair(prompt, chosen, rejected)]
         )
     )
@@ -133,8 +133,8 @@ def test_the_shared_row_written_out() -> None:
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_processes_fill_their_own_rows_and_read_no_other_pair(share_prefix: bool) -> None:
-    packer = Packer(share_prefix=share_prefix, num_rows=4, packed_lengths=(64, 160), num_places=24)
+def test_packing_reads_only_the_pairs_of_a_process_own_sequences(share_prefix: bool) -> None:
+    packer = Packer(share_prefix=share_prefix, num_rows=4, packed_lengths=(64, 160), max_pairs=24)
     some = pairs(24)
     whole, taken = packer(some), []
     for own in ({0, 1}, {2}, {3}):
@@ -172,18 +172,18 @@ class Watched:
 
 
 @pytest.mark.parametrize(("share_prefix", "slots"), [(True, 5 + 7 + 9), (False, 2 * 5 + 7 + 9)])
-def test_a_pair_that_fits_no_row_is_an_error(share_prefix: bool, slots: int) -> None:
-    exact = Packer(share_prefix=share_prefix, num_rows=1, packed_lengths=(slots,), num_places=1)
+def test_a_pair_longer_than_a_packed_sequence_is_an_error(share_prefix: bool, slots: int) -> None:
+    exact = Packer(share_prefix=share_prefix, num_rows=1, packed_lengths=(slots,), max_pairs=1)
     assert exact([pair(5, 7, 9)]).tokens_MBT.shape == (1, 1, slots)
-    short = Packer(share_prefix=share_prefix, num_rows=1, packed_lengths=(slots - 1,), num_places=1)
+    short = Packer(share_prefix=share_prefix, num_rows=1, packed_lengths=(slots - 1,), max_pairs=1)
     with pytest.raises(
-        ValueError, match=rf"data.packed_length={slots - 1}: a pair needs {slots} slots"
+        ValueError, match=rf"data.packed_length={slots - 1}: a pair needs {slots} token positions"
     ):
         short([pair(5, 7, 9)])
 
 
-def test_the_row_length_is_the_shortest_that_holds_the_fullest_row() -> None:
-    packer = Packer(share_prefix=True, num_rows=1, packed_lengths=(64, 128, 256), num_places=8)
+def test_the_packed_length_is_the_shortest_that_holds_the_fullest_sequence() -> None:
+    packer = Packer(share_prefix=True, num_rows=1, packed_lengths=(64, 128, 256), max_pairs=8)
     assert [packer([pair(10, size, 10)]).tokens_MBT.shape for size in (44, 45, 109)] == [
         (1, 1, 64),
         (1, 1, 128),
@@ -191,10 +191,10 @@ def test_the_row_length_is_the_shortest_that_holds_the_fullest_row() -> None:
     ]
 
 
-def test_more_tokens_than_a_pass_holds_take_more_microbatches() -> None:
+def test_more_tokens_than_a_microbatch_holds_take_gradient_accumulation() -> None:
     some = pairs(9, low=18, high=21)
     shapes = [
-        Packer(share_prefix=True, num_rows=n, packed_lengths=(128,), num_places=9)(
+        Packer(share_prefix=True, num_rows=n, packed_lengths=(128,), max_pairs=9)(
             some
         ).tokens_MBT.shape
         for n in (1, 2, 4)
@@ -226,7 +226,7 @@ def test_balance_keeps_every_item_and_every_limit(
 def test_balance_of_items_that_divide_evenly() -> None:
     rows = balance([5, 4, 3, 3, 2, 1], 2, 100)
     assert [sum((5, 4, 3, 3, 2, 1)[i] for i in row) for row in rows] == [9, 9]
-    with pytest.raises(ValueError, match="a pair needs 5 slots"):
+    with pytest.raises(ValueError, match="a pair needs 5 token positions"):
         balance([1, 5], 1, 4)
 
 
@@ -240,10 +240,12 @@ def slots_taken(loads: list[int], sizes: tuple[int, ...]) -> int:
     longest=st.sampled_from([500, 512, 700]),
 )
 @settings(deadline=None)
-def test_no_other_row_lengths_waste_less(loads: list[int], count: int, longest: int) -> None:
+def test_no_other_packed_lengths_waste_less_padding(
+    loads: list[int], count: int, longest: int
+) -> None:
     sizes = choose_packed_lengths(loads, count, longest)
     assert sizes[-1] == longest and len(sizes) <= count and list(sizes) == sorted(set(sizes))
-    below = range(SLOT_MULTIPLE, longest, SLOT_MULTIPLE)
+    below = range(LENGTH_MULTIPLE, longest, LENGTH_MULTIPLE)
     assert set(sizes[:-1]) <= set(below)
     others = (combination for n in range(count) for combination in itertools.combinations(below, n))
     assert slots_taken(loads, sizes) == min(

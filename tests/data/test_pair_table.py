@@ -3,7 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxdpo.data.pair_table import EncodedPair, PairTable
+from jaxdpo.data.pair_table import EncodedPair
+from tests.tiny import table as make_table
 
 
 def pair(
@@ -29,13 +30,13 @@ PAIRS = [
 
 
 def test_pairs_come_back_as_they_went_in() -> None:
-    table = PairTable.from_pairs(iter(PAIRS))
+    table = make_table(iter(PAIRS))
     assert len(table) == 3
     for index, pair in enumerate(PAIRS):
         found, expected = (
             table[index],
             dataclasses.replace(
-                pair, chosen_scored=pair.answers[0][1], rejected_scored=pair.answers[1][1]
+                pair, chosen_mask=pair.answers[0][1], rejected_mask=pair.answers[1][1]
             ),
         )
         assert {name: str(value) for name, value in vars(found).items()} == {
@@ -51,7 +52,7 @@ def test_pairs_come_back_as_they_went_in() -> None:
 
 
 def test_taking_pairs_shares_the_tokens() -> None:
-    table = PairTable.from_pairs(PAIRS)
+    table = make_table(PAIRS)
     for index in (np.array([2, 0]), np.array([True, False, True])):
         taken = table.take(index)
         assert sorted(taken.ids) == ["a", "c"] and taken.columns is table.columns
@@ -59,7 +60,7 @@ def test_taking_pairs_shares_the_tokens() -> None:
 
 
 def test_the_fingerprint_sees_tokens_order_boundaries_and_weights() -> None:
-    table = PairTable.from_pairs(PAIRS)
+    table = make_table(PAIRS)
     others = [
         PAIRS[::-1],
         [pair([1], [2, 3], [4, 5], weight=0.5), *PAIRS[1:]],
@@ -67,15 +68,13 @@ def test_the_fingerprint_sees_tokens_order_boundaries_and_weights() -> None:
         [pair([1, 2], [3], [4, 6], weight=0.5), *PAIRS[1:]],
         PAIRS[:2],
     ]
-    prints = {PairTable.from_pairs(pairs).fingerprint() for pairs in others}
+    prints = {make_table(pairs).fingerprint() for pairs in others}
     assert len(prints | {table.fingerprint()}) == 6
-    assert (
-        table.take(np.array([0, 1])).fingerprint() == PairTable.from_pairs(PAIRS[:2]).fingerprint()
-    )
+    assert table.take(np.array([0, 1])).fingerprint() == make_table(PAIRS[:2]).fingerprint()
 
 
 def test_statistics() -> None:
-    found = PairTable.from_pairs(PAIRS).statistics()
+    found = make_table(PAIRS).statistics()
     assert (found["pairs"], found["prompts"], found["tokens"]) == (3, 2, 15)
     assert found["truncated"] == {"prompt": 1, "chosen": 0, "rejected": 1}
     assert found["length"]["prompt"] == {"p50": 2, "p95": 3, "max": 3}
@@ -83,7 +82,7 @@ def test_statistics() -> None:
 
 
 def test_an_empty_table() -> None:
-    table = PairTable.from_pairs([])
+    table = make_table([])
     assert len(table) == 0 and table.lengths.shape == (0, 3)
     found = table.take(np.zeros(0, bool)).statistics()
     assert (

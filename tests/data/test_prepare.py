@@ -4,14 +4,11 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.prepare import prepare, split_by_prompt, summary
+from jaxdpo.data.prepare import code_hash, prepare, summary
 from jaxdpo.data.tokenize import load_tokenizer
 
 Write = Callable[..., str]
@@ -79,7 +76,7 @@ def test_given_validation_sets_and_a_shared_prompt(
     )
 
 
-def test_too_many_unusable_rows_stop_the_run(
+def test_too_many_invalid_rows_stop_the_run(
     write: Write, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     path = write("a.jsonl", [*rows(7), *({"prompt": "q", "chosen": "a", "rejected": "a"},) * 3])
@@ -89,7 +86,8 @@ def test_too_many_unusable_rows_stop_the_run(
     )
     with pytest.raises(
         ValueError,
-        match=r"30\.0% of the pairs are unusable, more than data\.max_dropped_fraction=0\.2\. .*3 identical answers",
+        match=r"30\.0% of the pairs are invalid, more than data\.max_dropped_fraction=0\.2\. "
+        r".*3 identical answers",
     ):
         prepare(options(train=[path], max_dropped_fraction=0.2), byte_tokenizer, 1000)
     section = options(
@@ -98,7 +96,7 @@ def test_too_many_unusable_rows_stop_the_run(
     )
     with pytest.raises(
         ValueError,
-        match=r"^data\.eval=.*c\.jsonl: no usable pair is left\. .*1 rows read.*1 empty answer",
+        match=r"^data\.eval=.*c\.jsonl: no valid pair is left\. .*1 rows read.*1 empty answer",
     ):
         prepare(section, byte_tokenizer, 1000)
 
@@ -136,7 +134,8 @@ def test_warnings_about_templates_and_special_tokens(
     )
     with pytest.raises(
         ValueError,
-        match=r"none of 10 answers ends in an end marker \(0 were cut\).*data\.missing_eos=keep trains nevertheless",
+        match=r"none of 10 answers ends in an end marker \(0 were "
+        r"cut\).*data\.missing_eos=keep trains nevertheless",
     ):
         prepare(section, byte_tokenizer, 1000)
     assert prepare(dataclasses.replace(section, missing_eos="keep"), byte_tokenizer, 1000).report[
@@ -144,34 +143,16 @@ def test_warnings_about_templates_and_special_tokens(
     ] == ["train: no answer ends in an end-of-text token, so the model will not learn to stop"]
 
 
-KEYS = st.lists(st.integers(0, 2**64 - 1), max_size=30)
-
-
-@given(KEYS, KEYS, st.floats(0, 1, exclude_max=True))
-def test_a_prompt_stays_on_one_side(keys: list[int], more: list[int], fraction: float) -> None:
-    old, both = np.array(keys, np.uint64), np.array(keys + more, np.uint64)
-    mask = split_by_prompt(old, fraction)
-    assert mask.shape == old.shape and not set(old[mask]) & set(old[~mask])
-    if fraction == 0 or len(set(keys)) < 2:
-        assert not mask.any()
-        return
-    assert mask.any() and not mask.all()
-    regular = (old < np.uint64(int(fraction * 2**64))) == mask
-    if (
-        regular.all()
-        and (grown := split_by_prompt(both, fraction))[: len(old)].tolist() != mask.tolist()
-    ):
-        assert (both < np.uint64(int(fraction * 2**64))).tolist() != grown.tolist(), (
-            "only a forced side moves"
-        )
-
-
-def test_added_rows_move_no_prompt_and_the_share_is_kept() -> None:
-    keys = np.random.default_rng(0).integers(0, 2**64, 4000, np.uint64)
-    mask = split_by_prompt(keys, 0.05)
-    assert 150 < mask.sum() < 250
-    assert (split_by_prompt(keys[:500], 0.05) == mask[:500]).all()
-    assert (split_by_prompt(keys[::-1], 0.05) == mask[::-1]).all()
+def test_the_cache_follows_the_code_of_the_formats_too(tmp_path: Path) -> None:
+    (tmp_path / "formats").mkdir()
+    (tmp_path / "prepare.py").write_text("a = 1")
+    (tmp_path / "formats" / "trl.py").write_text("b = 1")
+    (tmp_path / "formats" / "notes.txt").write_text("c")
+    first = code_hash(tmp_path)
+    (tmp_path / "formats" / "notes.txt").write_text("d")
+    assert code_hash(tmp_path) == first
+    (tmp_path / "formats" / "trl.py").write_text("b = 2")
+    assert code_hash(tmp_path) != first
 
 
 def test_real_pairs(real_data: Path) -> None:

@@ -1,4 +1,7 @@
-"""Published token ids, tokenizers and templates, and real pairs. No text of the pairs is quoted: it is offensive."""
+"""Published token ids, tokenizers and templates, and real pairs.
+
+No text of the pairs is quoted: it is offensive.
+"""
 
 import functools
 import shutil
@@ -7,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from jaxdpo.config.data_options import DataSection
+from jaxdpo.data.detokenize import decode_answer
 from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.sources import read_set
-from jaxdpo.data.tokenize import Encoder, Tokenizer, decode_answer, load_tokenizer
-from jaxdpo.data.tokens import Words
+from jaxdpo.data.tokenize import Encoder, Tokenizer, load_tokenizer
+from jaxdpo.data.word_cache import WordCache
 
 
 def encoder(tokenizer: Tokenizer, chat_template: str | None = None) -> Encoder:
@@ -41,7 +45,7 @@ def test_published_ids(real_data: Path, name: str, block: str) -> None:
         *expected,
         [],
     ]  # the last block of the file is the empty text
-    words = Words.of(tokenizer)
+    words = WordCache.of(tokenizer)
     assert words is not None and words.encode(texts, special=False) == found
 
 
@@ -49,7 +53,7 @@ def test_published_ids(real_data: Path, name: str, block: str) -> None:
 def test_real_texts_word_by_word(real_data: Path, name: str) -> None:
     tokenizer = load_tokenizer(str(real_data / "tokenizers" / name))
     words, texts = (
-        Words.of(tokenizer),
+        WordCache.of(tokenizer),
         [text for record in hh_records(real_data)[::5] for text in record.texts],
     )
     assert (

@@ -187,7 +187,7 @@ def test_every_hub_set_has_a_form() -> None:
 
 
 @pytest.mark.parametrize("option", ["empty", "identical"])
-def test_an_unusable_pair_can_be_an_error(write: Write, option: str) -> None:
+def test_an_invalid_pair_can_be_an_error(write: Write, option: str) -> None:
     rows = [
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": "a", "rejected": "" if option == "empty" else "a"},

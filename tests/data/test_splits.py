@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jaxdpo.data.splits import split_files
+from jaxdpo.data.splits import split_by_prompt, split_files
 from tests.data.rows import assistant, collect, user
 
 ROWS = [
@@ -100,3 +103,35 @@ def test_a_damaged_state_file(tmp_path: Path, state: str, message: str) -> None:
     (tmp_path / "state.json").write_text(state)
     with pytest.raises(ValueError, match=message):
         split_files(tmp_path, "test", ("train",))
+
+
+KEYS = st.lists(st.integers(0, 2**64 - 1), max_size=30)
+
+
+@given(KEYS, KEYS, st.floats(0, 1, exclude_max=True))
+def test_split_by_prompt_keeps_a_prompt_on_one_side(
+    keys: list[int], more: list[int], fraction: float
+) -> None:
+    old, both = np.array(keys, np.uint64), np.array(keys + more, np.uint64)
+    mask = split_by_prompt(old, fraction)
+    assert mask.shape == old.shape and not set(old[mask]) & set(old[~mask])
+    if fraction == 0 or len(set(keys)) < 2:
+        assert not mask.any()
+        return
+    assert mask.any() and not mask.all()
+    regular = (old < np.uint64(int(fraction * 2**64))) == mask
+    if (
+        regular.all()
+        and (grown := split_by_prompt(both, fraction))[: len(old)].tolist() != mask.tolist()
+    ):
+        assert (both < np.uint64(int(fraction * 2**64))).tolist() != grown.tolist(), (
+            "only a forced side moves"
+        )
+
+
+def test_split_by_prompt_moves_no_prompt_when_rows_are_added() -> None:
+    keys = np.random.default_rng(0).integers(0, 2**64, 4000, np.uint64)
+    mask = split_by_prompt(keys, 0.05)
+    assert 150 < mask.sum() < 250
+    assert (split_by_prompt(keys[:500], 0.05) == mask[:500]).all()
+    assert (split_by_prompt(keys[::-1], 0.05) == mask[::-1]).all()

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,66 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.config.data_options import DataSection
+from jaxdpo.data.detokenize import decode_answer
 from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokenize import (
-    Encoder,
-    check_vocabulary,
-    decode_answer,
-    describe_pair,
-    load_tokenizer,
+from jaxdpo.data.tokenize import check_vocabulary, load_tokenizer
+from tests.data.encoding import (
+    KINDS,
+    answers,
+    chat,
+    drop_reason,
+    encode,
+    encoder,
+    pair_prompt,
+    text_of,
 )
 
 Write = Callable[..., str]
-KINDS = ("byte_tokenizer", "metaspace_tokenizer", "chat_tokenizer")
-
-
-def chat(prompt: list[str], chosen: str, rejected: str, **options: object) -> Preference:
-    """A conversation whose turns alternate, beginning with the user's."""
-    turns = tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(prompt))
-    return Preference(
-        turns,
-        (Message("assistant", chosen),),
-        (Message("assistant", rejected),),
-        **options,  # type: ignore[arg-type]
-    )
-
-
-def encoder(tokenizer: PreTrainedTokenizerFast, **options: object) -> Encoder:
-    return Encoder.create(
-        tokenizer,
-        DataSection(
-            **{
-                "packed_length": 2 * 10**6,
-                "max_length": 10**6,
-                "max_prompt_length": 10**5,
-                **options,
-            }
-        ),
-    )  # type: ignore[arg-type]
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerFast, record: Preference, **options: object
-) -> EncodedPair:
-    (result,) = encoder(tokenizer, **options).encode([record])
-    assert isinstance(result, EncodedPair), result
-    return result
-
-
-def drop_reason(tokenizer: PreTrainedTokenizerFast, record: Preference, **options: object) -> str:
-    (result,) = encoder(tokenizer, **options).encode([record])
-    assert isinstance(result, Dropped), result
-    return result.reason
-
-
-def text_of(tokenizer: PreTrainedTokenizerFast, pair: EncodedPair) -> tuple[str, str, str]:
-    answers = [
-        decode_answer(tokenizer, pair.prompt_ids, ids)
-        for ids in (pair.chosen_ids, pair.rejected_ids)
-    ]
-    return str(tokenizer.decode(pair.prompt_ids.tolist())), answers[0], answers[1]
 
 
 # --- plain text ---
@@ -96,14 +51,6 @@ def test_messages_without_a_template_become_plain_turns(
     )
 
 
-def pair_prompt(text: str) -> tuple[Message, ...]:
-    return (Message("user", text),)
-
-
-def answers(chosen: str, rejected: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    return (Message("assistant", chosen),), (Message("assistant", rejected),)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_strings_are_encoded_verbatim_even_with_a_template(
     kind: str, request: pytest.FixtureRequest
@@ -117,7 +64,7 @@ def test_strings_are_encoded_verbatim_even_with_a_template(
     assert [*pair.prompt_ids, *pair.chosen_ids] == [*bos, *whole, tokenizer.eos_token_id]
 
 
-def test_the_end_token_is_not_doubled(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_eos_is_not_doubled(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     eos = byte_tokenizer.eos_token_id
     for record in (Preference("q", " a<|end|>", " b"), chat(["q"], "a<|end|>", "b")):
         pair = encode(byte_tokenizer, record)
@@ -168,7 +115,7 @@ def test_special_tokens_that_cannot_stay_text_drop_the_row() -> None:
     assert encode(tokenizer, Preference("a", "ab", "b</s>")).rejected_ids.tolist() == [3, 1]
 
 
-def test_a_tokenizer_without_an_end_token_adds_none() -> None:
+def test_a_tokenizer_without_eos_adds_none() -> None:
     model = tokenizers.models.WordLevel({"a": 0, "b": 1, "q": 2}, unk_token="q")
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
@@ -181,7 +128,7 @@ def test_a_tokenizer_without_an_end_token_adds_none() -> None:
     assert not pair.ended_chosen and not pair.ended_rejected
 
 
-def test_drops(
+def test_what_is_dropped_and_why(
     byte_tokenizer: PreTrainedTokenizerFast, metaspace_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     assert (
@@ -201,146 +148,6 @@ def test_drops(
     assert (
         drop_reason(byte_tokenizer, tool)
         == "plain text has no form for a role other than system, user, assistant"
-    )
-
-
-# --- chat templates ---
-
-
-def test_a_template_lays_out_messages(chat_tokenizer: PreTrainedTokenizerFast) -> None:
-    pair = encode(chat_tokenizer, chat(["Hi", "Hello", "Why?"], "So", "No"))
-    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    assert text_of(chat_tokenizer, pair) == (
-        "<|begin|>" + prompt,
-        "So<|im_end|>\n",
-        "No<|im_end|>\n",
-    )
-    assert pair.ended_chosen and pair.ended_rejected
-
-
-def test_a_template_that_writes_before_the_answer_leaves_that_unscored(
-    chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    path = tmp_path / "think.jinja"
-    path.write_text(
-        str(chat_tokenizer.chat_template).replace(
-            "{{ m.content }}",
-            "{% if loop.last and m.role == 'assistant' %}<t></t>\n{% endif %}{{ m.content | trim }}",
-        )
-    )
-    pair = encode(chat_tokenizer, chat(["Why?"], " t So", "t"), chat_template=str(path))
-    assert text_of(chat_tokenizer, pair)[1:] == ("t So<|im_end|>\n", "t<|im_end|>\n")
-    assert text_of(chat_tokenizer, pair)[0].endswith("<|im_start|>assistant\n<t></t>\n")
-
-
-def test_a_template_that_renders_the_prompt_otherwise_is_cut_where_they_part(
-    chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    path = tmp_path / "other.jinja"
-    path.write_text(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}{assistant}{% endif %}"
-    )
-    pair = encode(chat_tokenizer, chat(["Why?"], "So", "No"), chat_template=str(path))
-    assert text_of(chat_tokenizer, pair) == ("[user]Why?", "[assistant]So", "[assistant]No")
-    assert not pair.ended_chosen
-
-
-def test_special_tokens_in_messages_are_dropped_not_obeyed(
-    chat_tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    for record in (
-        chat(["<|im_end|>\n<|im_start|>system"], "a", "b"),
-        chat(["q"], "a<|begin|>", "b"),
-    ):
-        assert (
-            drop_reason(chat_tokenizer, record)
-            == "text spells a special token of the chat template"
-        )
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (
-            "{{ raise_exception('roles must alternate\x1b[2J') }}",
-            r"the chat template refuses it: roles must alternate\x1b[2J",
-        ),
-        (
-            "{{ messages.__class__.__mro__ }}",
-            "the chat template refuses it: access to attribute '__class__' of 'list' object is unsafe.",
-        ),
-        (
-            "{{ 'a' + 1 }}",
-            'the chat template refuses it: can only concatenate str (not "int") to str',
-        ),
-    ],
-)
-def test_what_a_template_refuses_is_a_reason(
-    chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, template: str, message: str
-) -> None:
-    (tmp_path / "t.jinja").write_text(template)
-    assert (
-        drop_reason(chat_tokenizer, chat(["q"], "a", "b"), chat_template=str(tmp_path / "t.jinja"))
-        == message
-    )
-
-
-def test_a_template_that_is_none_is_an_error(
-    chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    (tmp_path / "bad.jinja").write_text("{% for %}")
-    for path, message in [("bad.jinja", "Expected"), ("none.jinja", "No such file")]:
-        with pytest.raises(ValueError, match=rf"^data\.chat_template=.*{path}: .*{message}"):
-            encoder(chat_tokenizer, chat_template=str(tmp_path / path))
-
-
-def test_a_template_with_the_date_gives_the_same_tokens_every_day(
-    chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    path = tmp_path / "date.jinja"
-    path.write_text(
-        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {{ strftime_now('%Y-%m-%d') }}{% endif %}"
-        + str(chat_tokenizer.chat_template)
-    )
-    pair = encode(chat_tokenizer, chat(["q"], "a", "b"), chat_template=str(path))
-    assert text_of(chat_tokenizer, pair)[0].startswith("26 Jul 2024 2024-07-26<|begin|>")
-
-
-# --- truncation ---
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_truncation(kind: str, request: pytest.FixtureRequest) -> None:
-    tokenizer = request.getfixturevalue(kind)
-    record = chat(["one two three four five six seven"], "eight nine ten eleven twelve", "no")
-    full = encode(tokenizer, record)
-    limit, room = len(full.prompt_ids) - 3, len(full.chosen_ids) - 1
-    cut = encode(tokenizer, record, max_prompt_length=limit, max_length=limit + room)
-    kept_bos = int(full.prompt_ids[0] == tokenizer.bos_token_id)
-    assert cut.prompt_ids.tolist() == [
-        *full.prompt_ids[:kept_bos],
-        *full.prompt_ids[3 + kept_bos :],
-    ]
-    assert cut.chosen_ids.tolist() == full.chosen_ids[:room].tolist()
-    assert cut.rejected_ids.tolist() == full.rejected_ids.tolist()
-    assert (cut.truncated_prompt, cut.truncated_chosen, cut.truncated_rejected) == (
-        True,
-        True,
-        False,
-    )
-    if kind != "chat_tokenizer":  # there the line break after the end marker was cut
-        assert not cut.ended_chosen and tokenizer.eos_token_id not in cut.chosen_ids
-    assert cut.ended_rejected
-
-
-def test_a_prompt_of_one_token_keeps_the_beginning(
-    metaspace_tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    pair = encode(
-        metaspace_tokenizer, chat(["one two"], "a", "b"), max_prompt_length=1, max_length=3
-    )
-    assert (
-        pair.prompt_ids.tolist() == [metaspace_tokenizer.bos_token_id] and len(pair.chosen_ids) == 2
     )
 
 
@@ -379,7 +186,7 @@ DIALOGUE = st.tuples(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_boundaries_of_any_dialogue(kind: str, request: pytest.FixtureRequest) -> None:
+def test_boundaries_bos_and_eos_of_any_dialogue(kind: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
 
     @settings(max_examples=500, deadline=None, derandomize=True, database=None)
@@ -461,24 +268,6 @@ def check_truncation(
 # --- loading, checking, showing ---
 
 
-TOOL_CHATML = "{% if tools %}{% for t in tools %}<tool>{{ t.name }}</tool>{% endfor %}{% endif %}"
-
-
-def test_a_template_is_told_of_the_tools(
-    chat_tokenizer: PreTrainedTokenizerFast, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    (tmp_path / "tools.jinja").write_text(TOOL_CHATML + str(chat_tokenizer.chat_template))
-    record = chat(["Add"], "yes", "no", tools='[{"name": "plus"}]')
-    path = str(tmp_path / "tools.jinja")
-    prompt, *spans = text_of(chat_tokenizer, encode(chat_tokenizer, record, chat_template=path))
-    assert prompt.startswith("<tool>plus</tool>") and spans == ["yes<|im_end|>\n", "no<|im_end|>\n"]
-    assert drop_reason(chat_tokenizer, record) == "the chat template has no place for tools"
-    assert drop_reason(byte_tokenizer, record) == "plain text has no form for tools"
-    assert drop_reason(
-        chat_tokenizer, dataclasses.replace(record, tools='[{"name": "<|im_end|>"}]')
-    ).startswith("text spells a special")
-
-
 def test_loading_a_tokenizer(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     byte_tokenizer.save_pretrained(tmp_path / "good")
     assert load_tokenizer(str(tmp_path / "good")).eos_token == "<|end|>"
@@ -515,18 +304,3 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused(
         ValueError, match=r"gives the id 9 \('.*'\), but the model's vocab_size is 9"
     ):
         check_vocabulary(9, byte_tokenizer, 9)
-
-
-def test_a_pair_is_shown_safely_with_its_scored_text_marked(
-    byte_tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    pair = encode(
-        byte_tokenizer,
-        chat(["see\x1b[2J\u202e this"], "yes", "no way", id="f\x07:1", weight=0.5),
-        max_length=25,
-        max_prompt_length=20,
-    )
-    shown = describe_pair(pair, byte_tokenizer)
-    assert "<< yes<|end|>>>" in shown and "rejected, 5 tokens scored, truncated" in shown
-    assert "prompt, 20 tokens, truncated" in shown and "pair f\\x07:1, weight 0.5" in shown
-    assert shown.replace("\n", "").isprintable()

@@ -42,12 +42,12 @@ def encoded(
     count: int, encoder: Encoder, processes: int
 ) -> tuple[dict[str, np.ndarray], DataReport]:
     report = DataReport("a.jsonl", "preference")
-    lots = list(encode_records(records(count), report, encoder, 3, processes))
-    return {name: np.concatenate([lot[name] for lot in lots]) for name in COLUMNS}, report
+    chunks = list(encode_records(records(count), report, encoder, 3, processes))
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in COLUMNS}, report
 
 
 def test_processes_change_nothing(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize_parallel, "RECORDS_AT_ONCE", 16)
+    monkeypatch.setattr(tokenize_parallel, "CHUNK_SIZE", 16)
     monkeypatch.setattr(tokenize_parallel, "ALONE", 32)
     alone, counted = encoded(250, encoder, processes=1)
     shared, counted_too = encoded(250, encoder, processes=2)
@@ -86,7 +86,7 @@ def test_a_process_that_dies_is_told(encoder: Encoder) -> None:
 def test_long_work_tells_how_far_it_is(
     encoder: Encoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tokenize_parallel, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(tokenize_parallel, "LOG_EVERY", 0.0)
     caplog.set_level(logging.INFO)
     encoded(600, encoder, processes=1)
     assert "data: a.jsonl: 438 pairs encoded" in caplog.text
@@ -97,9 +97,9 @@ def test_by_default_there_is_a_process_for_every_core(
 ) -> None:
     asked: list[Any] = []
 
-    def note(lots: Any, encoder: Any, source: int, processes: int) -> Any:
+    def note(chunks: Any, encoder: Any, source: int, processes: int) -> Any:
         asked.append(processes)
-        yield tokenize_parallel.encode_lot(encoder, next(lots), source)
+        yield tokenize_parallel.encode_chunk(encoder, next(chunks), source)
 
     monkeypatch.setattr(tokenize_parallel, "_encoded", note)
     monkeypatch.setattr(tokenize_parallel, "usable_cores", lambda: 100)

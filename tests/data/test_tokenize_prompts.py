@@ -1,4 +1,4 @@
-"""Prompts that are to be answered: the tokens that training puts before an answer, and those that end one."""
+"""Prompts for generation: the tokens that training puts before an answer, and the stop tokens."""
 
 import dataclasses
 from pathlib import Path
@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from jaxdpo.data.chat_template import read_template
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokenize import EncodedPrompt, Encoder, load_tokenizer, read_template
+from jaxdpo.data.tokenize import EncodedPrompt, Encoder, load_tokenizer
 
 KINDS = ("byte_tokenizer", "metaspace_tokenizer", "chat_tokenizer")
 TURNS = (
@@ -18,8 +19,10 @@ TURNS = (
     Message("user", "Thank you! And?"),
 )
 THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """As Qwen3's: something stands before the last answer that the generation prompt lacks."""
 
@@ -69,7 +72,7 @@ def test_what_the_template_writes_before_an_answer_is_part_of_the_prompt(
     )
 
 
-def test_a_long_prompt_keeps_its_end_and_says_so(
+def test_prompt_truncation_keeps_bos_and_the_end_and_says_so(
     metaspace_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     whole = prompt_ids(encoder(metaspace_tokenizer), TURNS)
@@ -103,7 +106,7 @@ def test_prompts_that_have_no_form_say_why(
     )
 
 
-def test_ends_are_the_end_of_text_and_what_the_template_writes_behind_an_answer(
+def test_stop_ids_are_eos_and_what_the_template_writes_after_an_answer(
     byte_tokenizer: PreTrainedTokenizerFast, chat_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     begin, start, end = (

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxdpo.config.cross_checks import cross_check
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.config.schema import Config, MeshSection
-from jaxdpo.data.packing import SLOT_MULTIPLE
+from jaxdpo.data.packing import LENGTH_MULTIPLE
 from jaxdpo.distributed import sharding
 from jaxdpo.models.params import abstract_params, logical_axes
 from jaxdpo.models.shardings import axis_sizes
@@ -99,7 +99,7 @@ def test_what_experts_are_shared_by_must_divide_them_and_the_model() -> None:
 
 def test_rows_are_cut_into_shares_of_one_length() -> None:
     for size in range(1, 65):
-        if SLOT_MULTIPLE % size:
+        if LENGTH_MULTIPLE % size:
             with pytest.raises(
                 ValueError, match=f"mesh.context={size}: rows are multiples of 64 slots"
             ):

@@ -17,8 +17,9 @@ from jaxdpo.data.inspect.near_duplicates import (
     jaccard,
     shingles,
 )
-from jaxdpo.data.prepare import Prepared, split_by_prompt
+from jaxdpo.data.prepare import Prepared
 from jaxdpo.data.sources import read_set
+from jaxdpo.data.splits import split_by_prompt
 
 NEARLY_EQUAL = 0.8
 """Jaccard index from which the answers of a pair count as nearly equal, as for near-duplicates."""

@@ -80,7 +80,7 @@ def _bar(share: float, width: int, blocks: bool) -> str:
 def _rows(item: Mapping[str, Any]) -> Table:
     """What became of the rows of a set."""
     rows = [["rows read", f"{item['rows_read']:,}", ""], ["pairs kept", f"{item['kept']:,}", ""]]
-    for verb, reasons in (("dropped", item["dropped"]), ("filtered", item["left_out"])):
+    for verb, reasons in (("dropped", item["dropped"]), ("filtered", item["filtered"])):
         for reason, found in reasons.items():
             count = found["count"]
             names = _names(found["examples"], count)

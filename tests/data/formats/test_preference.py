@@ -76,10 +76,10 @@ def test_report_counts_each_reason_and_keeps_five_examples() -> None:
     }
     assert found["dropped"]["identical answers"]["count"] == 1
     assert report.dropped_fraction == 8 / 20, "what is filtered does not count"
-    assert found["left_out"] == {"tie": {"count": 1, "examples": ["f:10"]}}
+    assert found["filtered"] == {"tie": {"count": 1, "examples": ["f:10"]}}
     line = describe_counts(found)
     assert "20 rows read, 12 parsed, 12 kept; dropped 8 (7 empty answer, 1 identical" in line
-    assert "answers); left out 1 (1 tie); columns not used: score" in line
+    assert "answers); filtered 1 (1 tie); columns not used: score" in line
 
 
 def test_printable_defuses_terminal_escapes_and_reordering() -> None:

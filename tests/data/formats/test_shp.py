@@ -87,7 +87,7 @@ def test_five_pairs_of_a_post_are_trained_on_and_all_are_validated_on(write: Wri
     report, records = collect(path)
     assert (report.format, len(records), report.rows_read) == ("shp", 6, 9) and is_shp(shp(1, 1, 1))
     assert (
-        report.left_out == {"more than 5 pairs of one prompt": 2, "score ratio below 2": 1}
+        report.filtered == {"more than 5 pairs of one prompt": 2, "score ratio below 2": 1}
         and report.dropped == {}
     )
     assert len(collect(path, "data.eval")[1]) == 8

@@ -91,7 +91,7 @@ def test_tokens_outside_the_completion_mask_are_not_marked(
     chosen = np.concatenate(parts)
     scored = np.concatenate([np.full(len(part), place != 1) for place, part in enumerate(parts)])
     pair = EncodedPair(
-        prompt, chosen, parts[0], chosen_scored=scored, id="p", weight=2.0, ended_rejected=True
+        prompt, chosen, parts[0], chosen_mask=scored, id="p", weight=2.0, ended_rejected=True
     )
     example = example_of_tokens(pair, byte_tokenizer)
     assert list(example.passages[0].spans) == [(texts[0], False)]

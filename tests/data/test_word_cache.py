@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.data import tokens
+from jaxdpo.data import word_cache
 from jaxdpo.data.tokenize import load_tokenizer
-from jaxdpo.data.tokens import PATTERNS, UNCOMMON, Words
+from jaxdpo.data.word_cache import PATTERNS, UNCOMMON, WordCache
 
 TEXT = st.text(st.sampled_from("aAz \n\r\t'.:1é́中🙂<|end|>sH’ªØßž½²…—÷§ſ\x1c\x85\xa0"), max_size=12)
 PIECE = st.one_of(
@@ -43,18 +43,18 @@ def with_pattern(
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 
-def words_of(tokenizer: Any) -> Words:
-    words = Words.of(tokenizer)
+def words_of(tokenizer: Any) -> WordCache:
+    words = WordCache.of(tokenizer)
     assert words is not None
     return words
 
 
 def is_other(tokenizer: Any) -> bool:
-    return Words.of(tokenizer) is None
+    return WordCache.of(tokenizer) is None
 
 
 def check(
-    tokenizer: Any, words: Words, pieces: list[str], chosen: str, rejected: str, special: bool
+    tokenizer: Any, words: WordCache, pieces: list[str], chosen: str, rejected: str, special: bool
 ) -> None:
     prompt = "".join(pieces)
     texts = (prompt, prompt + chosen, prompt + rejected)
@@ -92,9 +92,11 @@ def test_every_word_is_encoded_once(
     byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    known = tokens._Known.__missing__
+    known = word_cache._IdsOfWord.__missing__
     monkeypatch.setattr(
-        tokens._Known, "__missing__", lambda self, word: (seen.append(word), known(self, word))[1]
+        word_cache._IdsOfWord,
+        "__missing__",
+        lambda self, word: (seen.append(word), known(self, word))[1],
     )
     words, prompt = words_of(byte_tokenizer), "\n\nHuman: why, <|end|> oh why?\n\nAssistant:"
     pairs = [(prompt, prompt + " yes", prompt + " no"), (prompt, prompt + " yes", prompt + " why")]
@@ -102,14 +104,14 @@ def test_every_word_is_encoded_once(
     assert sorted(seen) == sorted(
         ["\n", "Human", ":", " why", ",", " ", " oh", "?", "A", "Assistant", " yes", " no"]
     )
-    monkeypatch.setattr(tokens, "MAX_KNOWN", 5)
+    monkeypatch.setattr(word_cache, "MAX_WORDS", 5)
     assert words.encode_pairs(pairs, True) == first and len(seen) == 24
 
 
 def test_common_characters_are_of_their_class() -> None:
     common = [chr(code) for code in range(0x2100) if not UNCOMMON.match(chr(code))]
     assert len(common) > 350
-    for name, members in (("L", tokens._LETTERS), ("N", tokens._NUMBERS)):
+    for name, members in (("L", word_cache._LETTERS), ("N", word_cache._NUMBERS)):
         assert all(
             (unicodedata.category(char)[0] == name) == bool(re.match(f"[{members}]", char))
             for char in common
