@@ -17,10 +17,12 @@ from hypothesis import settings
 settings.register_profile("untimed", deadline=None)  # a first call compiles, and machines differ
 settings.load_profile("untimed")
 
-# JAX reads these once, when it is first imported. NPROC: XLA's CPU thread pool; with as many threads as a small
-# machine has cores, collectives of simulated devices that are queued without blocking wait for each other for ever.
+# JAX reads these once, when it is first imported. NPROC: XLA's CPU thread pool; with as many
+# threads as a small machine has cores, collectives of simulated devices that are queued without
+# blocking wait for each other for ever.
 os.environ.setdefault("NPROC", "32")
-# Programs that compile five times faster and run slower: tests run a program once or twice. XLA_FLAGS= tests what users run.
+# Programs that compile five times faster and run slower: tests run a program once or twice.
+# XLA_FLAGS= tests what users run.
 emitters = (
     " --xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""
 )  # later versions abort on this flag
@@ -46,7 +48,7 @@ if (
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of real models, tokenizers and pairs, named by JAXDPO_DATA; the test is skipped without it."""
+    """The folder of real data that JAXDPO_DATA names; the test is skipped without it."""
     folder = os.environ.get("JAXDPO_DATA")
     if not folder:
         pytest.skip("JAXDPO_DATA names no folder of real data")
@@ -55,7 +57,7 @@ def real_data() -> Path:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
-    """write(name, rows) puts rows into a JSON lines file (or bytes as they are) and returns its path."""
+    """write(name, rows) -> path of a JSON lines file of these rows, or of a file of bytes."""
 
     def put(name: str, content: list[Any] | bytes) -> str:
         data = (

@@ -19,7 +19,8 @@ def parse(folder: Path) -> Modules:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Everything that is imported, as dotted names; `from a import b` gives a.b, whether b is a module or not."""
+    """Everything that is imported, as dotted names; `from a import b` gives a.b, whether b is a
+    module or not."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,6 +1,7 @@
 """The house rules, checked on the source: rooms and floors, heavy packages, sizes, docstrings.
 
-Each rule is a function from the parsed package to a list of complaints, and is shown a package that breaks it.
+Each rule is a function from the parsed package to a list of complaints, and is shown a package that
+breaks it.
 """
 
 import ast
@@ -21,8 +22,9 @@ FLOORS = [
     ["inference", "planning"],
     ["commands"],
 ]
-"""Rooms (folders of the package) from the ground up. A module imports from lower floors and from its own, and rooms
-import each other in one direction only. Every file at the top of the package is a command."""
+"""Rooms (folders of the package) from the ground up. A module imports from lower floors and from
+its own, and rooms import each other in one direction only. Every file at the top of the package is
+a command."""
 MAX_FLOORS, MAX_ROOMS = 7, 25
 
 HEAVY = {
@@ -44,7 +46,7 @@ DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "yaml": "pyyaml"}
 
 
 def room_of(name: str) -> str:
-    """The innermost folder that a module is in; "commands" for files at the top and for __main__."""
+    """The innermost folder of a module; "commands" for files at the top and for __main__."""
     parts = name.split(".")
     return "commands" if len(parts) == 1 or parts[-1] == "__main__" else ".".join(parts[:-1])
 

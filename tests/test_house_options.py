@@ -57,9 +57,11 @@ def options_are_documented(modules: Modules) -> list[str]:
 
 
 def read_attributes(tree: ast.AST, found: dict[str, ast.ClassDef]) -> set[tuple[str, str]]:
-    """(section, attribute) pairs that a tree reads, from `x.section.attribute` or from a name that holds a section.
+    """(section, attribute) pairs that a tree reads, from `x.section.attribute` or from a name that
+    holds a section.
 
-    A name holds a section where its annotation says so, or where it was assigned from `x.section` or from such a name.
+    A name holds a section where its annotation says so, or where it was assigned from `x.section`
+    or from such a name.
     """
     holders = _annotated(tree, found) | {("config", "config")}
     assigned = [
@@ -217,8 +219,10 @@ def test_a_broken_rule_is_found(
         "def f(config):\n  loss = config.loss\n  return loss.beta, loss.names, config.seed",
         "def f(config):\n  a, b = config.loss, 1\n  return a.beta, a.name, config.seed",
         "def f(options): return options.config.loss.beta, options.loss.name, options.config.seed",
-        "def f(x: LossSection, c: Config):\n  self._l, b = x, c\n  return self._l.beta, self._l.name, b.seed",
-        "class A:\n  loss: LossSection\n  def f(self, c: Config): return self.loss.beta, self.loss.name, c.seed",
+        "def f(x: LossSection, c: Config):\n  self._l, b = x, c\n"
+        "  return self._l.beta, self._l.name, b.seed",
+        "class A:\n  loss: LossSection\n"
+        "  def f(self, c: Config): return self.loss.beta, self.loss.name, c.seed",
     ],
 )
 def test_an_option_may_be_read_in_several_ways(source: str) -> None:

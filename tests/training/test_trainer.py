@@ -247,7 +247,8 @@ def test_the_reference_leaves_memory_when_its_log_probs_are_known(
 
 
 def test_the_base_gets_no_gradient(shared: Path, tmp_path: Path) -> None:
-    """Beside the activations, a full step has room for a gradient of every weight, and an adapter's step has not."""
+    """Beside the activations, a full step has room for a gradient of every weight, and an adapter's
+    step has not."""
     write_model(
         tmp_path / "wide", None, hidden_size=256, intermediate_size=1024, num_hidden_layers=6
     )
@@ -385,13 +386,10 @@ def test_the_log_says_which_adapter_is_the_reference(
     )
     assert train(config)
     out = capsys.readouterr().out
-    assert (
-        f"the policy starts from the adapter in {shared / 'adapter'}, and the reference is that adapter, frozen"
-        in out
-    )
-    assert (
-        "this adapter says that it was trained on model, not" not in out
-    )  # the names' last parts agree
+    assert f"the policy starts from the adapter in {shared / 'adapter'}, and the reference" in out
+    assert "and the reference is that adapter, frozen" in out
+    # The last parts of the two names agree.
+    assert "this adapter says that it was trained on model, not" not in out
     assert "weights trained (rank 3, scale 3.464, on q, k, o, down)" in out
     rows = metrics(tmp_path)
     first = next(row for row in rows if "loss" in row)
