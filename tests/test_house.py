@@ -28,8 +28,8 @@ a command."""
 MAX_FLOORS, MAX_ROOMS = 7, 25
 
 HEAVY = {
-    "orbax": "checkpoints.checkpoint",
-    "tensorstore": "checkpoints.checkpoint",
+    "orbax": "checkpoints.arrays",
+    "tensorstore": "checkpoints.arrays",
     "tensorboardX": "training.metric_logger",
     "rich": "utils.console",
     "optax": "training.optim",
@@ -288,7 +288,7 @@ BROKEN = [
     (
         heavy_packages_stay_in_one_module,
         {"train": "import orbax.checkpoint"},
-        "only checkpoints.checkpoint may",
+        "only checkpoints.arrays may",
     ),
     (heavy_packages_stay_in_one_module, {"train": "from torch import nn"}, "train imports torch"),
     (imported_packages_are_declared, {"train": "import requests"}, "train imports requests"),

@@ -286,7 +286,7 @@ def resolve(section: LossSection) -> LossSection:
     """The section with numbers in place of the constants that it leaves open, for config.yaml and checkpoints.
 
     Constants that switch something on stay open where they are off. So does a constant whose default differs
-    between the chosen losses (`loss_constants` has all of them).
+    between the chosen losses (see `open_constants`).
 
     >>> resolve(LossSection(name="simpo")).beta, resolve(LossSection(name=["sigmoid", "simpo"])).beta
     (2.0, None)
@@ -306,19 +306,23 @@ def resolve(section: LossSection) -> LossSection:
     return dataclasses.replace(section, **values)
 
 
-def loss_constants(section: LossSection) -> dict[str, dict[str, float | str]]:
-    """The constants of each chosen loss, all of them: what a checkpoint's identity notes.
+def open_constants(section: LossSection) -> dict[str, dict[str, float | str]]:
+    """The constants that `resolve` leaves open: option -> value by loss. For the identity of a run.
 
-    >>> loss_constants(LossSection(name="dpop", beta=0.3))
-    {'dpop': {'beta': 0.3, 'length_penalty': 0.0, 'dpop_lambda': 50.0}}
+    >>> open_constants(LossSection(name=["sigmoid", "simpo"], simpo_gamma=0.3))
+    {'beta': {'sigmoid': 0.1, 'simpo': 2.0}}
     """
+    section = resolve(section)
     constants = {}
-    for name in section.names:
-        row = LOSSES[name]
-        values = dataclasses.asdict(row.defaults.of(section))
-        constants[name] = {
-            option: value for option, value in values.items() if option in row.options
-        }
+    for option in dataclasses.fields(LossOptions):
+        if option.name in MODIFIERS or getattr(section, option.name) is not None:
+            continue
+        values = {}
+        for name in section.names:
+            if option.name in LOSSES[name].options:
+                values[name] = getattr(LOSSES[name].defaults, option.name)
+        if values:
+            constants[option.name] = values
     return constants
 
 

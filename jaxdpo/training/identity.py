@@ -19,7 +19,7 @@ from jaxdpo.models.hf.weight_files import weights_fingerprint
 def run_identity(
     config: Config, folder: Path, tokenizer: Tokenizer, pairs: PairTable
 ) -> dict[str, str]:
-    """Weights, tokenizer, chat template, training pairs and the losses' constants.
+    """Weights, tokenizer, chat template, training pairs, the adapter to start from.
 
     Args:
         config: resolved.
@@ -35,9 +35,10 @@ def run_identity(
         "tokenizer": _sha256(json.dumps(sorted(tokenizer.get_vocab().items()))),
         "chat_template": _sha256(str(tokenizer.chat_template)),
         "pairs": pairs.fingerprint(),
-        # Where mixed losses differ in a default, the config leaves it open; see registry.resolve.
-        "loss_constants": json.dumps(registry.loss_constants(config.loss), sort_keys=True),
     }
+    constants = registry.open_constants(config.loss)
+    if constants:  # of mixed losses that differ in a default
+        identity["loss_constants"] = _sha256(json.dumps(constants, sort_keys=True))
     if config.lora.path is not None:
         identity["adapter"] = adapter_fingerprint(Path(config.lora.path).expanduser())
     return identity

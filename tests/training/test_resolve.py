@@ -1,5 +1,4 @@
-"""What a config leaves open is resolved once the model is known, and what does not fit the model is
-refused."""
+"""What a config leaves open is resolved once the model is known; what does not fit is refused."""
 
 import dataclasses
 from pathlib import Path
