@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdpo.config.cross_checks import cross_check
-from jaxdpo.config.schema import Config, LoraSection
+from jaxdpo.config.schema import DEFAULT_EVAL_EVERY, Config, LoraSection
 from jaxdpo.data.prepare import Prepared
 from jaxdpo.distributed import sharding
 from jaxdpo.losses import registry
@@ -81,6 +81,7 @@ def resolve_options(
     """
     config = resolve_dtype(config, mesh)
     config = _resolve_lengths(config, model)
+    config = _resolve_evaluation(config)
     config = _resolve_reference(config)
     config = _resolve_router(config, model, raw)
     config = dataclasses.replace(config, loss=registry.resolve(config.loss))
@@ -103,11 +104,14 @@ def resolve_dtype(config: Config, mesh: Mesh) -> Config:
 
 
 def _resolve_lengths(config: Config, model: ModelConfig) -> Config:
-    max_length, max_prompt_length = config.data.lengths_for(model.max_positions)
-    section = dataclasses.replace(
-        config.data, max_length=max_length, max_prompt_length=max_prompt_length
-    )
-    return dataclasses.replace(config, data=section)
+    return dataclasses.replace(config, data=config.data.with_lengths(model.max_positions))
+
+
+def _resolve_evaluation(config: Config) -> Config:
+    if config.eval.every is not None:
+        return config
+    every = DEFAULT_EVAL_EVERY if config.data.has_eval else 0
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=every))
 
 
 def _resolve_reference(config: Config) -> Config:

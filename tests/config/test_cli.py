@@ -1,6 +1,7 @@
 """Reading options: every kind of mistake is told, all at once; what is printed can be read back."""
 
 import dataclasses
+import operator
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from jaxdpo.config import cli, sections
 from jaxdpo.config.cross_checks import cross_check
 from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.foreign_names import FOREIGN_NAMES, foreign_hint
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import Config, ModelSection, OptimSection, TrainSection
 from jaxdpo.losses.registry import check
+from jaxdpo.utils.tree import flatten
 
 NEEDED = ["model.path=m", "data.train=[a]"]
 
@@ -76,6 +79,52 @@ def test_text_lists_and_nulls() -> None:
     assert load("data.train=[a]", "model.path='null'").model.path == "null"
 
 
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("data.train=pairs.jsonl", ["pairs.jsonl"]),
+        ("data.train=007", ["007"]),
+        ("data.train=[pairs.jsonl]", ["pairs.jsonl"]),
+        ("data.train='[a].jsonl'", ["[a].jsonl"]),
+        ("data.train=a,b", ["a,b"]),
+        ("data.eval=hh-rlhf:test:50", ["hh-rlhf:test:50"]),
+        ("data.weights=2", [2.0]),
+        ("loss.weights=0.5", [0.5]),
+        ("data.oasst.languages=en", ["en"]),
+        ("train.offload=moments", ["moments"]),
+        ("lora.targets=q", "q"),
+        ("loss.name=ipo", "ipo"),
+    ],
+)
+def test_one_value_of_a_list_is_written_bare(tmp_path: Path, word: str, value: object) -> None:
+    key, _, text = word.partition("=")
+    words = [one for one in [*NEEDED, "lora.rank=2"] if not one.startswith(f"{key}=")]
+    section, _, name = key.rpartition(".")
+    assert getattr(operator.attrgetter(section)(load(*words, word)), name) == value
+    path = tmp_path / "c.yaml"
+    nested: dict = {name: value[0] if isinstance(value, list) else value}
+    for part in reversed(section.split(".")):
+        nested = {part: nested}
+    path.write_text(yaml.safe_dump(nested))
+    config = load("--config", str(path), *words)
+    assert getattr(operator.attrgetter(section)(config), name) == value, text
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("data.weights=1,2", "data.weights=1,2: input should be a valid number"),
+        ("data.train=null", "data.train=null: input should be a valid list"),
+        ("data.train=", "data.train=: input should be a valid list"),
+    ],
+)
+def test_what_is_no_list_and_no_bare_value_is_refused(
+    capsys: pytest.CaptureFixture[str], word: str, told: str
+) -> None:
+    (found,) = complaints(capsys, "model.path=m", *["data.train=[a]"][: "weights" in word], word)
+    assert found.startswith(told) and found.endswith(". Lists are written [a,b]")
+
+
 def test_a_file_and_arguments_over_it(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("seed: 3\nmodel: {path: m}\ndata:\n  train: [a]\n  max_length: 64\n")
@@ -132,6 +181,7 @@ def test_several_problems_of_one_section(capsys: pytest.CaptureFixture[str]) -> 
     ("word", "near"),
     [
         ("data.tran=[a]", "data.train"),
+        ("optim.learning_rate_=1", "optim.learning_rate"),
         ("modl.path=x", "model.path"),
         ("learning_rate=1", "optim.learning_rate"),
         ("Seed=1", "seed"),
@@ -142,6 +192,91 @@ def test_unknown_options_get_the_nearest_name(
 ) -> None:
     (told,) = complaints(capsys, *NEEDED, word)
     assert told == f"{word.partition('=')[0]}: there is no such option. Did you mean {near}?"
+
+
+@pytest.mark.parametrize("word", ["zzz=1", "data.abc=1", "log.bucket=1", "loss.reward=1"])
+def test_nothing_is_guessed_where_no_name_is_similar(
+    capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    (told,) = complaints(capsys, *NEEDED, word)
+    assert told == f"{word.partition('=')[0]}: there is no such option."
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("optim.lr=1e-6", "Did you mean optim.learning_rate?"),
+        ("optim.warmup_ratio=0.1", "Did you mean optim.warmup_steps (a number of steps)?"),
+        (
+            "per_device_train_batch_size=2",
+            "Did you mean train.batch_size (the global batch, over all devices and microbatches)?",
+        ),
+        (
+            "train.gradient_accumulation_steps=4",
+            "It is computed from train.batch_size and data.packed_length (gradient accumulation)",
+        ),
+        (
+            "log.wandb=true",
+            "Did you mean log.tensorboard (TensorBoard and metrics.jsonl; W&B is not supported)?",
+        ),
+        ("bf16=true", "Did you mean model.compute_dtype (bfloat16 or float32)?"),
+        ("precompute_ref_log_probs=true", "Did you mean reference=cached?"),
+        ("beta=0.1", "Did you mean loss.beta?"),
+    ],
+)
+def test_names_of_other_frameworks_get_ours(
+    capsys: pytest.CaptureFixture[str], word: str, hint: str
+) -> None:
+    (told,) = complaints(capsys, *NEEDED, word)
+    assert told == f"{word.partition('=')[0]}: there is no such option. {hint}"
+
+
+def test_arguments_as_other_frameworks_write_them_are_answered(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert complaints(capsys, *NEEDED, "--per-device-eval-batch-size", "--learning_rate=1e-6") == [
+        "--per-device-eval-batch-size: not understood. Options are written section.field=value. "
+        "It is computed from train.batch_size",
+        "--learning_rate=1e-6: not understood. Options are written section.field=value. "
+        "Did you mean optim.learning_rate?",
+    ]
+
+
+def test_the_file_of_another_framework_is_answered_name_by_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "levanter.yaml"
+    path.write_text("trainer:\n  train_batch_size: 64\n  mp: f32\nbeta: 0.1\n")
+    told = complaints(capsys, *NEEDED, "--config", str(path))
+    assert [line.split(":")[0] for line in told] == [
+        "beta",
+        "trainer.train_batch_size",
+        "trainer.mp",
+    ]
+    assert all("Did you mean" in line for line in told)
+
+
+def test_answers_to_other_frameworks_name_options_that_exist() -> None:
+    options = {name for name, *_ in cli.fields(Config)}
+    for name in FOREIGN_NAMES:
+        hint = foreign_hint(name, options)
+        assert hint is not None, f"{name}: mentions what is no option"
+        assert name not in options or hint == f"Did you mean {name}?"
+
+
+def test_answers_to_other_frameworks_do_not_name_options_of_other_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Small:
+        """A command's options."""
+
+        __pydantic_config__ = sections.STRICT_KEYS
+        step: int = 0
+
+    with pytest.raises(SystemExit):
+        cli.load(Small, ["learning_rate=1"], command="small")
+    assert "learning_rate: there is no such option.\n" in capsys.readouterr().err
 
 
 def test_switches_get_the_nearest_name_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,11 +367,7 @@ def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_p
     path.write_text(capsys.readouterr().out)
     assert load("--config", str(path)) == load(*words)
     printed = yaml.safe_load(path.read_text())
-    assert {name for name, *_ in cli.fields(Config)} == {
-        f"{s}.{f}" if isinstance(v, dict) else s
-        for s, v in printed.items()
-        for f in (v if isinstance(v, dict) else [0])
-    }
+    assert {name for name, *_ in cli.fields(Config)} == set(flatten(printed))
 
 
 PRINTABLE = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])
@@ -358,19 +489,63 @@ def test_options_that_contradict_each_other(capsys: pytest.CaptureFixture[str]) 
     assert complaints(capsys, *NEEDED, "train.steps=5", "optim.warmup_steps=5")[0].startswith(
         "optim.warmup_steps=5: must be fewer"
     )
-    assert complaints(capsys, *NEEDED, "data.eval_fraction=0")[0].startswith(
-        "eval.every=100: there are no validation pairs"
+    assert complaints(capsys, *NEEDED, "data.eval_fraction=0", "eval.every=50")[0].startswith(
+        "eval.every=50: there are no validation pairs"
     )
     assert complaints(capsys, *NEEDED, "data.max_length=10", "data.max_prompt_length=10")[
         0
-    ].startswith("data.max_length=10: must exceed")
-    assert complaints(capsys, *NEEDED, "data.max_length=3000")[0].startswith(
+    ].startswith("data.max_prompt_length=10: must be below data.max_length=10")
+    lengths = ["data.max_length=3000", "data.packed_length=4096"]
+    assert complaints(capsys, *NEEDED, *lengths)[0].startswith(
         "data.packed_length=4096: must be at least twice"
     )
+    assert complaints(capsys, *NEEDED, "mesh.context=4", "data.packed_length=4098") == [
+        "mesh.context=4: does not divide data.packed_length=4098. Use data.packed_length=4160"
+    ]
     assert complaints(capsys, *NEEDED, "data.weights=[1,2]")[0].startswith(
         "data.weights=[1.0, 2.0]: must hold one weight for each of the 1 sets"
     )
     assert load(*NEEDED, "data.eval_fraction=0", "eval.every=0").eval.every == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.eval_fraction=0"],
+        ["eval.every=0"],
+        ["data.eval_fraction=0", "checkpoint.keep_best=0"],
+        ["data.max_length=4096"],
+        ["data.max_length=100000"],
+        ["data.max_length=77", "mesh.context=64"],
+        ["mesh.context=64"],
+        ["data.max_prompt_length=2000"],
+        ["data.packed_length=64"],
+        ["optim.warmup_steps=1000"],
+        ["lora.path=x"],
+        ["train.steps=1"],
+    ],
+)
+def test_no_error_about_an_option_that_was_not_set(words: list[str]) -> None:
+    load(*NEEDED, *words)
+
+
+def test_without_validation_pairs_evaluation_is_off() -> None:
+    config = load(*NEEDED, "data.eval_fraction=0")
+    assert config.eval.every is None and not config.data.has_eval
+    assert load(*NEEDED, "data.eval_fraction=0", "data.eval=b").data.has_eval
+
+
+def test_automatic_lengths_fit_each_other() -> None:
+    for max_length in (0, 2, 77, 1024, 2048, 2049, 100_000):
+        data = load(*NEEDED, f"data.max_length={max_length}").data.with_lengths(2**20)
+        assert data.max_length == (max_length or 1024)
+        assert data.packed_length >= max(4096, 2 * data.max_length)
+        assert data.packed_length % 64 == 0
+    assert load(*NEEDED).data.with_lengths(512).max_length == 512
+    with pytest.raises(ValueError, match=r"^data.max_prompt_length=2000: must be below"):
+        load(*NEEDED, "data.max_prompt_length=2000").data.with_lengths(8192)
+    with pytest.raises(ValueError, match=r"^data.packed_length=64: must be at least twice"):
+        load(*NEEDED, "data.packed_length=64").data.with_lengths(8192)
 
 
 @pytest.mark.parametrize(
