@@ -15,8 +15,8 @@ from jaxdpo.config.sections import refuse
 from jaxdpo.config.sections import section as _section
 
 DEFAULT_EVAL_EVERY = 100
-"""eval.every where it is automatic and there are validation pairs: that of checkpoint.save_every, so
-that checkpoint.keep_best knows a validation loss for each checkpoint."""
+"""eval.every where it is automatic and there are validation pairs: that of checkpoint.save_every,
+so that checkpoint.keep_best knows a validation loss for each checkpoint."""
 
 
 @_section
