@@ -94,7 +94,7 @@ Section = Table | Picture | Examples
 
 
 def _template() -> str:
-    return (importlib.resources.files(__package__) / "html_report.html").read_text("utf-8")
+    return (importlib.resources.files("jaxdpo.utils") / "html_report.html").read_text("utf-8")
 
 
 _PAGE = Environment(
