@@ -103,10 +103,10 @@ class LossSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """The constants that one loss computes with. The values here are the defaults of the options of
-    the same names.
+    """The constants that one loss computes with, with the defaults of the options of the same
+    names.
 
-    A loss with other defaults says so in its row of LOSSES (losses/registry.py).
+    They are TRL's defaults. A loss with others has them in its row of LOSSES (losses/registry.py).
     """
 
     beta: float = 0.1
@@ -123,8 +123,12 @@ class LossOptions:
 
     def of(self, section: LossSection) -> "LossOptions":
         """The section's values, and these where it leaves an option open."""
-        given = {field.name: getattr(section, field.name) for field in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{k: v for k, v in given.items() if v is not None})
+        given = {}
+        for field in dataclasses.fields(self):
+            value = getattr(section, field.name)
+            if value is not None:
+                given[field.name] = value
+        return dataclasses.replace(self, **given)
 
 
 REF_MIXUP_ALPHA = 0.6

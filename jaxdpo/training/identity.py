@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxdpo.config.schema import Config
 from jaxdpo.data.pair_table import PairTable
 from jaxdpo.data.tokenize import Tokenizer
-from jaxdpo.losses import registry
+from jaxdpo.losses import rules
 from jaxdpo.models.hf.peft import adapter_fingerprint
 from jaxdpo.models.hf.weight_files import weights_fingerprint
 
@@ -35,8 +35,8 @@ def run_identity(
         "tokenizer": _sha256(json.dumps(sorted(tokenizer.get_vocab().items()))),
         "chat_template": _sha256(str(tokenizer.chat_template)),
         "pairs": pairs.fingerprint(),
-        # Where mixed losses differ in a default, the config leaves it open; see registry.resolve.
-        "loss_constants": json.dumps(registry.loss_constants(config.loss), sort_keys=True),
+        # Where mixed losses differ in a default, the config leaves it open; see rules.resolve.
+        "loss_constants": json.dumps(rules.loss_constants(config.loss), sort_keys=True),
     }
     if config.lora.path is not None:
         identity["adapter"] = adapter_fingerprint(Path(config.lora.path).expanduser())

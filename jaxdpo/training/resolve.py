@@ -17,7 +17,7 @@ from jaxdpo.config.cross_checks import cross_check
 from jaxdpo.config.schema import DEFAULT_EVAL_EVERY, Config, LoraSection
 from jaxdpo.data.prepare import Prepared
 from jaxdpo.distributed import sharding
-from jaxdpo.losses import registry
+from jaxdpo.losses import registry, rules
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.lora_targets import find_targets, lora_of
 from jaxdpo.models.hf.peft import PeftAdapter, read_peft
@@ -43,7 +43,7 @@ class ResolvedConfig(NamedTuple):
 
 def validate(config: Config) -> list[str]:
     """Problems of the options among themselves, as messages; empty when there are none."""
-    return cross_check(config) + registry.check(config.loss, config.reference)
+    return cross_check(config) + rules.check(config.loss, config.reference)
 
 
 def resolve(
@@ -84,7 +84,7 @@ def resolve_options(
     config = _resolve_evaluation(config)
     config = _resolve_reference(config)
     config = _resolve_router(config, model, raw)
-    config = dataclasses.replace(config, loss=registry.resolve(config.loss))
+    config = dataclasses.replace(config, loss=rules.resolve(config.loss))
     check_attention(config, mesh, model)
     _check_offload(config)
     if config.data.max_length > model.max_positions:

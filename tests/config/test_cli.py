@@ -15,7 +15,7 @@ from jaxdpo.config.data_options import DataSection
 from jaxdpo.config.foreign_names import FOREIGN_NAMES, foreign_hint
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.schema import Config, ModelSection, OptimSection, TrainSection
-from jaxdpo.losses.registry import check
+from jaxdpo.losses.rules import check
 from jaxdpo.utils.tree import flatten
 
 NEEDED = ["model.path=m", "data.train=[a]"]

@@ -16,13 +16,13 @@ from jaxdpo.losses.registry import (
     LOSSES,
     MODIFIERS,
     PairLogps,
-    check,
     closed_forms,
     coupled,
     numerators,
     rewards,
     takes_margins,
 )
+from jaxdpo.losses.rules import check
 
 HERE = Path(__file__).parents[1]
 GOLDEN = json.loads((HERE / "goldens" / "losses.json").read_text())
@@ -117,13 +117,14 @@ def test_equals_trl(case: dict) -> None:
     section = LossSection(**case["section"])
     assert check(section, "frozen") == []
     pair, wpo_P = golden_pair(section)
-    # The inputs are multiples of 1/64, so float32 holds them; LD-DPO's are not, and differ in float64's last digits.
+    # The inputs are multiples of 1/64, so float32 holds them exactly; LD-DPO's are not, and differ in
+    # float64's last digits.
     exact = 1e-12 if section.ld_alpha is None else 1e-6
     for tolerance, convert, scope in ((1e-6, lambda x: x, False), (exact, widen, True)):
         with jax.enable_x64(scope):
             here = convert(pair)
             terms = numerators(here, section)
-            # CPO's and ORPO's goldens leave out the NLL, which DPO's losses have only in a term of its own.
+            # CPO's and ORPO's goldens leave out the NLL, which DPO's losses have in a term apart.
             with_nll = "mean" in case
             per_pair = np.asarray(terms.pairs_P) * wpo_P + with_nll * np.asarray(
                 terms.chosen_tokens_P / here.chosen_lengths_P
@@ -457,7 +458,8 @@ def test_every_loss_has_its_row_in_the_docs() -> None:
     ],
 )
 def test_a_margin_is_taken_from_the_logit(name: str) -> None:
-    """Odds of exp(-margin) against the pair: the same as a chosen answer whose log-ratio is less by margin / beta."""
+    """Odds of exp(-margin) against the pair: the same as a chosen answer whose log-ratio is less by
+    margin / beta."""
     pair = PairLogps.of([-3.0, -4.0], [-5.0, -4.5], [-2.8, -4.1], [-3.2, -4.4])
     with_margin = dataclasses.replace(pair, margins_P=jnp.array([0.3, 0.0]))
     section = LossSection(name=name)
