@@ -262,7 +262,7 @@ def platform(mesh: Mesh) -> str:
 
 
 def default_dtype(mesh: Mesh) -> str:
-    """Compute dtype of model.compute_dtype=auto: GPUs and TPUs are built for bfloat16, few CPUs are."""
+    """What model.compute_dtype=auto means: GPUs and TPUs are built for bfloat16, few CPUs are."""
     return "float32" if platform(mesh) == "cpu" else "bfloat16"
 
 

@@ -36,7 +36,7 @@ def atomic_write(path: Path, mode: str = "w", *, durable: bool = False) -> Itera
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        draft.replace(path)
+        draft.rename(path)
     finally:
         draft.unlink(missing_ok=True)
 
