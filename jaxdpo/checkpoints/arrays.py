@@ -12,6 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from jaxdpo.utils.tree import path_name
+
 Tree = dict[str, Any]
 
 PIECE_BYTES = 2**22
@@ -28,7 +30,7 @@ def save_state(saver: ocp.AsyncCheckpointer, folder: Path, state: Any) -> None:
     """Start to save a state; `saver.wait_until_finished()` waits for it."""
 
     def divided(path: tuple, _: Any) -> ocp.SaveArgs:
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        names = path_name(path).split("/")
         if names[0] != "params":
             return ocp.SaveArgs()
         layer_axis = (0,) if "layers" in names else ()
@@ -66,7 +68,7 @@ def restore_state(saver: ocp.AsyncCheckpointer, folder: Path, abstract_state: An
 def _shapes(tree: Any) -> dict[str, str]:
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         shapes[name] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
     return shapes
 

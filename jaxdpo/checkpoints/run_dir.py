@@ -14,6 +14,7 @@ from jaxdpo.models.hf.hub import fetch_model
 from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.lora import Lora, adapter_shapes
+from jaxdpo.utils.tree import path_name
 
 MAX_LINES = 10
 """Differences that an error lists."""
@@ -77,7 +78,7 @@ def lora_of_run(config: Config, model: ModelConfig, saved: Mapping[str, Any]) ->
 def _shapes(tree: Mapping[str, Any]) -> dict[str, str]:
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        shapes[jax.tree_util.keystr(path, simple=True, separator="/")] = str(list(leaf.shape))
+        shapes[path_name(path)] = str(list(leaf.shape))
     return shapes
 
 

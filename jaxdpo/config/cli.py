@@ -1,7 +1,10 @@
 """From files and arguments to a validated config: `[--config file.yaml] [section.field=value ...]`.
 
-Serves every command: a command is a tree of frozen dataclasses whose fields carry their documentation as the string
-below them. All problems are reported at once, and end the process with status 2.
+Serves every command: a command is a tree of frozen dataclasses whose fields carry their
+documentation as the string below them. All problems are reported at once, and end the process with
+status 2.
+
+Not argparse, because it ends at the first problem, and has no files; pydantic finds all problems.
 """
 
 import ast
@@ -19,20 +22,26 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import pydantic
 import yaml
 
+from jaxdpo.config.foreign_names import foreign_hint
+
 T = TypeVar("T")
 Check = Callable[[Any], list[str]]
 USAGE = 2
+"""Exit status of a wrong command line, as argparse has it."""
+SIMILAR = 0.75
+"""An unknown name gets the most similar option as a hint if difflib's ratio is at least this. At
+0.5, log.wandb got lora.rank."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML without surprises: a key that is set twice is an error."""
+    """YAML in which a key that is set twice is an error; plain YAML takes the last one silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        if twice := {key for key in keys if keys.count(key) > 1}:
-            raise ValueError(
-                f"line {node.start_mark.line + 1}: set twice: {', '.join(map(str, sorted(twice)))}. Keep one"
-            )
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            line = node.start_mark.line + 1
+            raise ValueError(f"line {line}: set twice: {', '.join(twice)}. Keep one")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -49,29 +58,30 @@ def load(
     Args:
         schema: frozen dataclass tree that defines the options.
         argv: the arguments after the command's name.
+        command: its name.
         checks: functions from the valid config to a list of problems.
         flags: the command's own switches, e.g. {"--dry-run": "what it does"}.
 
     Returns:
-        The config, and the switches that were given. Prints and exits for --help (0), --print-config (0) and problems (2).
+        The config, and the switches that were given. Prints and exits for --help (0),
+        --print-config (0) and problems (2).
     """
-    known = {
+    switches = {
         "--help": "This text.",
         "--print-config": "Print every option's value as YAML, and stop.",
-    } | (flags or {})
-    values, given, problems = _read_arguments(schema, argv, known)
+        **(flags or {}),
+    }
+    values, given, problems = _read_arguments(schema, argv, switches)
     if "--help" in given:
-        print(help_text(schema, command, known))
+        print(help_text(schema, command, switches))
         raise SystemExit(0)
     config, invalid = validate(schema, values)
-    problems += invalid or [problem for check in checks for problem in check(config)]
+    problems += invalid
+    if config is not None and not invalid:
+        for check in checks:
+            problems += check(config)
     if problems or config is None:
-        lines = "\n".join(textwrap.indent(problem, "  ") for problem in problems)
-        count = f"{len(problems)} wrong option{'s' * (len(problems) > 1)}"
-        print(
-            f"jaxdpo.{command}: {count}:\n{lines}\n`python -m jaxdpo.{command} --help` lists all.",
-            file=sys.stderr,
-        )
+        _report(problems, command)
         raise SystemExit(USAGE)
     if "--print-config" in given:
         print(to_yaml(config), end="")
@@ -79,10 +89,18 @@ def load(
     return config, given
 
 
+def _report(problems: list[str], command: str) -> None:
+    count = "1 wrong option" if len(problems) == 1 else f"{len(problems)} wrong options"
+    print(f"jaxdpo.{command}: {count}:", file=sys.stderr)
+    for problem in problems:
+        print(textwrap.indent(problem, "  "), file=sys.stderr)
+    print(f"`python -m jaxdpo.{command} --help` lists all.", file=sys.stderr)
+
+
 def _read_arguments(
-    schema: type, argv: Sequence[str], known: dict[str, str]
+    schema: type, argv: Sequence[str], switches: dict[str, str]
 ) -> tuple[dict, set[str], list[str]]:
-    """Nested values, switches and problems of an argument list; `a.b=c` after and over --config."""
+    """Nested values, switches and problems of an argument list; `a.b=c` overrides --config."""
     values: dict = {}
     overrides: dict[str, Any] = {}
     given: set[str] = set()
@@ -95,9 +113,9 @@ def _read_arguments(
             if "--config" in given:
                 problems.append(f"--config {path}: given twice. Keep one")
             given.add("--config")
-            values, problem = _read_file(path)
-            problems += problem
-        elif word in known:
+            values, found = _read_file(path)
+            problems += found
+        elif word in switches:
             given.add(word)
         elif "=" in word and not word.startswith("-"):
             key, _, text = word.partition("=")
@@ -105,18 +123,22 @@ def _read_arguments(
                 problems.append(f"{word}: {key} is set twice. Keep one")
             overrides[key] = _read_value(text, hints.get(key), problems, word)
         else:
-            near = difflib.get_close_matches(word, [*known, "--config"], 1)
-            problems.append(
-                f"{word}: not understood."
-                + (
-                    f" Did you mean {near[0]}?"
-                    if near
-                    else " Options are written section.field=value"
-                )
-            )
+            problems.append(_not_understood(word, [*switches, "--config"], hints))
     for key, value in overrides.items():
         problems += _put(values, key.split("."), value, key)
     return values, given, problems
+
+
+def _not_understood(word: str, switches: list[str], options: dict[str, Any]) -> str:
+    """Message for an argument that is neither a switch nor option=value."""
+    near = difflib.get_close_matches(word, switches, 1)
+    if near:
+        return f"{word}: not understood. Did you mean {near[0]}?"
+    # Other frameworks write --learning_rate 1e-6.
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    foreign = foreign_hint(name, options)
+    hint = "" if foreign is None else f". {foreign}"
+    return f"{word}: not understood. Options are written section.field=value{hint}"
 
 
 def _read_file(path: str) -> tuple[dict, list[str]]:
@@ -124,25 +146,42 @@ def _read_file(path: str) -> tuple[dict, list[str]]:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         return {}, [f"--config {path}: {error}"]
-    if not isinstance(values or {}, dict):
+    if not values:
+        return {}, []
+    if not isinstance(values, dict):
         return {}, [f"--config {path}: must hold `section:` and indented `field: value` lines"]
-    return values or {}, []
+    return values, []
 
 
 def _read_value(text: str, hint: Any, problems: list[str], word: str) -> Any:
-    """What an argument's text means: itself where the option is text, so that 007 or 12:30 stay what they are; else YAML."""
-    kinds = set(get_args(hint)) if get_origin(hint) is not list and get_args(hint) else {hint}
+    """What an argument's text means.
+
+    Itself where the option is text, so that 007, 12:30 or true stay what they are; YAML where the
+    option is a number, a bool or one of some words, and where the text begins a list or a quoted
+    string.
+    """
+    kinds = _alternatives(hint)
     is_text = kinds <= {str, list[str], type(None)}
-    if is_text and text == "null" and type(None) in kinds:
-        return None
+    if is_text and text == "null" and (type(None) in kinds or str not in kinds):
+        return None  # which a list that must be there refuses
     if is_text and not text.startswith(("[", "'", '"')):
         return text
+    if not text:
+        return ""
     try:
-        return yaml.load(text, yaml.BaseLoader if is_text else _UniqueKeyLoader) if text else ""
+        # The base loader leaves the items of a list of texts as they are typed.
+        return yaml.load(text, yaml.BaseLoader if is_text else _UniqueKeyLoader)
     except (yaml.YAMLError, ValueError):
-        if text[0] in "[{":
+        if text.startswith(("[", "{")):
             problems.append(f"{word}: not a YAML list. Write [a,b]")
         return text
+
+
+def _alternatives(hint: Any) -> set[Any]:
+    """The types of a union or the words of a Literal; else the type itself."""
+    if get_args(hint) and get_origin(hint) is not list:
+        return set(get_args(hint))
+    return {hint}
 
 
 def _put(values: dict, path: list[str], value: Any, key: str) -> list[str]:
@@ -154,27 +193,51 @@ def _put(values: dict, path: list[str], value: Any, key: str) -> list[str]:
     return []
 
 
+def _with_lists(schema: type, values: Any) -> Any:
+    """The nested values, where one bare value of a list option is a list of that one.
+
+    Options that take a text or a list (str | list[str]) are left alone: a bare value is their text.
+    """
+    if not isinstance(values, dict):
+        return values
+    hints = get_type_hints(schema)
+    result = dict(values)
+    for name, value in values.items():
+        hint = hints.get(name)
+        kinds = _alternatives(hint) - {type(None)}
+        is_list = all(get_origin(kind) is list for kind in kinds)
+        if dataclasses.is_dataclass(hint):
+            result[name] = _with_lists(hint, value)  # type: ignore[arg-type]
+        elif is_list and isinstance(value, str | int | float) and value != "":
+            result[name] = [value]
+    return result
+
+
 def validate(schema: type[T], values: dict) -> tuple[T | None, list[str]]:
-    """Build the config, gathering problems: after each round the offending keys are left out, so that later checks run too.
+    """Build the config from nested values, gathering all problems.
+
+    After each round the offending keys are dropped, so that checks which come later run too.
 
     Returns:
-        (config, problems); the config holds defaults where values were wrong and is for use only when there are no problems.
+        (config, problems); the config holds defaults where values were wrong and is for use only
+        when there are no problems.
     """
+    adapter = pydantic.TypeAdapter(schema)
+    values = _with_lists(schema, values)
     problems: list[str] = []
     while True:
         try:
-            return pydantic.TypeAdapter(schema).validate_python(values), problems
+            return adapter.validate_python(values), problems
         except pydantic.ValidationError as failure:
-            errors = failure.errors()
-            places = {_place(schema, error["loc"]) for error in errors}
-            for place in sorted(places):
-                mine = [error for error in errors if _place(schema, error["loc"]) == place]
-                problems += _explain(schema, place, mine)
-            before = values
-            for place in places:
-                values = _without(values, place)
-            if values == before:  # a required option is missing: nothing to leave out
-                return None, problems
+            by_place: dict[tuple[str, ...], list] = {}
+            for error in failure.errors():
+                by_place.setdefault(_place(schema, error["loc"]), []).append(error)
+        before = values
+        for place in sorted(by_place):
+            problems += _explain(schema, place, by_place[place])
+            values = _without(values, place)
+        if values == before:  # a required option is missing: there is nothing to drop
+            return None, problems
 
 
 def _place(schema: type, location: tuple) -> tuple[str, ...]:
@@ -193,24 +256,28 @@ def _place(schema: type, location: tuple) -> tuple[str, ...]:
 def _explain(schema: type, place: tuple[str, ...], errors: list) -> list[str]:
     """Messages for the errors of one option: `path=value: reason. Remedy`."""
     error, key = errors[0], ".".join(place)
+    value = error["input"]
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]).split("\n")
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        inner = error["input"] if isinstance(error["input"], dict) else {}
-        return [_unknown(schema, name) for name in ([f"{key}.{name}" for name in inner] or [key])]
-    if error["type"] == "list_type" and isinstance(error["input"], str | int | float):
-        return [
-            f"{key}={_show(error['input'])}: must be a list. Write {key}=[{_show(error['input'])}]"
-        ]
-    reasons = " or ".join(
-        dict.fromkeys(error["msg"][0].lower() + error["msg"][1:] for error in errors)
-    )
-    return [f"{key}={_show(error['input'])}: {reasons}"]
+        if isinstance(value, dict) and value:  # a section that does not exist: name its options
+            return [_unknown(schema, f"{key}.{name}") for name in value]
+        return [_unknown(schema, key)]
+    reasons = {error["msg"][0].lower() + error["msg"][1:]: None for error in errors}
+    message = f"{key}={_show(value)}: {' or '.join(reasons)}"
+    in_list = isinstance(error["loc"][-1], int)
+    if error["type"] == "list_type" or (in_list and "," in str(value)):
+        message += ". Lists are written [a,b]"
+    return [message]
 
 
 def _unknown(schema: type, key: str) -> str:
-    near = difflib.get_close_matches(key, [name for name, *_ in fields(schema)], 1, cutoff=0.5)
-    return f"{key}: there is no such option." + (f" Did you mean {near[0]}?" if near else "")
+    options = [name for name, *_ in fields(schema)]
+    hint = foreign_hint(key, options)
+    near = difflib.get_close_matches(key, options, 1, cutoff=SIMILAR)
+    if hint is None and near:
+        hint = f"Did you mean {near[0]}?"
+    return f"{key}: there is no such option." + (f" {hint}" if hint else "")
 
 
 def _show(value: Any) -> str:
@@ -219,6 +286,7 @@ def _show(value: Any) -> str:
 
 
 def _without(values: Any, place: tuple[str, ...]) -> Any:
+    """The nested values without what is at a place."""
     if not place or not isinstance(values, dict):
         return {}
     rest = {key: value for key, value in values.items() if str(key) != place[0]}
@@ -234,59 +302,51 @@ def fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]
         name, hint = prefix + field.name, hints[field.name]
         if dataclasses.is_dataclass(hint):
             yield from fields(hint, name + ".")  # type: ignore[arg-type]
-        else:
-            default = (
-                field.default_factory()
-                if field.default_factory is not dataclasses.MISSING
-                else field.default
-            )
-            yield name, hint, default, docs.get(field.name, "")
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        yield name, hint, default, docs.get(field.name, "")
 
 
 @functools.cache
 def field_docs(schema: type) -> dict[str, str]:
     """The strings below a dataclass's fields, and below those that it inherits, by field name."""
     docs = {}
-    for base in reversed([base for base in schema.__mro__ if dataclasses.is_dataclass(base)]):
-        (body,) = (
-            node.body
-            for node in ast.parse(textwrap.dedent(inspect.getsource(base))).body
-            if isinstance(node, ast.ClassDef)
-        )
+    for base in reversed(schema.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        source = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        (body,) = (node.body for node in source.body if isinstance(node, ast.ClassDef))
         for field, below in itertools.pairwise(body):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                 docs[field.target.id] = " ".join(str(below.value.value).split())
     return docs
 
 
 def help_text(schema: type, command: str, switches: dict[str, str]) -> str:
-    """The text of --help: usage, switches and every option with its type, default and documentation."""
+    """The text of --help: usage, switches and every option with its type, default and
+    documentation."""
     lines = [
         f"python -m jaxdpo.{command} [--config FILE.yaml] [option=value ...]",
         "",
         inspect.cleandoc(schema.__doc__ or ""),
         "",
+        "  --config FILE    Read options from a YAML file; option=value arguments override it.",
     ]
-    for name, doc in (
-        {"--config FILE": "Read options from a YAML file; option=value arguments go over it."}
-        | switches
-    ).items():
-        lines += [f"  {name:16} {doc}"]
+    for name, doc in switches.items():
+        lines.append(f"  {name:16} {doc}")
     for name, hint, default, doc in fields(schema):
-        shown = (
-            "required"
-            if default is dataclasses.MISSING
-            else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
-        )
+        shown = "required"
+        if default is not dataclasses.MISSING:
+            shown = yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
+        indent = " " * 6
         lines += [
             "",
             f"  {name}={shown}   ({type_name(hint)})",
-            textwrap.fill(doc, 120, initial_indent="      ", subsequent_indent="      "),
+            textwrap.fill(doc, 100, initial_indent=indent, subsequent_indent=indent),
         ]
     return "\n".join(lines)
 
@@ -295,13 +355,17 @@ def type_name(hint: Any) -> str:
     """An option's type as --help and docs/options.md show it."""
     if hint is type(None):
         return "null"
-    if getattr(hint, "__args__", None) and getattr(hint, "__origin__", None) is not list:
-        return " | ".join(arg if isinstance(arg, str) else type_name(arg) for arg in hint.__args__)
-    return str(hint) if getattr(hint, "__origin__", None) is list else hint.__name__
+    if get_origin(hint) is list:
+        return str(hint)
+    if not get_args(hint):
+        return hint.__name__
+    names = [arg if isinstance(arg, str) else type_name(arg) for arg in get_args(hint)]
+    return " | ".join(names)
 
 
 def to_dict(config: Any) -> dict:
-    """The config as nested plain values (str, int, float, bool, None, list), as YAML and JSON take them."""
+    """The config as nested plain values (str, int, float, bool, None, list), as YAML and JSON take
+    them."""
     return dataclasses.asdict(config)
 
 

@@ -1,8 +1,9 @@
 """The processes of one run, on one machine or on many: who takes part, and what they agree on.
 
-A run is one process, or several that each hold some of its devices. `connect` makes them one before anything else touches JAX. What
-follows is for the main thread alone, and every process must call it at the same places: the rest of the run then is the same
-program everywhere, and nothing in it waits for a process that is elsewhere.
+A run is one process, or several that each drive some of its devices. `connect` joins them before
+anything else uses JAX. All other functions are collectives: for the main thread alone, and called
+by every process in the same order. The rest of the run then is the same program everywhere, and
+nothing in it waits for a process that is elsewhere.
 """
 
 import hashlib
@@ -20,16 +21,31 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DEFAULT_PORT = 8476
+"""Port of the coordinator where MASTER_PORT does not name another."""
 HEARTBEAT_SECONDS = 100
-"""A process that is not heard of for so long is taken for dead, and the others end. JAXDPO_HEARTBEAT_SECONDS overrides it."""
+"""A process that is silent for so long is considered dead, and the others end; JAX's own default.
+JAXDPO_HEARTBEAT_SECONDS overrides it."""
 LAST_WORDS_SECONDS = 3.0
-_DIGEST_BYTES = 32
+"""How long process 0, the coordinator, waits before it exits after an error: the others exit with
+it, and lose their own messages if they have not been printed yet."""
+LOST_CONNECTION = (
+    "gloo",
+    "nccl",
+    "connection",
+    "unavailable",
+    "aborted",
+    "deadline_exceeded",
+    "cancelled",
+    "heartbeat",
+)
+"""Words of the errors that collectives raise when another process is gone: of Gloo (CPU), NCCL
+(GPU), and of gRPC's status codes, as the tests that kill processes have met them."""
 
 T = TypeVar("T")
 
 
 class Settings(NamedTuple):
-    """What jax.distributed.initialize is told; None: JAX asks the scheduler or the machine."""
+    """Arguments of jax.distributed.initialize; None: JAX asks the scheduler or the machine."""
 
     coordinator_address: str | None = None
     num_processes: int | None = None
@@ -41,102 +57,98 @@ class Settings(NamedTuple):
 def settings(env: Mapping[str, str]) -> Settings | None:
     """How this process takes part in a run, from its environment; None: it is the only one.
 
-    In this order: JAX_PROCESS_COUNT, JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS, or NNODES, NODE_RANK and MASTER_ADDR[:MASTER_PORT];
-    SLURM, Open MPI or a TPU slice where one has started several processes; else one process.
+    In this order: JAX_PROCESS_COUNT, JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS, or NNODES,
+    NODE_RANK and MASTER_ADDR[:MASTER_PORT]; SLURM, Open MPI or a TPU slice where one has started
+    several processes; else one process.
 
     Raises:
-        ValueError: part of what is needed is missing, or is no number.
+        ValueError: part of what is needed is missing, or is not a number.
 
-    >>> settings({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"})
-    Settings(coordinator_address='10.0.0.1:8476', num_processes=2, process_id=1, local_device_ids=())
+    >>> settings({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"})[:3]
+    ('10.0.0.1:8476', 2, 1)
     """
-    count, number = (
-        _number(env, "JAX_PROCESS_COUNT", "NNODES"),
-        _number(env, "JAX_PROCESS_ID", "NODE_RANK"),
-    )
+    count = _number(env, "JAX_PROCESS_COUNT", "NNODES")
+    number = _number(env, "JAX_PROCESS_ID", "NODE_RANK")
     detected = _detected(env)
     if count == 1:
         return None
     if count is None and number is None:
-        return (
-            None
-            if detected is None
-            else detected._replace(coordinator_address=env.get("JAX_COORDINATOR_ADDRESS"))
-        )
+        if detected is None:
+            return None
+        return detected._replace(coordinator_address=env.get("JAX_COORDINATOR_ADDRESS"))
     address = env.get("JAX_COORDINATOR_ADDRESS") or _master(env)
     needed = {
-        "JAX_PROCESS_COUNT or NNODES": count is None,
-        "JAX_PROCESS_ID or NODE_RANK": number is None,
-        "JAX_COORDINATOR_ADDRESS or MASTER_ADDR": address is None,
+        "JAX_PROCESS_COUNT or NNODES": count,
+        "JAX_PROCESS_ID or NODE_RANK": number,
+        "JAX_COORDINATOR_ADDRESS or MASTER_ADDR": address,
     }
-    missing = [name for name, lacks in needed.items() if lacks]
+    missing = [name for name, value in needed.items() if value is None]
     if missing:
         raise ValueError(
-            f"the environment speaks of several processes, but {' and '.join(missing)} is not set. Set all three, or none"
+            f"the environment speaks of several processes, but {' and '.join(missing)} is not set. "
+            "Set all three, or none"
         )
     assert count is not None and number is not None
     if not 0 <= number < count:
         raise ValueError(
-            f"process {number} of {count}: must be 0 to {count - 1}. Correct JAX_PROCESS_ID or NODE_RANK"
+            f"process {number} of {count}: must be 0 to {count - 1}. "
+            "Correct JAX_PROCESS_ID or NODE_RANK"
         )
+    # JAX reads JAX_LOCAL_DEVICE_IDS by itself if it is passed None.
     return Settings(address, count, number, None if "JAX_LOCAL_DEVICE_IDS" in env else ())
 
 
 def _number(env: Mapping[str, str], *names: str) -> int | None:
-    name = next((name for name in names if env.get(name)), None)
-    if name is None:
-        return None
-    if not env[name].isdecimal():
-        raise ValueError(f"{name}={env[name]}: must be a whole number")
-    return int(env[name])
+    for name in names:
+        if not env.get(name):
+            continue
+        if not env[name].isdecimal():
+            raise ValueError(f"{name}={env[name]}: must be a whole number")
+        return int(env[name])
+    return None
 
 
 def _master(env: Mapping[str, str]) -> str | None:
     address = env.get("MASTER_ADDR")
-    return (
-        address
-        if not address or re.search(r":\d+$", address)
-        else f"{address}:{env.get('MASTER_PORT') or DEFAULT_PORT}"
-    )
+    if not address or re.search(r":\d+$", address):
+        return address
+    return f"{address}:{env.get('MASTER_PORT') or DEFAULT_PORT}"
 
 
 def _detected(env: Mapping[str, str]) -> Settings | None:
-    """Several processes as a scheduler or a TPU slice starts them; JAX finds the address, and what else is None."""
+    """Several processes as a scheduler or a TPU slice starts them; what is None, JAX finds out."""
     if "SLURM_JOB_ID" in env and "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
         tasks = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
-        return (
-            Settings(None, tasks, int(env["SLURM_PROCID"]), _slurm_devices(env, tasks))
-            if tasks > 1
-            else None
-        )
+        if tasks == 1:
+            return None
+        return Settings(None, tasks, int(env["SLURM_PROCID"]), _slurm_devices(env, tasks))
     if int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
         return Settings()
     if env.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("tpu", ""):
         return None
     workers = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
     if workers is not None:
-        return (
-            Settings() if "," in workers or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1 else None
-        )
-    # What importing jax leaves behind on a Cloud TPU VM. Whether others belong to its slice, JAX asks the machine.
-    return (
-        Settings()
-        if env.get("TPU_ML_PLATFORM") == "JAX" and not env.get("TPU_SKIP_MDS_QUERY")
-        else None
-    )
+        several = "," in workers or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1
+        return Settings() if several else None
+    # On a Cloud TPU VM, importing jax sets this. JAX asks the machine for other hosts of its slice.
+    on_tpu_vm = env.get("TPU_ML_PLATFORM") == "JAX" and not env.get("TPU_SKIP_MDS_QUERY")
+    return Settings() if on_tpu_vm else None
 
 
 def _slurm_devices(env: Mapping[str, str], tasks: int) -> tuple[int, ...] | None:
-    """JAX takes one GPU for each task; a task that is alone on its node, or was given its own GPUs, has all that it sees."""
+    """All visible GPUs, for a task that is alone on its node or was given its own; else None: JAX
+    takes one for each task."""
     alone = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1) == tasks
-    bound = env.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0 and "CUDA_VISIBLE_DEVICES" in env
+    bound = "CUDA_VISIBLE_DEVICES" in env and "," not in env["CUDA_VISIBLE_DEVICES"]
     return () if alone or bound else None
 
 
 def connect(env: Mapping[str, str] = os.environ) -> None:
-    """Join the other processes of the run, if the environment speaks of any; returns when all are there.
+    """Join the other processes of the run, if the environment speaks of any; returns when all are
+    there.
 
-    To be called before anything else touches JAX's devices, and before signal handlers are installed: JAX brings its own.
+    Call it before anything else uses JAX's devices, and before signal handlers are installed: JAX
+    installs its own.
 
     Raises:
         ValueError: the environment is incomplete.
@@ -148,7 +160,7 @@ def connect(env: Mapping[str, str] = os.environ) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes the files and tells what happens."""
+    """Whether this is process 0, which writes the files and logs."""
     return jax.process_index() == 0
 
 
@@ -158,17 +170,18 @@ def any_of(flag: bool) -> bool:
 
 
 def from_first(value: Any) -> Any:
-    """What the first process has; a JSON value. Others may pass anything."""
+    """Process 0's value, a JSON value. Others may pass anything."""
     if jax.process_count() == 1:
         return value
     text = json.dumps(value if is_first() else None).encode()
+    # A collective needs arrays of one shape: process 0's length first, then its bytes.
     size = int(_gather(np.asarray([len(text)]))[0, 0])
     padded = np.frombuffer(text.ljust(size)[:size], np.uint8)
     return json.loads(_gather(padded)[0].tobytes())
 
 
 def on_first(check: Callable[[], T]) -> T:
-    """What `check` returns on the first process, which alone calls it, for all processes; a JSON value.
+    """What `check` returns on process 0, which alone calls it, for all processes; a JSON value.
 
     Raises:
         ValueError: on all, if `check` raises it.
@@ -186,50 +199,53 @@ def on_first(check: Callable[[], T]) -> T:
 
 
 def array_from_first(value: np.ndarray) -> np.ndarray:
-    """The first process's array; others pass one of the same shape and type."""
+    """Process 0's array; others pass one of the same shape and dtype."""
     return value if jax.process_count() == 1 else _gather(value)[0]
 
 
 def differing(values: Mapping[str, str]) -> list[str]:
     """Names of the values that are not the same on all processes; all have the same names."""
+    if not values:
+        return []
     digests = [
         np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in values.values()
     ]
-    gathered = _gather(np.stack(digests)) if digests else np.zeros((1, 0, _DIGEST_BYTES), np.uint8)
+    gathered = _gather(np.stack(digests))
     same = (gathered == gathered[:1]).all(axis=(0, 2))
     return [name for name, equal in zip(values, same, strict=True) if not equal]
 
 
 def _gather(value: np.ndarray) -> np.ndarray:
-    """[processes, ...]: what each process passed; all pass the same shape and type."""
+    """[processes, ...]: what each process passed; all pass the same shape and dtype."""
     if jax.process_count() == 1:
         return value[None]
     with jax.transfer_guard("allow"):
-        return np.asarray(multihost_utils.process_allgather(value)).reshape(
-            jax.process_count(), *value.shape
-        )
+        gathered = np.asarray(multihost_utils.process_allgather(value))
+    return gathered.reshape(jax.process_count(), *value.shape)
 
 
 class Votes:
-    """What the processes want, asked once a step without waiting for an answer: the answer is that of one step before.
+    """What the processes want (to stop, to save), asked once a step without waiting: an answer is
+    that of one step before.
 
-    The question travels behind the step on the devices' own queue. With one process, the answer is immediate.
+    The question follows the step on the devices' own queue. With one process, the answer is
+    immediate.
     """
 
     def __init__(self) -> None:
         self._asked: jax.Array | None = None
         if jax.process_count() > 1:
             devices = Mesh(np.asarray(jax.devices()), ("device",))
-            self._spread, self._everywhere = (
-                NamedSharding(devices, PartitionSpec(*axes)) for axes in (["device"], [])
-            )
-            self._highest = jax.jit(lambda votes: votes.max(), out_shardings=self._everywhere)
+            self._spread = NamedSharding(devices, PartitionSpec("device"))
+            everywhere = NamedSharding(devices, PartitionSpec())
+            self._highest = jax.jit(lambda votes: votes.max(), out_shardings=everywhere)
 
     def cast(self, vote: int) -> int:
         """Give this process's vote; returns the highest vote of all processes."""
         if jax.process_count() == 1:
             return vote
-        before, one = self._asked, np.asarray([vote], np.int32)
+        before = self._asked
+        one = np.asarray([vote], np.int32)
         with jax.transfer_guard("allow"):
             votes = jax.make_array_from_callback((len(jax.devices()),), self._spread, lambda _: one)
         self._asked = self._highest(votes)
@@ -237,28 +253,22 @@ class Votes:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether an error of the devices means that another process is gone: its connections say so, or who counts heartbeats."""
-    said = (
-        "gloo",
-        "nccl",
-        "connection",
-        "unavailable",
-        "aborted",
-        "deadline_exceeded",
-        "cancelled",
-        "heartbeat",
-    )
-    return jax.process_count() > 1 and any(word in str(error).lower() for word in said)
+    """Whether an error of the devices means that another process is gone."""
+    text = str(error).lower()
+    return jax.process_count() > 1 and any(word in text for word in LOST_CONNECTION)
 
 
 def end(code: int) -> int:
-    """The exit status of a process that failed or lost the others. Where there are others, it ends here: waiting for them might not end.
+    """The exit status of a process that failed or lost the others.
 
-    The first process, without which none can go on, leaves them the time to say what is wrong with themselves.
+    Where there are others, the process ends here: an orderly exit waits for them, which might never
+    end. Process 0, without which none can go on, gives them time to print what is wrong with
+    themselves.
     """
     if jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(LAST_WORDS_SECONDS if is_first() else 0)
+        if is_first():
+            time.sleep(LAST_WORDS_SECONDS)
         os._exit(code)
     return code

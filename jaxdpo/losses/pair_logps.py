@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxdpo.config.loss_options import LossOptions
 
 LARGEST_EXPONENT = 40.0
-"""exp() is capped here: e^40 and its square are finite in float32, and no log-ratio of a healthy run comes near."""
+"""exp() is capped here: e^40 and its square are finite in float32 (the largest is e^88.7), and no
+log-ratio of a healthy run comes near."""
 LARGEST_MEAN_LOGP = -(2.0**-23)
 """A mean log-prob closer to 0 than this is beyond the resolution of float32 probabilities."""
 
@@ -23,7 +24,7 @@ LARGEST_MEAN_LOGP = -(2.0**-23)
 class PairLogps:
     """Sums of log-probs over the completion tokens of P pairs; every array is float32 [P].
 
-    A slot with mask_P == 0 is empty. Its values must be finite; they reach no real pair's loss.
+    Where mask_P is 0 there is padding. Its values must be finite; they reach no real pair's loss.
     """
 
     chosen_logps_P: jax.Array
@@ -39,9 +40,10 @@ class PairLogps:
     rejected_lengths_P: jax.Array
     """Completion tokens of the rejected answer."""
     mask_P: jax.Array
-    """1 for a real pair, 0 for an empty slot."""
+    """1 for a real pair, 0 for padding."""
     chosen_nll_P: jax.Array | None = None
-    """Negative log-prob of the chosen answer, every token counted fully. None: -chosen_logps_P (right unless loss.ld_alpha is set)."""
+    """Negative log-likelihood of the chosen answer, with all its tokens. None: -chosen_logps_P,
+    which is the same unless loss.ld_alpha is set."""
     margins_P: jax.Array | None = None
     """By how much the chosen answer should win, in units of the logit. None: by nothing."""
 
@@ -57,27 +59,26 @@ class PairLogps:
         mask: Sequence[float] | None = None,
     ) -> "PairLogps":
         """Pairs from plain numbers: reference log-probs default to 0, lengths and mask to 1."""
-        zeros, ones = [0.0] * len(chosen), [1.0] * len(chosen)
-        columns = [
-            chosen,
-            rejected,
-            zeros if ref_chosen is None else ref_chosen,
-            zeros if ref_rejected is None else ref_rejected,
-            ones if chosen_lengths is None else chosen_lengths,
-            ones if rejected_lengths is None else rejected_lengths,
-            ones if mask is None else mask,
-        ]
-        names = [field.name for field in dataclasses.fields(cls)]
+
+        def column(values: Sequence[float] | None, default: float) -> jax.Array:
+            if values is None:
+                values = [default] * len(chosen)
+            return jnp.asarray(values, jnp.float32)
+
         return cls(
-            **{
-                name: jnp.asarray(column, jnp.float32)
-                for name, column in zip(names, columns, strict=False)
-            }
+            chosen_logps_P=column(chosen, 0.0),
+            rejected_logps_P=column(rejected, 0.0),
+            ref_chosen_logps_P=column(ref_chosen, 0.0),
+            ref_rejected_logps_P=column(ref_rejected, 0.0),
+            chosen_lengths_P=column(chosen_lengths, 1.0),
+            rejected_lengths_P=column(rejected_lengths, 1.0),
+            mask_P=column(mask, 1.0),
         )
 
     @classmethod
     def example(cls) -> "PairLogps":
-        """One pair for the examples in docstrings: log-probs -3 and -5, reference -2.8 and -3.2, 3 and 5 tokens."""
+        """One pair for the examples in docstrings: log-probs -3 and -5, reference -2.8 and -3.2, 3
+        and 5 tokens."""
         return cls.of([-3.0], [-5.0], [-2.8], [-3.2], [3.0], [5.0])
 
 
@@ -90,11 +91,13 @@ def log_ratios(pair: PairLogps) -> tuple[jax.Array, jax.Array]:
 
 
 def scores(pair: PairLogps, options: LossOptions) -> tuple[jax.Array, jax.Array]:
-    """f'(u) at u = policy / reference for the chosen f-divergence: (chosen_P, rejected_P); the log-ratios for reverse_kl.
+    """f'(u) at u = policy / reference for the chosen f-divergence: (chosen_P, rejected_P).
 
-    f-DPO (2309.16240), as TRL computes it. Exponents are capped at 40 (TRL: at 80 for alpha, not at all for forward_kl).
+    For reverse_kl these are the log-ratios. f-DPO (2309.16240), as TRL computes it. Exponents are
+    capped at 40 (TRL: at 80 for alpha, not at all for forward_kl).
 
-    >>> [round(score.item(), 4) for score in scores(PairLogps.example(), LossOptions(f_divergence="forward_kl"))]
+    >>> options = LossOptions(f_divergence="forward_kl")
+    >>> [round(score.item(), 4) for score in scores(PairLogps.example(), options)]
     [-0.2214, -5.0496]
     """
     divergence, alpha = options.f_divergence, options.alpha_divergence
@@ -106,7 +109,8 @@ def _score(divergence: str, alpha: float, ratio_P: jax.Array) -> jax.Array:
     """f'(exp(ratio)), 0 at ratio 0."""
     if divergence == "js":
         return math.log(2.0) + jax.nn.log_sigmoid(ratio_P)
-    # The alpha family (u^(alpha-1) - 1) / (alpha-1) holds the other two: alpha 0 is forward_kl and the limit at 1 reverse_kl.
+    # The alpha family (u^(alpha-1) - 1) / (alpha-1) has the other two as members: alpha 0 is
+    # forward_kl, and the limit at 1 is reverse_kl.
     power = {"forward_kl": -1.0, "reverse_kl": 0.0, "alpha": alpha - 1.0}[divergence]
     if abs(power) < 1e-6:
         return ratio_P
@@ -123,8 +127,9 @@ def logit(
 ) -> jax.Array:
     """beta (chosen - rejected) + length_penalty (|y_w| - |y_l|) - margin, [P].
 
-    The second term is R-DPO's (2403.19159): the reward of a longer answer is lowered, so a pair whose chosen answer is
-    the longer one already counts as partly won and is pushed less. The third is the offset of ODPO (2402.10571 eq. 8), from the data.
+    The second term is R-DPO's (2403.19159): the reward of a longer answer is lowered, so a pair
+    whose chosen answer is the longer one already counts as partly won and is pushed less. The third
+    is the offset of ODPO (2402.10571 eq. 8), from the data.
 
     >>> pair = PairLogps.example()
     >>> round(logit(*log_ratios(pair), pair, LossOptions(length_penalty=0.01)).item(), 4)
@@ -139,10 +144,10 @@ def logit(
 def per_token(
     chosen_P: jax.Array, rejected_P: jax.Array, pair: PairLogps
 ) -> tuple[jax.Array, jax.Array]:
-    """Both sides divided by their number of completion tokens (by 1 in an empty slot)."""
-    return chosen_P / jnp.maximum(pair.chosen_lengths_P, 1.0), rejected_P / jnp.maximum(
-        pair.rejected_lengths_P, 1.0
-    )
+    """Both sides divided by their number of completion tokens (padding by 1)."""
+    chosen_lengths_P = jnp.maximum(pair.chosen_lengths_P, 1.0)
+    rejected_lengths_P = jnp.maximum(pair.rejected_lengths_P, 1.0)
+    return chosen_P / chosen_lengths_P, rejected_P / rejected_lengths_P
 
 
 def mean_logps(pair: PairLogps) -> tuple[jax.Array, jax.Array]:
@@ -156,7 +161,8 @@ def chosen_nll(pair: PairLogps) -> jax.Array:
 
 
 def smoothed_log_loss(logit_P: jax.Array, smoothing: float) -> jax.Array:
-    """-(1 - e) log sigmoid(x) - e log sigmoid(-x): cross-entropy against a label that is wrong with probability e."""
+    """-(1 - e) log sigmoid(x) - e log sigmoid(-x): cross-entropy against a label that is wrong with
+    probability e."""
     return -(1.0 - smoothing) * jax.nn.log_sigmoid(logit_P) - smoothing * jax.nn.log_sigmoid(
         -logit_P
     )
@@ -169,7 +175,8 @@ def log1mexp(x_P: jax.Array) -> jax.Array:
     [-13.816, -0.459]
     """
     near = x_P > -math.log(2.0)
-    # Each branch gets a harmless argument where the other one is taken: a NaN times 0 in the backward pass stays NaN.
+    # Each branch gets a harmless argument where the other one is taken: in the backward pass, a NaN
+    # times 0 would stay NaN.
     near_P = jnp.log(-jnp.expm1(jnp.where(near, x_P, -1.0)))
     far_P = jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x_P)))
     return jnp.where(near, near_P, far_P)
@@ -182,7 +189,7 @@ def log_odds(mean_logp_P: jax.Array) -> jax.Array:
 
 
 def sorted_real(x_P: jax.Array, mask_P: jax.Array) -> jax.Array:
-    """The real pairs' values in rising order, laid into the real slots from first to last; zeros elsewhere.
+    """The real pairs' values in rising order, at the places of real pairs; zeros at padding.
 
     >>> sorted_real(jnp.array([3.0, 9.0, 1.0]), jnp.array([1.0, 0.0, 1.0])).tolist()
     [1.0, 0.0, 3.0]

@@ -1,8 +1,12 @@
-"""The preference losses: pure functions of a batch's log-probs. docs/losses.md has the table with papers.
+"""The preference losses: pure functions of a batch's log-probs. docs/losses.md compares them.
 
-Every function takes (pair: PairLogps, options: LossOptions) and returns one loss per pair, float32 [P], in nats or in
-its own unit. Symbols: r = log-ratio to the reference, d = score_w - score_l (r_w - r_l unless loss.f_divergence says
-otherwise), b = beta, e = label_smoothing, s = sigmoid, w = chosen ("winner"), l = rejected. P pairs.
+Every function takes (pair: PairLogps, options: LossOptions) and returns one loss per pair, float32
+[P], in nats or in its own unit. Symbols of the equations:
+
+  w, l     the chosen ("winner") and the rejected answer ("loser"), |y| its number of tokens
+  r_w      log-ratio: log-prob of the chosen answer, policy minus reference; r_l likewise
+  d        score_w - score_l, which is r_w - r_l unless loss.f_divergence says otherwise
+  b, e, s  loss.beta, loss.label_smoothing, the logistic sigmoid
 """
 
 import math
@@ -28,7 +32,9 @@ from jaxdpo.losses.pair_logps import (
 
 
 def sigmoid(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """-log s(b d). DPO, 2305.18290 eq. 7.
+    """DPO: -log s(b d).
+
+    Rafailov et al. 2023, arXiv 2305.18290, eq. 7.
 
     >>> round(sigmoid(PairLogps.example(), LossOptions()).item(), 4)
     0.6163
@@ -37,7 +43,10 @@ def sigmoid(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def cdpo(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """-(1-e) log s(b d) - e log s(-b d). Conservative DPO, Mitchell 2023.
+    """Conservative DPO: -(1-e) log s(b d) - e log s(-b d).
+
+    For labels that are wrong with probability e. Mitchell 2023, "A note on DPO with noisy
+    preferences & relationship to IPO".
 
     >>> round(cdpo(PairLogps.example(), LossOptions(label_smoothing=0.1)).item(), 4)
     0.6323
@@ -46,7 +55,10 @@ def cdpo(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def robust(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """[-(1-e) log s(b d) + e log s(-b d)] / (1-2e): unbiased under labels flipped with probability e; may be negative. 2403.00409.
+    """Robust DPO: [-(1-e) log s(b d) + e log s(-b d)] / (1-2e).
+
+    Unbiased where labels are flipped with probability e; may be negative. Chowdhury et al. 2024,
+    arXiv 2403.00409.
 
     >>> round(robust(PairLogps.example(), LossOptions(label_smoothing=0.1)).item(), 4)
     0.5963
@@ -58,7 +70,10 @@ def robust(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def hinge(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """max(0, 1 - b d). SLiC 2305.10425, RSO 2309.06657.
+    """Hinge: max(0, 1 - b d).
+
+    SLiC-HF, Zhao et al. 2023, arXiv 2305.10425; on log-ratios: RSO, Liu et al. 2023, arXiv
+    2309.06657.
 
     >>> round(hinge(PairLogps.example(), LossOptions()).item(), 4)
     0.84
@@ -67,10 +82,15 @@ def hinge(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def ipo(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """(d' - 1/(2b))^2, d' from scores per token (ipo_length mean) or per answer (sum). IPO, 2310.12036 eq. 17.
+    """IPO: (d' - 1/(2b))^2, d' from scores per token (ipo_length mean) or per answer (sum).
 
-    >>> [round(ipo(PairLogps.example(), LossOptions(ipo_length=form)).item(), 4) for form in ("mean", "sum")]
-    [22.1527, 11.56]
+    Azar et al. 2023, arXiv 2310.12036, eq. 17. The mean is TRL's, as the authors asked; the sum is
+    of the original DPO code.
+
+    >>> round(ipo(PairLogps.example(), LossOptions(ipo_length="mean")).item(), 4)
+    22.1527
+    >>> round(ipo(PairLogps.example(), LossOptions(ipo_length="sum")).item(), 4)
+    11.56
     """
     chosen_P, rejected_P = scores(pair, options)
     if options.ipo_length == "mean":
@@ -79,7 +99,9 @@ def ipo(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def sigmoid_norm(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """-log s(b (r_w/|y_w| - r_l/|y_l|)): DPO on scores per token. Tulu 3, 2411.15124.
+    """Length-normalized DPO: -log s(b (r_w/|y_w| - r_l/|y_l|)).
+
+    Tulu 3, Lambert et al. 2024, arXiv 2411.15124.
 
     >>> round(sigmoid_norm(PairLogps.example(), LossOptions()).item(), 4)
     0.6786
@@ -89,7 +111,9 @@ def sigmoid_norm(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def exo_pair(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """s(bd)[log s(bd) - log(1-e)] + s(-bd)[log s(-bd) - log e], e > 0: the reverse KL from the labels. EXO, 2402.00856 eq. 16.
+    """EXO: s(bd)[log s(bd) - log(1-e)] + s(-bd)[log s(-bd) - log e], e > 0.
+
+    The reverse KL divergence from the smoothed labels. Ji et al. 2024, arXiv 2402.00856, eq. 16.
 
     >>> round(exo_pair(PairLogps.example(), LossOptions(label_smoothing=0.001)).item(), 4)
     2.4887
@@ -103,7 +127,9 @@ def exo_pair(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def nca_pair(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """-log s(b r_w) - 1/2 log s(-b r_w) - 1/2 log s(-b r_l). NCA, 2402.05369.
+    """NCA: -log s(b r_w) - 1/2 log s(-b r_w) - 1/2 log s(-b r_l).
+
+    Chen et al. 2024, arXiv 2402.05369.
 
     >>> round(nca_pair(PairLogps.example(), LossOptions()).item(), 4)
     1.3484
@@ -117,7 +143,9 @@ def nca_pair(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def bco_pair(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """-log s(b r_w) - log s(-b r_l). BCO, 2404.04656, without its running reward shift.
+    """BCO: -log s(b r_w) - log s(-b r_l), without its running reward shift.
+
+    Jung et al. 2024, arXiv 2404.04656.
 
     >>> round(bco_pair(PairLogps.example(), LossOptions()).item(), 4)
     1.3104
@@ -127,7 +155,9 @@ def bco_pair(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def sppo_hard(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """(r_w - 1/(2b))^2 + (r_l + 1/(2b))^2. SPPO with win probabilities 1 and 0, 2405.00675 eq. 4.7.
+    """SPPO with win probabilities 1 and 0: (r_w - 1/(2b))^2 + (r_l + 1/(2b))^2.
+
+    Wu et al. 2024, arXiv 2405.00675, eq. 4.7.
 
     >>> round(sppo_hard(PairLogps.example(), LossOptions()).item(), 4)
     37.28
@@ -138,9 +168,10 @@ def sppo_hard(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def aot(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """cdpo's form (e = 0 by default) on the differences of the sorted log-ratios w - l of policy and reference. AOT, 2406.05882.
+    """AOT: cdpo on the differences of the sorted w - l of policy and reference.
 
-    The k-th real slot holds the loss of the k-th smallest values: read it as a batch, not pair by pair.
+    Melnyk et al. 2024, arXiv 2406.05882. The k-th real pair's place has the loss of the k-th
+    smallest values: read it as a batch, not pair by pair. e = 0 by default.
 
     >>> two = PairLogps.of([-3.0, -2.5], [-5.0, -3.5], [-2.8, -2.3], [-3.2, -2.7])
     >>> [round(loss, 4) for loss in aot(two, LossOptions()).tolist()]
@@ -152,7 +183,10 @@ def aot(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def aot_unpaired(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """cdpo's form (e = 0 by default) on the differences of sorted r_w and sorted r_l: the sides need not be paired. 2406.05882.
+    """AOT, unpaired: cdpo on the differences of sorted r_w and sorted r_l.
+
+    The answers need not be of the same prompts. Melnyk et al. 2024, arXiv 2406.05882. e = 0 by
+    default.
 
     >>> two = PairLogps.of([-3.0, -2.5], [-5.0, -3.5], [-2.8, -2.3], [-3.2, -2.7])
     >>> [round(loss, 4) for loss in aot_unpaired(two, LossOptions()).tolist()]
@@ -165,7 +199,9 @@ def aot_unpaired(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def apo_zero(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """1 - s(b r_w) + s(b r_l): raises chosen, lowers rejected. APO, 2408.06266 eq. 7.
+    """APO-zero: 1 - s(b r_w) + s(b r_l); raises chosen, lowers rejected.
+
+    D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7.
 
     >>> round(apo_zero(PairLogps.example(), LossOptions()).item(), 4)
     0.9601
@@ -175,7 +211,9 @@ def apo_zero(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def apo_down(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """s(b r_w) + 1 - s(b (r_w - r_l)): lowers chosen, and rejected more. APO, 2408.06266 eq. 8.
+    """APO-down: s(b r_w) + 1 - s(b (r_w - r_l)); lowers chosen, and rejected more.
+
+    D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8.
 
     >>> round(apo_down(PairLogps.example(), LossOptions()).item(), 4)
     0.9551
@@ -185,7 +223,9 @@ def apo_down(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def discopop(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """(1-m)(-log s(l)) + m exp(-l), l = b d, m = s(l / tau). DiscoPOP, 2406.08414 eq. 5.
+    """DiscoPOP: (1-m)(-log s(l)) + m exp(-l), l = b d, m = s(l / tau).
+
+    Lu et al. 2024, arXiv 2406.08414, eq. 5.
 
     >>> round(discopop(PairLogps.example(), LossOptions()).item(), 4)
     0.8429
@@ -199,7 +239,9 @@ def discopop(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def simpo(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """-log s(b (mean logp_w - mean logp_l) - gamma), no reference; label smoothing as in cdpo (e = 0 by default). 2405.14734 eq. 6.
+    """SimPO: -log s(b (mean logp_w - mean logp_l) - gamma); no reference.
+
+    Meng et al. 2024, arXiv 2405.14734, eq. 6. Label smoothing as in cdpo (e = 0 by default).
 
     >>> round(simpo(PairLogps.example(), LossOptions(beta=2.0)).item(), 4)
     0.9741
@@ -210,9 +252,10 @@ def simpo(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def orpo(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """-lambda log s(log odds_w - log odds_l), odds = p / (1-p) of p = exp(mean logp), no reference. 2403.07691 eq. 6, 7.
+    """ORPO's odds-ratio term: -lambda log s(log odds_w - log odds_l); no reference.
 
-    The NLL of the chosen answers, ORPO's other term, is added by the table's `nll_weight`.
+    odds = p / (1-p) of p = exp(mean logp). The NLL of the chosen answers, ORPO's other term, is
+    added by `nll_weight` of the registry. Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7.
 
     >>> round(orpo(PairLogps.example(), LossOptions()).item(), 4)
     0.0693
@@ -222,9 +265,10 @@ def orpo(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def cpo(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """-log s(b (logp_w - logp_l)), no reference; label smoothing as in cdpo (e = 0 by default). 2401.08417.
+    """CPO's preference term: -log s(b (logp_w - logp_l)); no reference.
 
-    alpha times the NLL of the chosen answers, CPO's other term, is added by the table's `nll_weight`.
+    alpha times the NLL of the chosen answers, CPO's other term, is added by `nll_weight` of the
+    registry. Label smoothing as in cdpo (e = 0 by default). Xu et al. 2024, arXiv 2401.08417.
 
     >>> round(cpo(PairLogps.example(), LossOptions()).item(), 4)
     0.5981
@@ -234,7 +278,10 @@ def cpo(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def dpop(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """-log s(b (d - lambda max(0, -r_w))): holds the chosen answer at or above the reference. DPO-Positive, 2402.13228.
+    """DPO-Positive: -log s(b (d - lambda max(0, -r_w))).
+
+    Keeps the chosen answer's log-prob at or above the reference's. Pal et al. 2024, arXiv
+    2402.13228.
 
     >>> round(dpop(PairLogps.example(), LossOptions()).item(), 4)
     1.1989
@@ -245,7 +292,9 @@ def dpop(pair: PairLogps, options: LossOptions) -> jax.Array:
 
 
 def sft(pair: PairLogps, options: LossOptions) -> jax.Array:
-    """-logp_w: the NLL of the chosen answer. Its sum over pairs is divided by the chosen tokens of the whole batch.
+    """Supervised fine-tuning: -logp_w, the negative log-likelihood (NLL) of the chosen answer.
+
+    Its sum over pairs is divided by the chosen tokens of the global batch.
 
     >>> sft(PairLogps.example(), LossOptions()).item()
     3.0
@@ -262,5 +311,5 @@ def _rewards(pair: PairLogps, options: LossOptions) -> tuple[jax.Array, jax.Arra
 
 
 def _transport(difference_P: jax.Array, options: LossOptions) -> jax.Array:
-    """The log-loss on sorted differences that both forms of AOT share."""
+    """The log-loss on sorted differences of both forms of AOT."""
     return smoothed_log_loss(options.beta * difference_P, options.label_smoothing)

@@ -1,11 +1,10 @@
-"""The table of losses: which exist, what each reads, how several are mixed, and how rewards are reported.
+"""The registry of losses: which exist, what each reads, how they are mixed, and their rewards.
 
-Adding a loss: write the function in loss_functions.py with a doctest, add its row to LOSSES here, add its row to
-docs/losses.md. Nothing else compares a loss's name. P pairs.
+Adding a loss: write the function in preference.py with a doctest, add its row to LOSSES here, add
+its row to docs/losses.md. Nothing else compares a loss's name. Suffix P: pairs.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -13,7 +12,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.config.loss_options import REF_MIXUP_ALPHA, LossOptions, LossSection
+from jaxdpo.config.loss_options import LossOptions, LossSection
 from jaxdpo.losses import preference as fn
 from jaxdpo.losses.pair_logps import PairLogps, chosen_nll, log_ratios, mean_logps
 
@@ -21,9 +20,11 @@ LossFn = Callable[[PairLogps, LossOptions], jax.Array]
 FromOptions = Callable[[LossOptions], float]
 
 MODIFIERS = ("f_divergence", "alpha_divergence", "ld_alpha", "length_penalty", "wpo")
-"""Options that change what a pair's term means: of mixed losses, all terms per pair must accept them or none."""
+"""Options that change the meaning of a pair's term: mixed losses on pairs accept them all, or
+none."""
 
 LN2 = math.log(2.0)
+"""-log sigmoid(0): the loss of DPO and its kin where policy and reference agree."""
 
 COMMON_DEFAULTS = LossOptions()
 
@@ -41,21 +42,24 @@ class Loss:
     paper: str
     """arXiv number, or name and year."""
     equation: str
-    """The loss of one pair, in the symbols of loss_functions.py."""
+    """The loss of one pair, in the symbols of preference.py."""
     needs_reference: bool = True
     divisor: Literal["pairs", "chosen_tokens"] = "pairs"
     """What the sum of `fn` over the global batch is divided by."""
     coupled: bool = False
-    """The terms mix pairs of the batch: `fn` must see the whole global batch at once, and pairs cannot be weighted."""
+    """The terms mix pairs: `fn` needs the global batch at once, and pairs cannot be weighted."""
     closed_form: FromOptions | None = None
-    """Its value where policy and reference agree (without a length penalty); None where that depends on the data."""
+    """Its value where policy and reference agree (without a length penalty). None: that depends on
+    the data."""
     nll_weight: FromOptions | None = None
     """Weight of the chosen answers' NLL per chosen token that is part of the loss."""
     needs_smoothing: bool = False
     """loss.label_smoothing=0 has no meaning for it."""
     reward_kind: Literal["ratio", "sum", "mean"] = "ratio"
-    """The reported reward: log-ratio to the reference, log-prob, or mean log-prob per token, times `reward_scale`."""
+    """The logged reward: log-ratio to the reference, log-prob, or mean log-prob per token, times
+    `reward_scale`."""
     reward_scale: FromOptions = lambda options: options.beta
+    """Beta, or what the loss has in its place."""
 
 
 class Numerators(NamedTuple):
@@ -74,8 +78,10 @@ def _options(*names: str) -> frozenset[str]:
 _MARGIN = _options("beta", "f_divergence", "alpha_divergence", "length_penalty", "ld_alpha", "wpo")
 """Read by every loss on beta (score_w - score_l)."""
 _PER_TOKEN = _MARGIN - _options("length_penalty")
+"""Read by the losses that are normalized by length already."""
 _RATIOS = _options("beta", "ld_alpha", "wpo")
-"""Read by the losses on each side's log-ratio; f-divergences hold only for differences, where log Z cancels."""
+"""Read by the losses on each side's log-ratio; f-divergences hold only for differences, where log Z
+cancels."""
 
 
 def _ln2(options: LossOptions) -> float:
@@ -247,85 +253,6 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def check(section: LossSection, reference: str) -> list[str]:
-    """What is wrong with the loss options, as messages; empty when nothing is.
-
-    Args:
-        section: the loss options.
-        reference: the config's `reference`; "none" means that no reference model exists.
-
-    >>> check(LossSection(name="sigmoid", cpo_alpha=0.5), "frozen")
-    ['loss.cpo_alpha=0.5: loss.name=sigmoid does not read it. Leave it out, or use cpo']
-    """
-    if unknown := [name for name in section.names if name not in LOSSES]:
-        return [_unknown(name) for name in unknown]
-    rows = [LOSSES[name] for name in section.names]
-    shown = ",".join(section.names)
-    problems = [
-        message
-        for option, value in _chosen_options(section)
-        if (message := _misplaced(option, value, section))
-    ]
-    if section.label_smoothing == 0 and any(row.needs_smoothing for row in rows):
-        problems.append(
-            f"loss.label_smoothing=0: loss.name={shown} takes its logarithm. Use a value above 0, e.g. 0.001"
-        )
-    if reference == "none" and any(row.needs_reference for row in rows):
-        free = ", ".join(name for name, row in LOSSES.items() if not row.needs_reference)
-        problems.append(
-            f"reference=none: loss.name={shown} compares with a reference. Use reference=frozen, or a loss without one: {free}"
-        )
-    if section.ref_sync_every and not any(row.needs_reference for row in rows):
-        problems.append(
-            f"loss.ref_sync_every={section.ref_sync_every}: moves a reference that loss.name={shown} does not read. Leave it out"
-        )
-    return problems
-
-
-def resolve(section: LossSection) -> LossSection:
-    """The section with numbers in place of the constants that it leaves open, for config.yaml and checkpoints.
-
-    Constants that switch something on stay open where they are off. So does a constant whose default differs
-    between the chosen losses (see `open_constants`).
-
-    >>> resolve(LossSection(name="simpo")).beta, resolve(LossSection(name=["sigmoid", "simpo"])).beta
-    (2.0, None)
-    """
-    values = {}
-    for option in dataclasses.fields(LossOptions):
-        is_open = getattr(section, option.name) is None
-        is_on = option.name not in MODIFIERS
-        if option.name == "alpha_divergence":
-            is_on = section.f_divergence == "alpha"
-        readers = [LOSSES[name] for name in section.names if option.name in LOSSES[name].options]
-        defaults = {getattr(row.defaults, option.name) for row in readers}
-        if is_open and is_on and len(defaults) == 1:
-            values[option.name] = defaults.pop()
-    if section.ref_sync_every and section.ref_mixup_alpha is None:
-        values["ref_mixup_alpha"] = REF_MIXUP_ALPHA
-    return dataclasses.replace(section, **values)
-
-
-def open_constants(section: LossSection) -> dict[str, dict[str, float | str]]:
-    """The constants that `resolve` leaves open: option -> value by loss. For the identity of a run.
-
-    >>> open_constants(LossSection(name=["sigmoid", "simpo"], simpo_gamma=0.3))
-    {'beta': {'sigmoid': 0.1, 'simpo': 2.0}}
-    """
-    section = resolve(section)
-    constants = {}
-    for option in dataclasses.fields(LossOptions):
-        if option.name in MODIFIERS or getattr(section, option.name) is not None:
-            continue
-        values = {}
-        for name in section.names:
-            if option.name in LOSSES[name].options:
-                values[name] = getattr(LOSSES[name].defaults, option.name)
-        if values:
-            constants[option.name] = values
-    return constants
-
-
 def numerators(pair: PairLogps, section: LossSection) -> Numerators:
     """The chosen losses times loss.weights, added up by divisor.
 
@@ -333,28 +260,28 @@ def numerators(pair: PairLogps, section: LossSection) -> Numerators:
         pair: log-probs of P pairs; for coupled losses those of the whole global batch.
         section: the loss options, free of `check` problems.
 
-    >>> terms = numerators(PairLogps.example(), LossSection(name=["sigmoid", "sft"], weights=[1.0, 0.5]))
+    >>> section = LossSection(name=["sigmoid", "sft"], weights=[1.0, 0.5])
+    >>> terms = numerators(PairLogps.example(), section)
     >>> [round(term.item(), 4) for term in terms]
     [0.6163, 1.5]
     """
     pairs_P = tokens_P = jnp.zeros_like(pair.chosen_logps_P)
-    for name, weight in zip(
-        section.names, section.weights or [1.0] * len(section.names), strict=True
-    ):
+    weights = section.weights or [1.0] * len(section.names)
+    for name, weight in zip(section.names, weights, strict=True):
         row = LOSSES[name]
-        term_P = weight * row.fn(pair, row.defaults.of(section))
-        pairs_P, tokens_P = (
-            (pairs_P + term_P, tokens_P) if row.divisor == "pairs" else (pairs_P, tokens_P + term_P)
-        )
+        options = row.defaults.of(section)
+        term_P = weight * row.fn(pair, options)
+        if row.divisor == "pairs":
+            pairs_P = pairs_P + term_P
+        else:
+            tokens_P = tokens_P + term_P
         if row.nll_weight is not None:
-            tokens_P = tokens_P + weight * row.nll_weight(row.defaults.of(section)) * chosen_nll(
-                pair
-            )
+            tokens_P = tokens_P + weight * row.nll_weight(options) * chosen_nll(pair)
     return Numerators(pairs_P, tokens_P)
 
 
 def closed_forms(section: LossSection) -> dict[str, float]:
-    """Value of each chosen loss where policy and reference agree, for those where it does not depend on the data.
+    """Value of each chosen loss where policy and reference agree, unless it depends on the data.
 
     >>> closed_forms(LossSection(name=["ipo", "sft"]))
     {'ipo': 25.0}
@@ -370,67 +297,38 @@ def closed_forms(section: LossSection) -> dict[str, float]:
 
 
 def rewards(pair: PairLogps, section: LossSection) -> tuple[jax.Array, jax.Array]:
-    """Implicit rewards for reports: (chosen_P, rejected_P), float32 [P].
+    """Implicit rewards for the metrics: (chosen_P, rejected_P), float32 [P].
 
-    beta times the log-ratio to the reference; for losses without one beta times the log-prob (cpo) or its mean per token
-    (simpo; orpo with its lambda in beta's place), as TRL reports them. Of mixed losses, the first on pairs decides.
+    beta times the log-ratio to the reference; for losses without one beta times the log-prob (cpo)
+    or its mean per token (simpo; orpo with its lambda in beta's place), as TRL reports them. Of
+    mixed losses, the first on pairs decides.
 
     >>> [round(reward.item(), 4) for reward in rewards(PairLogps.example(), LossSection())]
     [-0.02, -0.18]
     """
     rows = [LOSSES[name] for name in section.names]
-    row = next((row for row in rows if row.divisor == "pairs"), rows[0])
-    sides = {
-        "ratio": log_ratios,
-        "sum": lambda pair: (pair.chosen_logps_P, pair.rejected_logps_P),
-        "mean": mean_logps,
-    }[row.reward_kind]
-    chosen_P, rejected_P = sides(pair)
+    on_pairs = [row for row in rows if row.divisor == "pairs"]
+    row = on_pairs[0] if on_pairs else rows[0]
+    if row.reward_kind == "ratio":
+        chosen_P, rejected_P = log_ratios(pair)
+    elif row.reward_kind == "mean":
+        chosen_P, rejected_P = mean_logps(pair)
+    else:
+        chosen_P, rejected_P = pair.chosen_logps_P, pair.rejected_logps_P
     scale = row.reward_scale(row.defaults.of(section))
     return scale * chosen_P, scale * rejected_P
 
 
 def takes_margins(section: LossSection) -> bool:
-    """Whether every chosen loss that has a term for each pair works on the logit that a pair's margin is taken from."""
+    """Whether every chosen loss on pairs has the logit from which a pair's margin is subtracted."""
     rows = [LOSSES[name] for name in section.names]
     return all("length_penalty" in row.options for row in rows if row.divisor == "pairs")
 
 
 def coupled(section: LossSection) -> bool:
-    """Whether some chosen loss mixes the pairs of the whole global batch (and so cannot weigh single pairs)."""
+    """Whether some chosen loss mixes the pairs of the global batch, and cannot weight single
+    pairs."""
     return any(LOSSES[name].coupled for name in section.names)
-
-
-def _chosen_options(section: LossSection) -> list[tuple[str, object]]:
-    """Options of single losses that were set, with their values."""
-    untouched = LossSection()
-    names = sorted(frozenset().union(*(row.options for row in LOSSES.values())))
-    return [
-        (name, getattr(section, name))
-        for name in names
-        if getattr(section, name) != getattr(untouched, name)
-    ]
-
-
-def _misplaced(option: str, value: object, section: LossSection) -> str | None:
-    """Why the option cannot stand beside the chosen losses, or None."""
-    shown = ",".join(section.names)
-    readers = [name for name in section.names if option in LOSSES[name].options]
-    others = [
-        name for name in section.names if name not in readers and LOSSES[name].divisor == "pairs"
-    ]
-    if not readers:
-        able = " or ".join(sorted(name for name, row in LOSSES.items() if option in row.options))
-        return f"loss.{option}={value}: loss.name={shown} does not read it. Leave it out, or use {able}"
-    if option in MODIFIERS and others:
-        return f"loss.{option}={value}: {', '.join(others)} of loss.name={shown} cannot take it. Leave out the one or the other"
-    return None
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    return f"loss.name={name}: no such loss. {hint}Choose from {', '.join(LOSSES)}"
 
 
 def needs_reference(section: LossSection) -> bool:

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdpo.utils.tree import path_name
+
 Tree = Any
 
 PROJECTIONS = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
@@ -122,7 +124,7 @@ def quantized_axes(axes: Tree) -> Tree:
 
 def _map_projections(tree: Tree, change: Callable[[Any], Any]) -> Tree:
     def visit(path: tuple, leaf: Any) -> Any:
-        if is_quantized(jax.tree_util.keystr(path, simple=True, separator="/")):
+        if is_quantized(path_name(path)):
             return change(leaf)
         return leaf
 

@@ -72,7 +72,7 @@ class Plan:
             if size > 1 or axis == "data":
                 options.append(f"mesh.{axis}={size}")
         options.append(f"model.remat={self.config.model.remat}")
-        options.append(f"data.packed_length={self.config.data.packed_length}")
+        options.append(f"data.packed_length={self.program.config.data.packed_length}")
         return " ".join(options)
 
 
@@ -91,10 +91,10 @@ def search(target: Target, config: Config, pair_tokens: PairTokens) -> list[Plan
 def candidates(target: Target, config: Config, pair_tokens: PairTokens) -> Iterator[Plan]:
     """Every sensible mesh, remat policy and packed length, whether it fits or not."""
     # A packed sequence has to hold a pair of the maximal length without a shared prompt.
-    max_length, _ = config.data.lengths_for(target.model.max_positions)
-    shortest = 2 * max_length
+    data = config.data.with_lengths(target.model.max_positions)
+    shortest = 2 * data.max_length
     lengths = sorted(
-        {length for length in PACKED_LENGTHS if length >= shortest} | {config.data.packed_length}
+        {length for length in PACKED_LENGTHS if length >= shortest} | {data.packed_length}
     )
     remats = list(REMAT_POLICIES)
     if config.model.quantize != "none":

@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxdpo.config.schema import Config
 from jaxdpo.data.pair_table import PairTable
 from jaxdpo.data.tokenize import Tokenizer
-from jaxdpo.losses import registry
+from jaxdpo.losses import rules
 from jaxdpo.models.hf.peft import adapter_fingerprint
 from jaxdpo.models.hf.weight_files import weights_fingerprint
 
@@ -36,7 +36,7 @@ def run_identity(
         "chat_template": _sha256(str(tokenizer.chat_template)),
         "pairs": pairs.fingerprint(),
     }
-    constants = registry.open_constants(config.loss)
+    constants = rules.open_constants(config.loss)
     if constants:  # of mixed losses that differ in a default
         identity["loss_constants"] = _sha256(json.dumps(constants, sort_keys=True))
     if config.lora.path is not None:

@@ -119,7 +119,7 @@ def loop(run: Run, watchdog: Watchdog) -> bool:
     apply = run.trainer.put_scalar(True, np.bool_)
     # Implicit transfers stall the devices, unnoticed, in every step; here they raise.
     with jax.transfer_guard("disallow"):
-        if not run.evaluated and _evaluation_due(run.step, total, config.eval.every):
+        if not run.evaluated and _evaluation_due(run.step, total, config.eval.every or 0):
             # The starting policy, or a state whose evaluation a signal cut off.
             try:
                 _evaluate(run, watchdog)
@@ -141,7 +141,7 @@ def loop(run: Run, watchdog: Watchdog) -> bool:
 
             eval_loss = None
             # A run that stops evaluates after it has resumed: preemption leaves little time.
-            if _evaluation_due(step, total, config.eval.every) and not stopping:
+            if _evaluation_due(step, total, config.eval.every or 0) and not stopping:
                 try:
                     eval_loss = _evaluate(run, watchdog)
                 except Interrupted:

@@ -25,6 +25,7 @@ from tensorboardX import SummaryWriter
 from jaxdpo.config.schema import LogSection
 from jaxdpo.distributed import processes
 from jaxdpo.utils.console import Console, progress_bar, say, stdout
+from jaxdpo.utils.files import atomic_write
 
 TIME_KEYS = frozenset(
     {
@@ -118,9 +119,8 @@ def _cut(path: Path, resume_step: int | None) -> None:
     if resume_step is not None:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) <= resume_step]
-    draft = path.with_name(path.name + ".cut")
-    draft.write_text("".join(kept), encoding="utf-8")
-    draft.replace(path)
+    with atomic_write(path) as file:
+        file.writelines(kept)
 
 
 def _step_of(line: str) -> float:

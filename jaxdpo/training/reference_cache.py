@@ -12,7 +12,6 @@ first one reads and writes, and sends the others what it has read.
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import numpy as np
 
 from jaxdpo.distributed import processes
 from jaxdpo.training.preemption import Interrupted
+from jaxdpo.utils.files import atomic_write, write_json
 
 BATCHES_PER_PART = 16
 """What an interruption may lose at most: seconds of work, in files of a few kilobytes."""
@@ -142,15 +142,12 @@ def _read(folder: Path, number: int, count: int, log: Callable[[str], None]) -> 
 
 def _write(folder: Path, number: int, logps: np.ndarray, identity: Mapping[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "identity.json").write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    write_json(folder / "identity.json", identity, durable=False)
     buffer = io.BytesIO()
     np.save(buffer, logps, allow_pickle=False)
-    draft = folder / f".{number:05d}.writing"
-    with draft.open("wb") as file:
+    path = folder / f"{_stem(number, buffer.getvalue())}.npy"
+    with atomic_write(path, "wb", durable=True) as file:
         file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(folder / f"{_stem(number, buffer.getvalue())}.npy")
 
 
 def _stem(number: int, data: bytes) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdpo.config.cross_checks import cross_check
-from jaxdpo.config.schema import Config, LoraSection
+from jaxdpo.config.schema import DEFAULT_EVAL_EVERY, Config, LoraSection
 from jaxdpo.data.prepare import Prepared
 from jaxdpo.distributed import sharding
-from jaxdpo.losses import registry
+from jaxdpo.losses import registry, rules
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.lora_targets import find_targets, lora_of
 from jaxdpo.models.hf.peft import PeftAdapter, read_peft
@@ -43,7 +43,7 @@ class ResolvedConfig(NamedTuple):
 
 def validate(config: Config) -> list[str]:
     """Problems of the options among themselves, as messages; empty when there are none."""
-    return cross_check(config) + registry.check(config.loss, config.reference)
+    return cross_check(config) + rules.check(config.loss, config.reference)
 
 
 def resolve(
@@ -81,9 +81,10 @@ def resolve_options(
     """
     config = resolve_dtype(config, mesh)
     config = _resolve_lengths(config, model)
+    config = _resolve_evaluation(config)
     config = _resolve_reference(config)
     config = _resolve_router(config, model, raw)
-    config = dataclasses.replace(config, loss=registry.resolve(config.loss))
+    config = dataclasses.replace(config, loss=rules.resolve(config.loss))
     check_attention(config, mesh, model)
     _check_offload(config)
     if config.data.max_length > model.max_positions:
@@ -103,11 +104,14 @@ def resolve_dtype(config: Config, mesh: Mesh) -> Config:
 
 
 def _resolve_lengths(config: Config, model: ModelConfig) -> Config:
-    max_length, max_prompt_length = config.data.lengths_for(model.max_positions)
-    section = dataclasses.replace(
-        config.data, max_length=max_length, max_prompt_length=max_prompt_length
-    )
-    return dataclasses.replace(config, data=section)
+    return dataclasses.replace(config, data=config.data.with_lengths(model.max_positions))
+
+
+def _resolve_evaluation(config: Config) -> Config:
+    if config.eval.every is not None:
+        return config
+    every = DEFAULT_EVAL_EVERY if config.data.has_eval else 0
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=every))
 
 
 def _resolve_reference(config: Config) -> Config:

@@ -1,6 +1,5 @@
 """What a run writes into its folder before its first step, and says about itself."""
 
-import json
 from pathlib import Path
 
 from jaxdpo.config import cli
@@ -8,15 +7,16 @@ from jaxdpo.data.prepare import summary
 from jaxdpo.distributed import processes
 from jaxdpo.models.hf.folder import copy_model_files
 from jaxdpo.training.trainer import Trainer
+from jaxdpo.utils.files import atomic_write, write_json
 
 
 def write_inputs(trainer: Trainer, run_dir: Path) -> None:
     """Write config.yaml, data_report.json and model/ (config and tokenizer) of the run folder."""
     if not processes.is_first():
         return
-    (run_dir / "config.yaml").write_text(cli.to_yaml(trainer.config), encoding="utf-8")
-    report = json.dumps(trainer.data.report, indent=1)
-    (run_dir / "data_report.json").write_text(report, encoding="utf-8")
+    with atomic_write(run_dir / "config.yaml") as file:
+        file.write(cli.to_yaml(trainer.config))
+    write_json(run_dir / "data_report.json", trainer.data.report)
     template = trainer.config.data.chat_template
     text = None if template is None else Path(template).expanduser().read_text(encoding="utf-8")
     copy_model_files(trainer.folder, run_dir / "model", text)

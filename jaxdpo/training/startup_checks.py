@@ -5,7 +5,7 @@ policy and reference agree.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from jaxdpo.losses.registry import needs_reference
 from jaxdpo.training.state import FrozenState, TrainState
 from jaxdpo.training.trainer import Trainer
 from jaxdpo.utils import files
+from jaxdpo.utils.tree import flatten
 
 CLOSED_FORM_TOLERANCE = 1e-3
 
@@ -108,22 +109,14 @@ def changed_fields(saved: Tree, current: Tree) -> list[tuple[str, Any, Any]]:
         (path, saved value, current value) of each, by path; "(absent)" stands for an option that
         one side lacks.
     """
-    old = dict(_flat(saved))
-    new = dict(_flat(json.loads(json.dumps(current))))  # as the checkpoint's went through JSON
+    old = flatten(saved)
+    new = flatten(json.loads(json.dumps(current)))  # as the checkpoint's went through JSON
     changed = []
     for path in sorted(old.keys() | new.keys()):
         before, now = old.get(path, "(absent)"), new.get(path, "(absent)")
         if before != now and not _is_free(path):
             changed.append((path, before, now))
     return changed
-
-
-def _flat(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _is_free(path: str) -> bool:

@@ -7,7 +7,6 @@
 
 import contextlib
 import faulthandler
-import json
 import os
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 
 from jaxdpo.distributed import processes
+from jaxdpo.utils.files import write_json
 
 HANGS = 70
 """Exit status of a process that hung and that the watchdog ended (EX_SOFTWARE)."""
@@ -77,12 +77,10 @@ class Watchdog:
             self._write_heartbeat()
 
     def _write_heartbeat(self) -> None:
-        draft = self._folder / ".heartbeat.json"
         heartbeat = {"step": self._step, "time": time.time(), "phase": self._phase}
         # A full disk is reported by the checkpoints; an outdated heartbeat is a sign by itself.
         with contextlib.suppress(OSError):
-            draft.write_text(json.dumps(heartbeat))
-            draft.replace(self._folder / "heartbeat.json")
+            write_json(self._folder / "heartbeat.json", heartbeat, durable=False)
 
     @contextlib.contextmanager
     def paused(self, phase: str) -> Iterator[None]:

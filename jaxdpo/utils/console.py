@@ -1,4 +1,5 @@
-"""What goes to a terminal: tables, colours, a progress bar. Text from outside cannot drive it or disguise itself."""
+"""What is printed to a terminal: lines, tables, a progress bar. Text from outside cannot drive it
+or disguise itself."""
 
 import re
 from collections.abc import Sequence
@@ -18,35 +19,37 @@ from rich.text import Text
 from jaxdpo.utils.text import clean
 
 _NUMBER = re.compile(r"-?[0-9.,]+%?")
+_WIDTH = 120
+"""Columns of a table where output is not a terminal; rich would take 80."""
 
 
 def stdout() -> Console:
-    """Standard output; text is not wrapped, and 120 columns are assumed where it is no terminal."""
+    """Standard output, without wrapping of lines."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.width = 120
+        console.width = _WIDTH
     return console
 
 
 def is_coloured(console: Console) -> bool:
-    """Whether colours can be seen: a terminal that has them, and no NO_COLOR."""
+    """Whether the console shows colours: a terminal that has them, and no NO_COLOR."""
     return console.color_system is not None and not console.no_color
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Print a line, as it is but for control characters."""
+    """Print a line without control characters; rich's markup in it is not interpreted."""
     console.print(Text(clean(text), style=style))
 
 
 def say_parts(console: Console, parts: Sequence[tuple[str, str]]) -> None:
-    """Print text in several styles: (text, style) after each other."""
+    """Print a line in several styles: (text, style) after each other."""
     console.print(Text.assemble(*((clean(text), style) for text, style in parts)))
 
 
 def show_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None
 ) -> None:
-    """Show a table on the console; columns of numbers are aligned right, others left."""
+    """Print a table; columns of numbers are aligned right, others left."""
     table = Table(title=Text(clean(title)), title_justify="left", title_style="bold")
     for index, name in enumerate(header):
         numeric = all(_NUMBER.fullmatch(row[index]) for row in rows if row[index])
@@ -57,7 +60,7 @@ def show_table(
 
 
 def progress_bar(console: Console, total_steps: int, done: int) -> Progress:
-    """A bar of one task that counts steps and tells its field `summary`; it is running."""
+    """A started bar of one task that counts steps and shows its field `summary`."""
     columns = (
         BarColumn(),
         MofNCompleteColumn(),

@@ -1,11 +1,11 @@
-"""Folders that are complete or absent, and whose files are as they were written: a list of sha256 sums, written last.
+"""Folders that are complete or absent, and whose files are as they were written.
 
-A folder is written under another name and gets its own with `seal`, when the list of its files is on disk.
+A folder is written under another name; `seal` then lists the sha256 sums of its files, and only
+after that it gets its own name. `find_damage` compares.
 """
 
 import errno
 import hashlib
-import itertools
 import json
 from pathlib import Path
 
@@ -15,16 +15,18 @@ MANIFEST = "manifest.json"
 
 
 def seal(folder: Path) -> None:
-    """Write the list of the folder's files and their sums, and have it on the disk."""
+    """Write the list of the folder's files and their sums; it is on the disk when this returns."""
     write_json(folder / MANIFEST, {"sha256": digests(folder)})
     sync_folder(folder)
 
 
 def find_damage(folder: Path, *, from_disk: bool = False) -> str | None:
-    """Compare the files of a folder with its manifest: None when all are as written, else what is wrong.
+    """Compare the files of a folder with its manifest: None when all are as written, else what is
+    wrong.
 
     Args:
-        from_disk: read what is on the disk even where the system remembers what was written.
+        folder: a sealed folder.
+        from_disk: read what is on the disk even where it is still in the system's page cache.
     """
     try:
         expected = json.loads((folder / MANIFEST).read_text())["sha256"].items()
@@ -38,6 +40,7 @@ def find_damage(folder: Path, *, from_disk: bool = False) -> str | None:
             if _sha256(path, from_disk) != digest:
                 return f"{name} is not as it was written"
         except OSError as error:
+            # A bad sector or a file that vanished is damage; a permission is not, and is reported.
             if error.errno not in (errno.EIO, errno.ENOENT):
                 raise
             return f"{name} cannot be read: {error.strerror}"
@@ -46,11 +49,11 @@ def find_damage(folder: Path, *, from_disk: bool = False) -> str | None:
 
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of every file, by its path in the folder."""
-    return {
-        str(path.relative_to(folder)): _sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = _sha256(path)
+    return found
 
 
 def _sha256(path: Path, from_disk: bool = False) -> str:
@@ -61,9 +64,10 @@ def _sha256(path: Path, from_disk: bool = False) -> str:
 
 
 def move_aside(folder: Path, suffix: str) -> Path:
-    """Give the folder another name that ends in the suffix and that nothing has."""
-    targets = (
-        folder.with_name(f"{folder.name}{suffix}" + (f"-{number}" if number > 1 else ""))
-        for number in itertools.count(1)
-    )
-    return folder.rename(next(target for target in targets if not target.exists()))
+    """Rename a folder to one that ends in the suffix and does not exist, so that nothing uses it
+    and nothing is lost."""
+    target, number = folder.with_name(f"{folder.name}{suffix}"), 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}{suffix}-{number}")
+    return folder.rename(target)

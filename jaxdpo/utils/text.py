@@ -1,35 +1,46 @@
-"""Text from outside, made safe to print; whether it can be encoded."""
+"""Text from outside, made safe to show; whether it can be encoded.
+
+Two functions, for two readers. `printable` is for text that is inspected (data, file names,
+errors): every character that cannot be seen is written out. `clean` is for text that is read, such
+as a model's answer: it removes only what drives a terminal or reorders a line, since escapes would
+spoil emoji and the joiners of Persian or Hindi.
+"""
 
 import re
 import unicodedata
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# C0 and C1 controls but tab and newline, and what changes a line's direction.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text can be encoded: JSON can spell half of a UTF-16 pair ("\\ud83d"), which no tokenizer takes."""
+    """Whether the text can be encoded: JSON can spell half of a UTF-16 pair ("\\ud83d"), which no
+    tokenizer accepts."""
     return _LONE_SURROGATE.search(text) is None
 
 
 def printable(text: str) -> str:
-    """The text with everything that could steer a terminal or reorder a line written as an escape; line breaks stay."""
+    """The text with all invisible characters but newlines as escapes.
+
+    >>> printable("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
     if text.isascii() and text.replace("\n", "").isprintable():
         return text
-    return "".join(
-        char if _is_harmless(char) else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )
-
-
-def _is_harmless(char: str) -> bool:
-    return char == "\n" or (unicodedata.category(char)[0] != "C" and char not in "\u2028\u2029")
-
-
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+    shown = ""
+    for char in text:
+        # Category C: control, format, surrogate, private, unassigned. Then two line separators.
+        hidden = unicodedata.category(char).startswith("C") or char in "\u2028\u2029"
+        if hidden and char != "\n":
+            char = char.encode("unicode_escape").decode("ascii")
+        shown += char
+    return shown
 
 
 def clean(text: str) -> str:
-    """Text without control characters (but newline and tab), which could drive or disguise what a terminal shows.
+    """The text without control characters (tabs and newlines stay), which could drive a terminal or
+    disguise a line.
 
     >>> clean("a\\x1b[31mb\\nc")
     'a[31mb\\nc'

@@ -345,9 +345,9 @@ def test_truncation_is_that_of_training(
     [
         ([], 2, "data.train=[]: name at least one set"),
         (
-            ["data.train=x.jsonl"],
+            ["data.train="],
             2,
-            "data.train=x.jsonl: must be a list. Write data.train=[x.jsonl]",
+            "data.train=: input should be a valid list. Lists are written [a,b]",
         ),
         (["data.train=[x.jsonl]", "show=-1"], 2, "show=-1: must not be negative"),
         (["data.train=[x.jsonl]", "odd=6"], 2, "odd=6: must lie between 0 and 5"),

@@ -1,4 +1,5 @@
-"""What waits on the hosts: the steps are the same, it is there before and after them, and runs save and resume it."""
+"""What waits on the hosts: the steps are the same, it is there before and after them, and runs save
+and resume it."""
 
 import dataclasses
 import re

@@ -1,4 +1,5 @@
-"""Exports of weights that are spread over two processes, as over two hosts: all gather, one writes."""
+"""Exports of weights that are spread over two processes, as over two hosts: all gather, one
+writes."""
 
 import os
 import socket
@@ -38,7 +39,8 @@ mesh = sharding.make_mesh(MeshSection(fsdp=2, tensor=2))
 weights = sharding.put(params(0, model), trained_shardings(model, mesh))
 assert not weights["layers"]["attn"]["q"].is_fully_addressable
 files = export_model(out / "model", model, weights, card=card, max_shard_bytes=50_000)
-assert len(files) > 4 and all(path.is_file() for path in files), "the folder is complete when any process goes on"
+complete = len(files) > 4 and all(path.is_file() for path in files)
+assert complete, "the folder is complete when any process goes on"
 adapter = sharding.put(random_adapter(model, LORA), trained_shardings(model, mesh, LORA))
 export_adapter(out / "adapter", model, adapter, LORA, base="base", card=card)
 try:

@@ -45,19 +45,23 @@ def test_the_mesh_takes_all_devices() -> None:
         ({"data": 3}, "mesh.data=3: must multiply to the 8 devices here. For example mesh.data=8"),
         (
             {"fsdp": 3},
-            "mesh.fsdp=3: does not divide the model's embed (32). For example mesh.data=2 mesh.fsdp=4",
+            "mesh.fsdp=3: does not divide the model's embed (32). For example mesh.data=2 "
+            "mesh.fsdp=4",
         ),
         (
             {"data": 4, "fsdp": 4},
-            "mesh.data=4 mesh.fsdp=4: must multiply to the 8 devices here. For example mesh.data=2 mesh.fsdp=4",
+            "mesh.data=4 mesh.fsdp=4: must multiply to the 8 devices here. For example mesh.data=2 "
+            "mesh.fsdp=4",
         ),
         (
             {"tensor": 4},
-            "mesh.tensor=4: does not divide the model's kv_heads (2). For example mesh.data=4 mesh.tensor=2",
+            "mesh.tensor=4: does not divide the model's kv_heads (2). For example mesh.data=4 "
+            "mesh.tensor=2",
         ),
         (
             {"fsdp": 4, "tensor": 4},
-            "mesh.data=1 mesh.fsdp=4 mesh.tensor=4: must multiply to the 8 devices here\nmesh.tensor=4: does not",
+            "mesh.data=1 mesh.fsdp=4 mesh.tensor=4: must multiply to the 8 devices "
+            "here\nmesh.tensor=4: does not",
         ),
         ({"fsdp": 4, "tensor": 4}, "For example mesh.data=1 mesh.fsdp=4 mesh.tensor=2"),
         (
@@ -87,7 +91,8 @@ def test_what_experts_are_shared_by_must_divide_them_and_the_model() -> None:
     assert sharding.make_mesh(MeshSection(fsdp=2, expert=4), sizes=sizes).shape["expert"] == 4
     with pytest.raises(
         ValueError,
-        match=r"mesh.expert=8: does not divide the model's expert \(4\). For example mesh.data=2 mesh.expert=4",
+        match=r"mesh.expert=8: does not divide the model's expert \(4\). "
+        r"For example mesh.data=2 mesh.expert=4",
     ):
         sharding.make_mesh(MeshSection(expert=8), sizes=sizes)
     odd = dataclasses.replace(tiny("qwen3_moe"), hidden_size=36)
@@ -101,7 +106,7 @@ def test_rows_are_cut_into_shares_of_one_length() -> None:
     for size in range(1, 65):
         if LENGTH_MULTIPLE % size:
             with pytest.raises(
-                ValueError, match=f"mesh.context={size}: rows are multiples of 64 slots"
+                ValueError, match=f"mesh.context={size}: must divide packed lengths"
             ):
                 MeshSection(context=size)
         else:
@@ -173,7 +178,8 @@ def test_a_mesh_that_does_not_divide_the_weights_names_them_all() -> None:
     lines = str(caught.value).split("\n")
     assert len(lines) == 2  # 4 heads divide, 2 key-value heads do not
     assert lines[0].startswith(
-        "mesh.tensor=4: does not divide the 2 of dimension kv_heads of weight layers/attn/k (2, 32, 2, 8). Use a divisor of 2"
+        "mesh.tensor=4: does not divide the 2 of dimension kv_heads of weight layers/attn/k (2, "
+        "32, 2, 8). Use a divisor of 2"
     )
     assert "layers/attn/v" in lines[1]
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.config.loss_options import LossSection
-from jaxdpo.config.schema import Config, LoraSection, ModelSection
+from jaxdpo.config.schema import Config, EvalSection, LoraSection, ModelSection
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.peft import write_peft
 from jaxdpo.training.resolve import attention_of, check_attention, resolve_lora, resolve_options
@@ -31,6 +31,22 @@ def test_what_is_automatic_gets_values() -> None:
         256,
     )
     assert resolved(config) == config
+
+
+def test_an_automatic_packed_length_holds_two_answers_of_the_longest_pair() -> None:
+    long = dataclasses.replace(model(), max_positions=8192)
+    assert resolved(Config()).data.packed_length == 4096
+    assert resolved(Config(data=DataSection(max_length=3000)), long).data.packed_length == 6016
+    set_by_user = DataSection(max_length=100, packed_length=200)
+    assert resolved(Config(data=set_by_user)).data.packed_length == 200
+
+
+def test_evaluation_is_on_where_there_are_validation_pairs() -> None:
+    without = DataSection(eval_fraction=0)
+    assert resolved(Config()).eval.every == 100
+    assert resolved(Config(data=without)).eval.every == 0
+    assert resolved(Config(data=dataclasses.replace(without, eval=["b"]))).eval.every == 100
+    assert resolved(Config(eval=EvalSection(every=7))).eval.every == 7
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
-"""Room on the disk is found out before a run has something to lose."""
+"""Files that appear complete or not at all, and room on the disk that is found out in time."""
 
+import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -7,7 +9,60 @@ from pathlib import Path
 import pytest
 
 from jaxdpo.utils import files
-from jaxdpo.utils.files import check_room, make_writable, write_and_read
+from jaxdpo.utils.files import (
+    atomic_write,
+    check_room,
+    make_writable,
+    write_and_read,
+    write_json,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(("mode", "old", "new"), [("w", "alt", "neu ü\n"), ("wb", b"old", b"\xff")])
+def test_a_file_appears_when_it_is_complete(
+    tmp_path: Path, mode: str, old: str | bytes, new: str | bytes
+) -> None:
+    path = tmp_path / "made" / "a"
+    for content in (old, new):
+        before = path.read_bytes() if path.exists() else None
+        with atomic_write(path, mode) as file:
+            file.write(content)
+            file.flush()
+            assert (path.read_bytes() if path.exists() else None) == before
+        expected = content.encode() if isinstance(content, str) else content
+        assert path.read_bytes() == expected and names(path.parent) == ["a"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+        file.write("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and names(tmp_path) == ["a"]
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert path.read_text() == "old" and names(tmp_path) == ["a"]
+
+
+def test_json_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synced = tmp_path / "a.json", []
+
+    def fsync(descriptor: int) -> None:
+        assert not path.exists()
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    write_json(path, {"a": [1, None]})
+    assert synced == [path.stat().st_size] and json.loads(path.read_text()) == {"a": [1, None]}
+    write_json(path, {}, durable=False)
+    assert len(synced) == 1 and json.loads(path.read_text()) == {}
 
 
 def test_too_little_room_is_reported_before_anything_is_lost(

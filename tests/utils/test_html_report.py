@@ -98,7 +98,7 @@ def test_a_page_is_whole_and_says_what_it_is_given() -> None:
 
 
 def test_a_page_needs_nothing_else() -> None:
-    """No address, no script, nothing that is fetched; the one policy that stands in it forbids to."""
+    """No address, no script, nothing that is fetched; the one policy in it forbids to."""
     found = Outline(page())
     policies = [
         item["content"]
