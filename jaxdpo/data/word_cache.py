@@ -1,9 +1,9 @@
 """Byte-level BPE with a cache: every word, and what the texts of a pair share, is encoded once.
 
-Not tokenizers alone because on short pairs of hh-rlhf (one core, CPU time) the cache is 2.9 to 3.6
-times as fast on the first 2,560 pairs, when it is empty, and 5.7 (Qwen3, chat) to 6.1 times (GPT-2,
-plain) over 20,000 and 100,000. Encoding the shared beginning once is a factor of 1.5 to 2.0 of it,
-the words are the rest.
+Not tokenizers alone because on short pairs of hh-rlhf (one core, CPU time) the cache is 2.9 to 3.8
+times as fast on the first 2,560 pairs, when it is empty, and 6.0 (Qwen3, chat) to 6.1 times (GPT-2,
+plain) over 100,000. Encoding the shared beginning once is a factor of 1.5 to 2.0 of it, the words
+are the rest.
 
 Byte-level BPE cuts a text into words by a pattern and encodes each word by itself, so the ids of a
 word can be looked up. A text is also the same in two parts as in one where the cut is between a
