@@ -15,7 +15,7 @@ from jaxdpo.inference.chat import chat
 from jaxdpo.inference.options import GenerateConfig, check
 from jaxdpo.inference.prompts import read_prompts
 from jaxdpo.utils.compile_cache import keep_compiled_programs
-from jaxdpo.utils.files import whole_file
+from jaxdpo.utils.files import atomic_write
 
 DONE, FAULT, INTERRUPTED = 0, 1, 130
 
@@ -37,7 +37,7 @@ def generate(config: GenerateConfig) -> None:
             show(prompt, answers)
         return
     # Opened before any model is loaded: a folder that cannot be written to is an error at once.
-    with whole_file(Path(config.out).expanduser()) as file:
+    with atomic_write(Path(config.out).expanduser()) as file:
         for prompt, answers in answer_all(config, prompts):
             file.write(json.dumps(to_row(prompt, answers), ensure_ascii=False) + "\n")
 

@@ -41,9 +41,6 @@ def atomic_write(path: Path, mode: str = "w", *, durable: bool = False) -> Itera
         draft.unlink(missing_ok=True)
 
 
-whole_file = atomic_write  # the former name
-
-
 def write_json(path: Path, content: Mapping[str, Any], *, durable: bool = True) -> None:
     """Write a JSON object: completely or not at all, and on the disk when this returns.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxdpo.utils.files import whole_file
+from jaxdpo.utils.files import atomic_write
 from jaxdpo.utils.html_report import (
     Example,
     Examples,
@@ -193,7 +193,7 @@ def test_any_lengths_can_be_drawn(values: list[int]) -> None:
 def test_a_page_goes_over_a_page_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     assert may_write(path) and not may_write(tmp_path)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(html_page("t", "s", []))
     assert may_write(path) and [item.name for item in tmp_path.iterdir()] == ["page.html"]
     path.write_text("<!doctype html><p>mine")

@@ -17,7 +17,7 @@ from jaxdpo.data.prepare import Prepared, prepare
 from jaxdpo.data.sources import read_set
 from jaxdpo.data.tokenize import Encoder, Tokenizer, load_tokenizer
 from jaxdpo.utils.console import stdout
-from jaxdpo.utils.files import whole_file
+from jaxdpo.utils.files import atomic_write
 from jaxdpo.utils.html_report import Example
 
 NO_LIMIT = 2**24
@@ -54,7 +54,7 @@ def inspect_data(config: DataConfig) -> None:
         survey = survey_tokens(survey, texts.odd_by_words(), done, _limits(config.data))
         examples = _token_examples(config, survey, done, tokenizer)
     if config.page is not None:
-        with whole_file(Path(config.page).expanduser()) as page:
+        with atomic_write(Path(config.page).expanduser()) as page:
             page.write(report_page(config, survey, examples))
     print_report(survey, examples, stdout())
 
@@ -65,7 +65,7 @@ def _read(config: DataConfig, texts: Texts) -> tuple[Survey, list[Preference]]:
     with contextlib.ExitStack() as stack:
         out = None
         if config.out is not None:
-            out = stack.enter_context(whole_file(Path(config.out).expanduser()))
+            out = stack.enter_context(atomic_write(Path(config.out).expanduser()))
 
         def take(record: Preference) -> None:
             if len(first) < config.show:
