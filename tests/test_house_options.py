@@ -91,6 +91,7 @@ def read_attributes(tree: ast.AST, found: dict[str, ast.ClassDef]) -> set[tuple[
 def _annotated(tree: ast.AST, found: dict[str, ast.ClassDef]) -> set[tuple[str, str]]:
     """(name, section) of every argument and attribute whose annotation names a class of options."""
     of_class = {section.name: name for name, section in found.items()}
+    of_class["LossOptions"] = "loss"  # the losses' constants: the section with its defaults
     holders = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:

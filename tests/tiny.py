@@ -173,11 +173,11 @@ class Stepper:
         self.setup, self.mesh = setup, mesh(*setup.mesh)
         self._policy = params(0, setup.config) if policy is None else policy
         self._shardings = state_shardings(
-            setup.config, self.mesh, moments_wait="moments" in setup.offload
+            setup.config, self.mesh, offload_moments="moments" in setup.offload
         )
         reference = params(1, setup.config) if reference is None else reference
         place = (
-            offload.waiting(self._shardings.params)
+            offload.on_host(self._shardings.params)
             if "reference" in setup.offload
             else self._shardings.params
         )

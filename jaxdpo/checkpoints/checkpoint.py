@@ -22,7 +22,7 @@ from jaxdpo.checkpoints import arrays
 from jaxdpo.checkpoints.layout import META, complete_steps, read_meta
 from jaxdpo.distributed import processes
 from jaxdpo.utils.files import make_writable, sync_folder, write_json
-from jaxdpo.utils.manifest import MANIFEST, find_damage, move_aside, seal
+from jaxdpo.utils.manifest import MANIFEST, find_damage, rename_aside, seal
 
 SAVING, DELETING = ".saving", ".deleting"
 """Suffixes of folders that an interrupted run leaves; removed at the next start."""
@@ -129,7 +129,7 @@ class Checkpoints:
                 write_json(saving / META, record)
                 seal(saving)
                 if final.exists():
-                    move_aside(final, UNKNOWN)
+                    rename_aside(final, UNKNOWN)
                 saving.rename(final)
                 sync_folder(self.folder)
                 self._intact.add(step)
@@ -223,7 +223,7 @@ class Checkpoints:
             if damage is None:
                 self._intact.add(step)
                 return step
-            quarantine = move_aside(folder, DAMAGED)
+            quarantine = rename_aside(folder, DAMAGED)
             self.notes.append(
                 f"checkpoint {folder} is damaged ({damage}): quarantined as {quarantine.name}, "
                 "going back to the step before"

@@ -15,8 +15,8 @@ DEFAULT_PACKED_LENGTH = 4096
 """data.packed_length where it is automatic: two pairs of the default max_length. More where
 max_length is longer."""
 LENGTH_MULTIPLE = 64
-"""Packed lengths are multiples of this (SLOT_MULTIPLE of data/packing.py), and mesh.context divides
-it."""
+"""Lengths of packed sequences are multiples of it: the block of models/attention_blocks.py, and
+what mesh.context must divide."""
 
 
 @_section

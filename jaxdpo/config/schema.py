@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
-from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.data_options import LENGTH_MULTIPLE, DataSection
 from jaxdpo.config.loss_options import LossSection
 from jaxdpo.config.sections import refuse
 from jaxdpo.config.sections import section as _section
@@ -204,7 +204,7 @@ class MeshSection:
             size = getattr(self, name)
             if size < 1:
                 yield f"mesh.{name}={size}: must be at least 1"
-        if self.context >= 1 and 64 % self.context != 0:
+        if self.context >= 1 and LENGTH_MULTIPLE % self.context != 0:
             yield (
                 f"mesh.context={self.context}: must divide packed lengths, which are multiples of "
                 "64. "

@@ -34,13 +34,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxdpo.config.data_options import LENGTH_MULTIPLE
 from jaxdpo.data.pair_table import EncodedPair
 
 Array = Any  # NumPy on the host, JAX on the devices
-
-LENGTH_MULTIPLE = 64
-"""Sequence lengths are multiples of it: the block of models/attention.py, and what
-mesh.context must divide."""
 
 
 class Batch(NamedTuple):

@@ -19,7 +19,7 @@ KIND = "pinned_host"
 """JAX's name for host memory that the devices read by themselves (DMA)."""
 
 
-def waiting(shardings: Tree) -> Tree:
+def on_host(shardings: Tree) -> Tree:
     """The same shardings in the memory of the devices' hosts.
 
     Vectors that are stacked over the layers (norms, most biases), which are small, stay on the
@@ -35,26 +35,26 @@ def waiting(shardings: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(place, shardings)
 
 
-def waits(tree: Tree) -> bool:
+def is_on_host(tree: Tree) -> bool:
     """Whether some array is offloaded."""
     return any(jax.typeof(x).memory_space == jax.memory.Space.Host for x in jax.tree.leaves(tree))
 
 
-def fetched(tree: Tree) -> Tree:
+def to_device(tree: Tree) -> Tree:
     """The arrays on the devices; those that are there already are left as they are."""
 
     def fetch(x: jax.Array) -> jax.Array:
-        return jax.device_put(x, jax.memory.Space.Device) if waits(x) else x
+        return jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x
 
     return jax.tree.map(fetch, tree)
 
 
-def returned(tree: Tree, like: Tree) -> Tree:
+def to_memory_of(tree: Tree, like: Tree) -> Tree:
     """The arrays in the memory in which their counterparts are; for compiled programs."""
     return jax.tree.map(lambda x, old: jax.device_put(x, jax.typeof(old).memory_space), tree, like)
 
 
-def changed(
+def update_by_layer(
     change: Callable[..., tuple[Tree, ...]], moving: tuple[Tree, ...], reading: Tree
 ) -> tuple[Tree, ...]:
     """Update trees leaf by leaf: at once, or layer by layer where some are offloaded, so that one
@@ -70,11 +70,11 @@ def changed(
     Returns:
         The new trees of `moving`, each in the memory in which it was.
     """
-    if not waits(moving):
+    if not is_on_host(moving):
         return change(*moving, reading)
 
     def update(now: tuple[Tree, ...], read: Tree) -> tuple[Tree, ...]:
-        return returned(change(*fetched(now), read), now)
+        return to_memory_of(change(*to_device(now), read), now)
 
     def update_layer(
         stacked: tuple[Tree, ...], args: tuple[jax.Array, Tree]

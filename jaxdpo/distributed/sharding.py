@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jaxdpo.config.data_options import LENGTH_MULTIPLE
 from jaxdpo.config.schema import MeshSection
 from jaxdpo.utils.tree import path_name
 
@@ -74,7 +75,13 @@ def make_mesh(
     """
     slices = _slices(jax.devices() if devices is None else devices)
     count, per_slice = sum(map(len, slices)), min(map(len, slices))
-    shape = {axis: getattr(section, axis) for axis in AXES}
+    shape = {
+        "data": section.data,
+        "fsdp": section.fsdp,
+        "expert": section.expert,
+        "context": section.context,
+        "tensor": section.tensor,
+    }
     if shape["data"] == -1:
         others = math.prod(shape[axis] for axis in AXES[1:])
         shape["data"] = max(count // others, 1)
@@ -137,7 +144,9 @@ def _nearest(asked: Shape, count: int, per_slice: int, sizes: Mapping[str, int] 
 
     good = []
     for shape in all_shapes(count):
-        if 64 % shape["context"] == 0 and not any(_problems(shape, count, per_slice, sizes)):
+        if LENGTH_MULTIPLE % shape["context"] == 0 and not any(
+            _problems(shape, count, per_slice, sizes)
+        ):
             good.append(shape)
     return min(good, key=distance)
 
@@ -276,7 +285,7 @@ def rows(mesh: Mesh, dim: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * dim, ROWS))
 
 
-def slots_spec(mesh: Mesh, num_slots: int) -> PartitionSpec:
+def activation_spec(mesh: Mesh, num_slots: int) -> PartitionSpec:
     """Sharding of [B, T, ...]: sequences over ROWS, token positions over context.
 
     Positions that context does not divide (the one new token of an answer) are on all its devices.
@@ -286,14 +295,14 @@ def slots_spec(mesh: Mesh, num_slots: int) -> PartitionSpec:
     return PartitionSpec(ROWS, "context" if divides else None)
 
 
-def constrain_slots(x_BT: jax.Array, mesh: Mesh | None) -> jax.Array:
+def constrain_activations(x_BT: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Constrain [B, T, ...] to the sharding of its sequences and token positions."""
     if mesh is None:
         return x_BT
-    return constrain(x_BT, mesh, *slots_spec(mesh, x_BT.shape[1]))
+    return constrain(x_BT, mesh, *activation_spec(mesh, x_BT.shape[1]))
 
 
-def rows_here(mesh: Mesh) -> frozenset[int]:
+def local_rows(mesh: Mesh) -> frozenset[int]:
     """Which shards of a microbatch's sequences are on devices of this process."""
     count = num_row_shards(mesh)
     found: set[int] = set()

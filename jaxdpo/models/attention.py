@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdpo.distributed.sharding import on_each_device, slots_spec
+from jaxdpo.distributed.sharding import activation_spec, on_each_device
 from jaxdpo.models.attention_blocks import blocks
 from jaxdpo.models.attention_inputs import MASK_VALUE, Inputs, Window
 from jaxdpo.models.attention_tpu import splash
@@ -69,7 +69,7 @@ def attention(
     if mesh is None or mesh.size == 1:
         return attend(inputs)
 
-    tokens = slots_spec(mesh, q_BTNH.shape[1])
+    tokens = activation_spec(mesh, q_BTNH.shape[1])
     heads: Any = PartitionSpec(*tokens, "tensor", None)
     window_specs: Any = None
     if window is not None:

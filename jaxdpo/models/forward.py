@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.distributed.offload import fetched
-from jaxdpo.distributed.sharding import constrain, constrain_slots
+from jaxdpo.distributed.offload import to_device
+from jaxdpo.distributed.sharding import constrain, constrain_activations
 from jaxdpo.models.attention import attention
 from jaxdpo.models.attention_inputs import Window
 from jaxdpo.models.config import ModelConfig
@@ -148,16 +148,16 @@ def run_layers(
     ropes = _rope_tables(config, positions_BT)
 
     def layer(x_BTD: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, tuple]:
-        x_BTD = constrain_slots(x_BTD, options.mesh)
+        x_BTD = constrain_activations(x_BTD, options.mesh)
         rope, local_rope = ropes
         if local_rope is not None:
             rope = jax.tree.map(
                 lambda full, local: jnp.where(inputs.window == NO_WINDOW, full, local), *ropes
             )
-        module = bind(config, "layers", _dequantized(fetched(inputs.weights), options.dtype))
+        module = bind(config, "layers", _dequantized(to_device(inputs.weights), options.dtype))
         attend_layer = functools.partial(attend, window=inputs.window, cache=inputs.cache)
         x_BTD, new_cache, load = module(
-            x_BTD, rope, attend_layer, fetched(inputs.lora), token_mask_BT, options
+            x_BTD, rope, attend_layer, to_device(inputs.lora), token_mask_BT, options
         )
         return x_BTD, (new_cache, load)
 
@@ -227,7 +227,7 @@ def _embed(
     if config.positions == "learned":
         table = constrain(params["positions"]["weight"], mesh, None, None)
         x_BTD = x_BTD + round_to(table[positions_BT], dtype)
-    return constrain_slots(x_BTD, mesh)
+    return constrain_activations(x_BTD, mesh)
 
 
 def head_weight(params: Params) -> jax.Array:

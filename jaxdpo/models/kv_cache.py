@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.distributed.offload import fetched
+from jaxdpo.distributed.offload import to_device
 from jaxdpo.distributed.sharding import ROWS, constrain
 from jaxdpo.models.attention import attend_to_cache, attention
 from jaxdpo.models.attention_inputs import Window
@@ -101,7 +101,7 @@ def for_decoding(params: Params, config: ModelConfig, options: ForwardOptions) -
     def unstack(tree: Any) -> tuple:
         return tuple(layer(tree, index) for index in range(config.num_layers))
 
-    params = fetched(params)
+    params = to_device(params)
     if not options.on_cpu:
         return to_compute_dtype(params)
     if isinstance(params["layers"], tuple):

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdpo.distributed.sharding import on_each_device, shared_axes, slots_spec
+from jaxdpo.distributed.sharding import activation_spec, on_each_device, shared_axes
 from jaxdpo.models.config import RopeScaling
 from jaxdpo.models.matmul import matmul
 
@@ -115,7 +115,7 @@ def embedding_lookup(table_VD: jax.Array, ids_BT: jax.Array, mesh: Mesh | None) 
     if mesh is None or mesh.size == 1:
         return table_VD[ids_BT]
     vocab, embed = shared_axes(mesh, "vocab"), shared_axes(mesh, "embed")
-    tokens = slots_spec(mesh, ids_BT.shape[1])
+    tokens = activation_spec(mesh, ids_BT.shape[1])
 
     def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         if embed:

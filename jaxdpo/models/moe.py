@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdpo.distributed.sharding import on_each_device, slots_spec
+from jaxdpo.distributed.sharding import activation_spec, on_each_device
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.layers import constant_if, gated_activation, linear, param, round_to
 
@@ -203,7 +203,7 @@ def _zero_outside_groups(y_RO: jax.Array, sizes_E: jax.Array) -> jax.Array:
 
 def _expert_parallel(apply: Callable, mesh: Mesh, specs: Experts, num_tokens: int) -> Callable:
     """`apply` over the devices of a mesh; `specs` are the shardings of the experts' weights."""
-    tokens = slots_spec(mesh, num_tokens)
+    tokens = activation_spec(mesh, num_tokens)
     exchange: Any = functools.partial(_exchange_tokens, apply, mesh)
     return on_each_device(exchange, mesh, (tokens, tokens, tokens, specs), tokens)
 

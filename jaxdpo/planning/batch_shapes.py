@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.data_options import LENGTH_MULTIPLE, DataSection
 from jaxdpo.data.loader import Loader
-from jaxdpo.data.packing import LENGTH_MULTIPLE, Batch
+from jaxdpo.data.packing import Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

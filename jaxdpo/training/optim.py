@@ -9,9 +9,10 @@ weights, jax 0.10.2 and optax 0.2.8 on a CPU):
     optax.adamw, old values kept by `where`                 2.0           1.7
     optax.apply_if_finite                                   2.2           2.0
 
-Also, moments that are offloaded to the host are updated one layer at a time here (offload.changed);
-nu stays float32 under bfloat16 weights (optax gives it the weights' type); and optax relies on
-implicit type promotion, which this package turns off in its tests. A test compares both.
+Also, moments that are offloaded to the host are updated one layer at a time here
+(offload.update_by_layer); nu stays float32 under bfloat16 weights (optax gives it the weights'
+type); and optax relies on implicit type promotion, which this package turns off in its tests. A
+test compares both.
 
 The state is a plain dict, so that a checkpoint restores without optax and without this package.
 """
@@ -111,7 +112,7 @@ def update(
         mu, nu = jax.lax.optimization_barrier((mu, nu))
         return jax.tree_util.tree_map_with_path(move, params, mu, nu), mu, nu
 
-    params, mu, nu = offload.changed(change, (params, opt["mu"], opt["nu"]), grads)
+    params, mu, nu = offload.update_by_layer(change, (params, opt["mu"], opt["nu"]), grads)
     return params, {"count": count, "mu": mu, "nu": nu}
 
 

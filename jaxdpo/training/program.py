@@ -68,7 +68,7 @@ class Program:
             config=config, model=model, folder=folder, mesh=mesh, lora=lora, start=resolved.start
         )
         shardings = state_shardings(
-            model, mesh, lora, moments_wait="moments" in config.train.offload
+            model, mesh, lora, offload_moments="moments" in config.train.offload
         )
         train_step, eval_step = compile_steps(options, mesh, shardings, weights.fixed_shardings)
         return cls(

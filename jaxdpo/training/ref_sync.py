@@ -25,4 +25,4 @@ def _mixed(reference: Params, params: Params, alpha: float) -> Params:
     def change(reference: Params, params: Params) -> tuple[Params]:
         return (jax.tree.map(mix, reference, params),)
 
-    return offload.changed(change, (reference,), params)[0]
+    return offload.update_by_layer(change, (reference,), params)[0]

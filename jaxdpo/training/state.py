@@ -46,7 +46,7 @@ class FrozenState(NamedTuple):
         weights = dict(self.base or {})
         for name, part in self.reference.items():
             # Offloaded layers stay in host memory: the decoder fetches them one at a time.
-            weights[name] = part if name == "layers" else offload.fetched(part)
+            weights[name] = part if name == "layers" else offload.to_device(part)
         return weights
 
 

@@ -66,7 +66,7 @@ class Trainer(Program):
             batch_size=batch_size,
             num_rows=num_rows,
             seed=config.seed,
-            mine=sharding.rows_here(mesh),
+            mine=sharding.local_rows(mesh),
         )
         total_steps = config.train.steps or (config.train.epochs or 1) * loader.steps_per_epoch
         program = Program.of(resolved, model, folder, total_steps=total_steps)

@@ -86,7 +86,7 @@ class PolicyWeights:
 
         reference = shard(self.fixed_shapes.reference)
         if self.offloads_reference:
-            reference = offload.waiting(reference)
+            reference = offload.on_host(reference)
         ref_logps: Any = None
         if self.reference_kind == "cached":
             ref_logps = sharding.rows(self.mesh, 1)
@@ -207,19 +207,19 @@ class PolicyWeights:
 
 
 def state_shardings(
-    model: ModelConfig, mesh: Mesh, lora: Lora | None = None, *, moments_wait: bool = False
+    model: ModelConfig, mesh: Mesh, lora: Lora | None = None, *, offload_moments: bool = False
 ) -> Any:
     """Shardings of each part of the state, a TrainState of them.
 
     Args:
-        moments_wait: whether AdamW's moments are offloaded to the hosts; else they lie with their
-            weights.
+        offload_moments: whether AdamW's moments are offloaded to the hosts; else they lie with
+            their weights.
 
     Raises:
         ValueError: the mesh does not divide the weights.
     """
     params = trained_shardings(model, mesh, lora)
-    moments = offload.waiting(params) if moments_wait else params
+    moments = offload.on_host(params) if offload_moments else params
     everywhere: Any = sharding.replicated(mesh)
     opt: Any = {"count": everywhere, "mu": moments, "nu": moments}
     return TrainState(params, opt, everywhere, everywhere)

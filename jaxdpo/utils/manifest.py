@@ -63,7 +63,7 @@ def _sha256(path: Path, from_disk: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def move_aside(folder: Path, suffix: str) -> Path:
+def rename_aside(folder: Path, suffix: str) -> Path:
     """Rename a folder to one that ends in the suffix and does not exist, so that nothing uses it
     and nothing is lost."""
     target, number = folder.with_name(f"{folder.name}{suffix}"), 1

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxdpo.config.data_options import LENGTH_MULTIPLE
 from jaxdpo.data.packing import (
-    LENGTH_MULTIPLE,
     Batch,
     Packer,
     balance,

@@ -117,7 +117,7 @@ RUNS_WITH = {
 
 
 @pytest.mark.parametrize("kind", RUNS_WITH)
-def test_a_run_whose_reference_and_moments_wait_resumes_bit_for_bit(
+def test_a_run_whose_reference_and_offload_moments_resumes_bit_for_bit(
     folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_one_device(monkeypatch)

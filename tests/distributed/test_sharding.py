@@ -7,9 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxdpo.config.cross_checks import cross_check
-from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.data_options import LENGTH_MULTIPLE, DataSection
 from jaxdpo.config.schema import Config, MeshSection
-from jaxdpo.data.packing import LENGTH_MULTIPLE
 from jaxdpo.distributed import sharding
 from jaxdpo.models.params import abstract_params, logical_axes
 from jaxdpo.models.shardings import axis_sizes
