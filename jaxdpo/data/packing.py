@@ -108,29 +108,37 @@ class Packer:
         sizes = [pair_length(pair, self.share_prefix) for pair in pairs]
         # Every process computes the same assignment of pairs to sequences.
         assigned = balance(sizes, self.num_rows, self.packed_lengths[-1])
-        fullest = max(sum(sizes[i] for i in row) for row in assigned)
+
+        # All sequences get the shortest length in which the fullest of them fits.
+        fullest = 0
+        for indices in assigned:
+            fullest = max(fullest, sum(sizes[i] for i in indices))
         length = next(length for length in self.packed_lengths if length >= fullest)
+
         sequences = []
-        for number, row in enumerate(assigned):
-            is_mine = mine is None or number % self.num_rows in mine
-            own_pairs = [pairs[i] for i in row] if is_mine else []
-            sequences.append(self._sequence(own_pairs, row, length))
+        for number, indices in enumerate(assigned):
+            own_pairs = []
+            if mine is None or number % self.num_rows in mine:
+                own_pairs = [pairs[i] for i in indices]
+            sequences.append(self._sequence(own_pairs, indices, length))
+
+        # The sequences field by field, each stacked to [M, B, ...].
         M = len(assigned) // self.num_rows
         arrays = []
         for parts in zip(*sequences, strict=True):
             arrays.append(np.stack(parts).reshape(M, self.num_rows, *parts[0].shape))
         return Batch(*arrays)
 
-    def _sequence(self, pairs: Sequence[EncodedPair], index: Sequence[int], length: int) -> Batch:
+    def _sequence(self, pairs: Sequence[EncodedPair], indices: Sequence[int], length: int) -> Batch:
         """One packed sequence: a Batch without M and B."""
         sequence = _empty_sequence(length, self.max_pairs)
-        sequence.index_MBP[: len(index)] = index
+        sequence.index_MBP[: len(indices)] = indices
         write = _write_shared if self.share_prefix else _write_separate
         start = num_loss = 0
         for number, pair in enumerate(pairs):
             start, num_loss = write(sequence, pair, number, start, num_loss)
-            lengths = [np.count_nonzero(mask) for _, mask in pair.answers]
-            sequence.lengths_MBP2[number] = lengths
+            for side, (_, mask) in enumerate(pair.answers):
+                sequence.lengths_MBP2[number, side] = np.count_nonzero(mask)
             sequence.weights_MBP[number] = pair.weight
             sequence.margins_MBP[number] = pair.margin
         return sequence
@@ -160,16 +168,17 @@ def balance(sizes: Sequence[int], num_rows: int, max_length: int) -> list[list[i
             "Raise it, or lower data.max_length"
         )
     longest_first = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    # As few as the tokens fill (rounded up); more if the pairs cannot be divided so well.
     M = max(1, -(-sum(sizes) // (num_rows * max_length)))
     while True:
-        rows: list[list[int]] = [[] for _ in range(M * num_rows)]
-        loads = [0] * len(rows)
+        assigned: list[list[int]] = [[] for _ in range(M * num_rows)]
+        loads = [0] * len(assigned)
         for i in longest_first:
             lightest = loads.index(min(loads))
-            rows[lightest].append(i)
+            assigned[lightest].append(i)
             loads[lightest] += sizes[i]
         if max(loads) <= max_length:
-            return [sorted(row) for row in rows]
+            return [sorted(indices) for indices in assigned]
         M += 1
 
 
@@ -185,23 +194,30 @@ def choose_packed_lengths(loads: Iterable[int], count: int, max_length: int) -> 
         Multiples of LENGTH_MULTIPLE, except max_length; ascending.
     """
     loads = np.asarray(list(loads))
+    # The candidates: the lengths that occur, rounded up, and max_length.
     rounded = np.minimum(-(-loads // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_length)
     sizes, counts = np.unique(np.append(rounded, max_length), return_counts=True)
     counts[-1] -= 1  # max_length was appended by hand
-    below = np.concatenate([[0], np.cumsum(counts)])  # below[j]: sequences shorter than sizes[j]
-    # Dynamic programming. cost[j]: fewest tokens, padding included, of all sequences up to
-    # sizes[j] when sizes[j] is the longest chosen length; each round allows one length more.
-    cost = sizes * below[1:]
+    up_to = np.cumsum(counts)  # up_to[j]: number of sequences of at most sizes[j]
+
+    # Dynamic programming over the longest chosen length. cost[j]: fewest tokens, padding included,
+    # of the sequences of at most sizes[j], if sizes[j] is chosen and nothing longer. With one
+    # length all of them are padded to it; each round allows one length more.
+    cost = sizes * up_to
     choices = [[int(size)] for size in sizes]
     for _ in range(count - 1):
-        next_cost, next_choices = [], []
+        next_cost = []
+        next_choices = []
         for j, size in enumerate(sizes):
-            # Sequences longer than sizes[i] are padded to `size`; i = j stands for no new length.
-            totals = cost[: j + 1] + (below[j + 1] - below[1 : j + 2]) * size
+            # For each i <= j: the sequences of at most sizes[i] cost what they did, the longer ones
+            # are padded to `size`. i = j adds no length.
+            num_longer = up_to[j] - up_to[: j + 1]
+            totals = cost[: j + 1] + num_longer * size
             i = int(np.argmin(totals))
             next_cost.append(totals[i])
             next_choices.append([*choices[i], int(size)])
-        cost, choices = np.array(next_cost), next_choices
+        cost = np.array(next_cost)
+        choices = next_choices
     return tuple(sorted(set(choices[-1])))
 
 
@@ -236,21 +252,28 @@ def _write_shared(
     Returns:
         The next free token index, and the next free loss token.
     """
-    p, c, r = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
-    prompt = start + c
-    rejected = prompt + p
-    end = rejected + r
-    sequence.tokens_MBT[start:prompt] = pair.chosen_ids[::-1]
-    sequence.tokens_MBT[prompt:rejected] = pair.prompt_ids
-    sequence.tokens_MBT[rejected:end] = pair.rejected_ids
-    sequence.positions_MBT[start:prompt] = np.arange(p + c - 1, p - 1, -1)
-    sequence.positions_MBT[prompt:end] = np.arange(p + r)
+    # A1 is at start:prompt_start, P at prompt_start:prompt_end, A2 at prompt_end:end.
+    prompt_length = len(pair.prompt_ids)
+    chosen_length = len(pair.chosen_ids)
+    prompt_start = start + chosen_length
+    prompt_end = prompt_start + prompt_length
+    end = prompt_end + len(pair.rejected_ids)
+
+    sequence.tokens_MBT[start:prompt_start] = pair.chosen_ids[::-1]
+    sequence.tokens_MBT[prompt_start:prompt_end] = pair.prompt_ids
+    sequence.tokens_MBT[prompt_end:end] = pair.rejected_ids
+
+    chosen_positions = np.arange(prompt_length, prompt_length + chosen_length)
+    sequence.positions_MBT[start:prompt_start] = chosen_positions[::-1]
+    sequence.positions_MBT[prompt_start:end] = np.arange(end - prompt_start)
+
     # Where an interval is not written it ends at the token itself (see _empty_sequence).
-    sequence.k_end_MBT[start:prompt] = rejected  # A1: itself to the end of P
-    sequence.k_start_MBT[prompt:end] = prompt  # P and A2: the start of P to itself
+    sequence.k_end_MBT[start:prompt_start] = prompt_end  # A1: itself to the end of P
+    sequence.k_start_MBT[prompt_start:end] = prompt_start  # P and A2: the start of P to itself
+
     # The last prompt token predicts the first token of both answers.
-    last = rejected - 1
-    predict_chosen = np.concatenate([[last], np.arange(prompt - 1, start, -1)])
+    last = prompt_end - 1
+    predict_chosen = np.concatenate([[last], np.arange(prompt_start - 1, start, -1)])
     predict_rejected = np.arange(last, end - 1)
     num_loss = _write_loss_tokens(sequence, pair, number, 0, num_loss, predict_chosen)
     num_loss = _write_loss_tokens(sequence, pair, number, 1, num_loss, predict_rejected)
@@ -261,14 +284,15 @@ def _write_separate(
     sequence: Batch, pair: EncodedPair, number: int, start: int, num_loss: int
 ) -> tuple[int, int]:
     """Write P A1 and P A2 from index `start` on; returns as _write_shared does."""
-    p = len(pair.prompt_ids)
     for side, answer in enumerate((pair.chosen_ids, pair.rejected_ids)):
-        end = start + p + len(answer)
-        sequence.tokens_MBT[start : start + p] = pair.prompt_ids
-        sequence.tokens_MBT[start + p : end] = answer
+        prompt_end = start + len(pair.prompt_ids)
+        end = prompt_end + len(answer)
+        sequence.tokens_MBT[start:prompt_end] = pair.prompt_ids
+        sequence.tokens_MBT[prompt_end:end] = answer
         sequence.positions_MBT[start:end] = np.arange(end - start)
         sequence.k_start_MBT[start:end] = start
-        predict = np.arange(start + p - 1, end - 1)
+        # A token is predicted by the one before it, the answer's first by the last of the prompt.
+        predict = np.arange(prompt_end - 1, end - 1)
         num_loss = _write_loss_tokens(sequence, pair, number, side, num_loss, predict)
         start = end
     return start, num_loss
@@ -288,10 +312,10 @@ def _write_loss_tokens(
     answer, mask = pair.answers[side]
     _, other_mask = pair.answers[1 - side]
     count = int(np.count_nonzero(mask))
-    shorter = min(count, int(np.count_nonzero(other_mask)))
+    other_count = int(np.count_nonzero(other_mask))
     end = num_loss + count
     sequence.slots_MBS[num_loss:end] = predict[mask]
     sequence.targets_MBS[num_loss:end] = answer[mask]
     sequence.sides_MBS[num_loss:end] = 2 * number + side
-    sequence.common_MBS[num_loss:end] = np.arange(count) < shorter
+    sequence.common_MBS[num_loss:end] = np.arange(count) < min(count, other_count)
     return end

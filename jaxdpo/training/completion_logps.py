@@ -88,15 +88,20 @@ class CompletionTokens(NamedTuple):
         hidden_BTD, load = forward_moe(params, model, *sequences, forward, token_mask(micro))
         hidden_BTD, loss_tokens = _by_share(hidden_BTD, micro, forward.mesh)
         slots_BS, targets_BS, common_BS, sides_BS = loss_tokens
+
+        # The LM head takes whole chunks; the logits of one chunk at a time exist.
         num_tokens = slots_BS.shape[-1]
         chunk = options.chunk or chunk_size(model.vocab_size, num_tokens, forward.on_cpu)
         chunk = min(chunk, num_tokens)
         padding = ((0, 0), (0, -num_tokens % chunk))
-        slots_BS, targets_BS, common_BS = (
-            jnp.pad(x, padding) for x in (slots_BS, targets_BS, common_BS)
-        )
+        slots_BS = jnp.pad(slots_BS, padding)
+        targets_BS = jnp.pad(targets_BS, padding)
+        common_BS = jnp.pad(common_BS, padding)
         sides_BS = jnp.pad(sides_BS, padding, constant_values=-1)
-        balance = None if load is None else balance_loss(load)
+
+        balance = None
+        if load is not None:
+            balance = balance_loss(load)
         # Gathered before the LM head: prompts and padding need no logits.
         hidden_BSD = gather_hidden(hidden_BTD, slots_BS)
         chunks = num_chunks(sides_BS, chunk)
@@ -120,7 +125,7 @@ class CompletionTokens(NamedTuple):
             sums = sum_by_completion(values_BS, self.sides_BS, P)
             if sums.shape[0] == B:
                 return sums
-            # Context parallelism: add up the shares of each sequence.
+            # Context parallelism made a sequence of each share: add them up again.
             return sums.reshape(B, -1, P, 2).sum(1)
 
         logps_BS: Any = token_logps(
@@ -162,7 +167,9 @@ def _by_share(
     if shares == 1:
         return hidden_BTD, tokens
     B, T, D = hidden_BTD.shape
-    hidden_BTD = constrain(hidden_BTD.reshape(B * shares, T // shares, D), mesh, (*ROWS, "context"))
+    hidden_BTD = hidden_BTD.reshape(B * shares, T // shares, D)
+    hidden_BTD = constrain(hidden_BTD, mesh, (*ROWS, "context"))
+    # For each share, its own loss tokens first (own_BS).
     order_BS, own_BS = loss_tokens_by_shard(
         micro.slots_MBS, micro.sides_MBS, T, micro.weights_MBP.shape[-1], shares
     )

@@ -33,8 +33,9 @@ from jaxdpo.training.trainer import Trainer
 from jaxdpo.training.watchdog import Watchdog
 from jaxdpo.utils.compile_cache import keep_compiled_programs
 
-SAVE, STOP = 1, 2
-"""Votes of the processes after a step; the highest counts."""
+SAVE = 1
+STOP = 2
+"""Votes of the processes after a step, the highest of which counts; 0 is to go on."""
 
 
 def train(config: Config, leave: Callable[[int], object] | None = None) -> bool:
@@ -59,8 +60,9 @@ def train(config: Config, leave: Callable[[int], object] | None = None) -> bool:
         if processes.any_of(stop.requested):
             return False
         check_processes_agree(trainer)
-        section, run_dir = config.checkpoint, Path(config.run_dir).expanduser()
-        with Checkpoints(config.run_dir, section.keep, section.keep_best) as checkpoints:
+        run_dir = Path(config.run_dir).expanduser()
+        keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
+        with Checkpoints(config.run_dir, keep, keep_best) as checkpoints:
             newest = checkpoints.latest_step()
             if newest is not None:
                 check_same_run(trainer, checkpoints.read_meta(newest))
@@ -114,13 +116,17 @@ def _train(
 
 def loop(run: Run, watchdog: Watchdog) -> bool:
     """Train to the last step; False when a signal asked to stop before it."""
-    config, total, stop = run.config, run.trainer.total_steps, run.stop
+    total = run.trainer.total_steps
+    eval_every = run.config.eval.every or 0
+    save_every = run.config.checkpoint.save_every
     votes = processes.Votes()
+    # Always True here. The startup check runs the same compiled step with False, which measures
+    # and leaves the weights as they are.
     apply = run.trainer.put_scalar(True, np.bool_)
     # Implicit transfers stall the devices, unnoticed, in every step; here they raise.
     with jax.transfer_guard("disallow"):
-        if not run.evaluated and _evaluation_due(run.step, total, config.eval.every or 0):
-            # The starting policy, or a state whose evaluation a signal cut off.
+        # The starting policy, or a state whose evaluation a signal cut off.
+        if not run.evaluated and _evaluation_due(run.step, total, eval_every):
             try:
                 _evaluate(run, watchdog)
             except Interrupted:
@@ -130,27 +136,35 @@ def loop(run: Run, watchdog: Watchdog) -> bool:
         run.logged_at = time.perf_counter()
         for step in range(run.step + 1, total + 1):
             watchdog.beat(step - 1, "train")
+
+            # 1. The next batch.
             asked = time.perf_counter()
             batch = next(batches)
-            run.advance(step, batch, apply, time.perf_counter() - asked)
+            waited = time.perf_counter() - asked
 
-            vote = votes.cast(_vote(stop, watchdog))
-            last = step == total
-            # Decided here once: a signal that comes later is the next step's.
-            stopping = vote == STOP and not last
+            # 2. Dispatch the step, and log the one before it.
+            run.advance(step, batch, apply, waited)
 
+            # 3. What the processes want. Read once: a signal that comes later is the next step's.
+            vote = votes.cast(_vote(run.stop, watchdog))
+            is_last = step == total
+            stopping = vote == STOP and not is_last
+            save_wanted = vote == SAVE
+
+            # 4. Evaluation. A run that stops evaluates after it has resumed: preemption leaves
+            # little time.
             eval_loss = None
-            # A run that stops evaluates after it has resumed: preemption leaves little time.
-            if _evaluation_due(step, total, config.eval.every or 0) and not stopping:
+            if _evaluation_due(step, total, eval_every) and not stopping:
                 try:
                     eval_loss = _evaluate(run, watchdog)
                 except Interrupted:
                     stopping = True
 
-            wanted = vote == SAVE
-            if last or stopping or wanted or is_due(step, config.checkpoint.save_every):
+            # 5. Checkpoint.
+            if is_last or stopping or save_wanted or is_due(step, save_every):
+                then = watchdog.saved if save_wanted else None
                 with watchdog.paused("save"):
-                    run.save(eval_loss, watchdog.saved if wanted else None)
+                    run.save(eval_loss, then)
             if stopping:
                 return False
     return True
@@ -160,7 +174,9 @@ def _vote(stop: Stop, watchdog: Watchdog) -> int:
     """What this process wants after a step."""
     if stop.requested:
         return STOP
-    return SAVE if watchdog.save_wanted() else 0
+    if watchdog.save_wanted():
+        return SAVE
+    return 0
 
 
 def _evaluation_due(step: int, total: int, every: int) -> bool:

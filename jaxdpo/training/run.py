@@ -73,11 +73,13 @@ class Run:
         """Dispatch one update, then log the one before it, which the devices finish meanwhile."""
         frozen = self.frozen_for(step, batch)
         on_devices = self.trainer.put_batch(batch)
+        # Returns at once. Its metrics are not read here: that would wait for the devices.
         self.state, metrics = self.trainer.train_step(self.state, frozen, on_devices, apply)
         previous = self.pending
         self.pending = Pending(step, metrics, batch.tokens_MBT.size, waited)
         self.step = step
         self.stop.unsaved = True
+        # TR-DPO: every so many steps the reference moves towards the policy.
         if self.frozen.reference is not None and is_due(step, self.config.loss.ref_sync_every):
             synced = sync_reference(self.frozen.reference, self.state.params, self.config.loss)
             self.frozen = self.frozen._replace(reference=synced)
@@ -92,28 +94,37 @@ class Run:
 
     def flush(self) -> None:
         """Log the newest step; the log is then up to date."""
-        pending, self.pending = self.pending, None
+        pending = self.pending
+        self.pending = None
         self._log(pending)
 
     def _log(self, pending: Pending | None) -> None:
+        """Log a dispatched step, when the devices have finished it. None: there is none."""
         if pending is None:
             return
-        loader = self.trainer.loader
-        step, on_device, num_positions, waited = pending
-        metrics = {key: value.item() for key, value in jax.device_get(on_device).items()}
-        now = time.perf_counter()
-        seconds, self.logged_at = now - self.logged_at, now
-        num_pairs, num_tokens = len(loader.pairs_of(step)), loader.num_tokens(step)
-        self.tokens += num_tokens
+        step = pending.step
+        metrics = {}
+        for key, value in jax.device_get(pending.metrics).items():
+            metrics[key] = value.item()
         bad_steps = int(metrics.pop("bad_steps"))
+
+        # The devices work on one step after the other, so from log to log is a step's time.
+        now = time.perf_counter()
+        seconds = now - self.logged_at
+        self.logged_at = now
+
+        loader = self.trainer.loader
+        num_pairs = len(loader.pairs_of(step))
+        num_tokens = loader.num_tokens(step)
+        self.tokens += num_tokens
         row: dict[str, Any] = {"epoch": loader.epoch(step)}
         row |= metrics
         row["tokens"] = self.tokens
-        row["padding_fraction"] = 1.0 - num_tokens / num_positions
+        row["padding_fraction"] = 1.0 - num_tokens / pending.num_positions
         row["step_seconds"] = seconds
         row["pairs_per_second"] = num_pairs / seconds
         row["tokens_per_second"] = num_tokens / seconds
-        row["wait_fraction"] = min(1.0, waited / seconds)
+        row["wait_fraction"] = min(1.0, pending.waited / seconds)
         mfu = self.trainer.mfu(step, seconds)
         if mfu is not None:
             row["mfu"] = mfu

@@ -77,29 +77,28 @@ def loss_and_grads(
 ) -> tuple[Sums, Params]:
     """Loss sums of a whole batch, and the gradients of its loss: float32, like params.
 
-    A coupled loss (aot) mixes pairs of all microbatches, so no microbatch can compute its part of
-    it alone. It costs one forward pass more: the first computes all log-probs and the gradient of
-    the loss by them, the second carries that gradient back through each microbatch (chain rule).
+    Gradient accumulation: each microbatch computes its part of the loss, divided by the sums of the
+    whole batch, and the gradients of the parts are added up. A coupled loss (aot) has no such
+    parts; see `_coupled_first_pass`.
     """
-    section, divisors, ref_weights = options.loss, loss_divisors(batch), frozen.reference_view()
+    section = options.loss
     coupled = registry.coupled(section)
+    divisors = loss_divisors(batch)
+    ref_weights = frozen.reference_view()
     policy_logps, ref_logps, cotangents = None, frozen.ref_logps, None
     if coupled:
-        policy_logps = all_completion_logps(frozen.policy_view(params), batch, options)
-        if ref_weights is not None:
-            ref_logps = reference_logps(ref_weights, batch, options)
-
-        def loss_of_logps(policy: CompletionLogps) -> jax.Array:
-            return divided_loss(loss_sums(policy, ref_logps, batch, section), divisors)
-
-        cotangents = jax.grad(loss_of_logps)(policy_logps)
+        policy_logps, ref_logps, cotangents = _coupled_first_pass(
+            frozen.policy_view(params), ref_weights, ref_logps, batch, divisors, options
+        )
 
     def micro_loss(
         params: Params, micro: Batch, ref_logps: jax.Array | None, cotangents: Any
     ) -> tuple[jax.Array, Sums]:
+        """A microbatch's part of the loss, and its sums for the metrics."""
         policy = completion_logps(frozen.policy_view(params), micro, options)
         sums = metric_sums(policy, ref_logps, micro, section)
         if coupled:
+            # Not the loss, but a value with the same gradient by the weights (chain rule).
             terms = jax.tree.map(jnp.vdot, cotangents, policy)
             return jax.tree.reduce(jnp.add, terms), sums
         # loss_sums takes batches: this one has a single microbatch.
@@ -108,11 +107,12 @@ def loss_and_grads(
         return divided_loss(sums, divisors), sums
 
     def accumulate(grads: Params, microbatch: tuple) -> tuple[Params, Sums]:
+        """Add the gradients of one microbatch to those of the microbatches before it."""
         micro, ref_logps, cotangents = microbatch
         if ref_weights is not None and not coupled:
             ref_logps = completion_logps(ref_weights, micro, options).logps
-        gradient = jax.value_and_grad(micro_loss, has_aux=True)
-        (_, sums), micro_grads = gradient(params, micro, ref_logps, cotangents)
+        loss_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
+        (_, sums), micro_grads = loss_and_grad(params, micro, ref_logps, cotangents)
         # In float32: a sum of many small gradients would be rounded away in bfloat16.
         grads = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), grads, micro_grads)
         return grads, sums
@@ -122,11 +122,40 @@ def loss_and_grads(
         grads, sums = jax.lax.scan(accumulate, zeros, microbatches)
         return grads, jax.tree.map(lambda x: x.sum(0), sums)
 
-    mesh = options.forward.mesh if adds_up_once(options, len(batch.tokens_MBT)) else None
+    mesh = None
+    if adds_up_once(options, num_microbatches=len(batch.tokens_MBT)):
+        mesh = options.forward.mesh
     grads, sums = summed_over_data(all_microbatches, mesh, (batch, ref_logps, cotangents))
     if policy_logps is not None:
         sums |= loss_sums(policy_logps, ref_logps, batch, section)
     return sums, grads
+
+
+def _coupled_first_pass(
+    policy_weights: Params,
+    ref_weights: Params | None,
+    ref_logps: jax.Array | None,
+    batch: Batch,
+    divisors: Sums,
+    options: StepOptions,
+) -> tuple[CompletionLogps, jax.Array | None, CompletionLogps]:
+    """The first of two passes of a loss that mixes the pairs of all microbatches (aot).
+
+    No microbatch can compute its part of such a loss alone, so it costs one forward pass more: this
+    one computes all log-probs and the gradient of the loss by them; the second carries that
+    gradient back through each microbatch.
+
+    Returns:
+        (log-probs of the policy, those of the reference, gradient of the loss by the first).
+    """
+    policy_logps = all_completion_logps(policy_weights, batch, options)
+    if ref_weights is not None:
+        ref_logps = reference_logps(ref_weights, batch, options)
+
+    def loss_of_logps(policy: CompletionLogps) -> jax.Array:
+        return divided_loss(loss_sums(policy, ref_logps, batch, options.loss), divisors)
+
+    return policy_logps, ref_logps, jax.grad(loss_of_logps)(policy_logps)
 
 
 def adds_up_once(options: StepOptions, num_microbatches: int) -> bool:
@@ -143,11 +172,13 @@ def adds_up_once(options: StepOptions, num_microbatches: int) -> bool:
 
 def eval_step(params: Params, frozen: FrozenState, batch: Batch, options: StepOptions) -> Sums:
     """Sums over a batch of evaluation pairs; add those of all batches, then take `averages`."""
-    policy_weights, ref_weights = frozen.policy_view(params), frozen.reference_view()
+    policy_weights = frozen.policy_view(params)
+    ref_weights = frozen.reference_view()
 
     def measure(
         microbatch: tuple[Batch, jax.Array | None],
     ) -> tuple[CompletionLogps, jax.Array | None, Sums]:
+        """Log-probs of one microbatch, and its sums for the metrics."""
         micro, ref_logps = microbatch
         tokens = CompletionTokens.of(policy_weights, micro, options)
         kl = {}
