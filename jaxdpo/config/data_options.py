@@ -46,6 +46,8 @@ class DataSection:
     """Preference pairs: where they are read, how they are filtered, tokenized, truncated and
     packed."""
 
+    # Where pairs are read.
+
     train: list[str] = dataclasses.field(default_factory=list)
     """Training sets: each a file (.jsonl, .json, .csv, .parquet, also .gz), a folder[:split], or a
     hub set name[@revision][:split]; :count at the end reads only that many rows."""
@@ -61,6 +63,9 @@ class DataSection:
     format: Literal["auto", "hh-rlhf", "shp", "oasst", "ranked", "ab", "preference"] = "auto"
     """Format of the rows of files and of hub sets that are not known by name (docs/data.md). auto:
     detected from the first rows."""
+
+    # Which pairs are taken, and what happens to those that look wrong.
+
     pairing: Literal["best-worst", "adjacent", "all"] = "best-worst"
     """Which pairs of a ranking of several answers are taken (oasst, ranked): the best with the
     worst, each with the next, or all."""
@@ -81,6 +86,9 @@ class DataSection:
     that the model would not learn to stop."""
     overlap: Literal["error", "drop", "keep"] = "error"
     """What happens to pairs of data.eval whose prompt is in data.train too."""
+
+    # Tokenization and truncation.
+
     chat_template: str | None = None
     """Path of a Jinja chat template. Default: the tokenizer's own, or plain text (Human: /
     Assistant:) if it has none."""
@@ -93,6 +101,9 @@ class DataSection:
     max_prompt_length: int = 0
     """Maximum length of the prompt, in tokens; a longer one keeps its end. Both answers always keep
     the same prompt. 0: half of max_length."""
+
+    # Packing, and the order of the pairs.
+
     share_prefix: bool = True
     """Prefix sharing: compute a pair's prompt once for both answers. false: once for each."""
     packed_length: int = 0
@@ -104,6 +115,9 @@ class DataSection:
     less padding and compile longer."""
     shuffle: bool = True
     """Visit the pairs of each epoch in a new random order (from seed)."""
+
+    # How the sets are read.
+
     max_dropped_fraction: float = 0.1
     """Stop when more than this share of the rows is invalid."""
     cache: str | None = "~/.cache/jaxdpo/pairs"
@@ -112,6 +126,8 @@ class DataSection:
     num_proc: int = 0
     """Processes that tokenize large sets, this one included. 0: as many as there are cores, at most
     32."""
+
+    # Options of single formats.
 
     shp: ShpSection = ShpSection()
     oasst: OasstSection = OasstSection()
@@ -126,8 +142,8 @@ class DataSection:
             yield f"data.max_dropped_fraction={self.max_dropped_fraction}: must lie between 0 and 1"
         if self.max_pairs_per_prompt is not None and self.max_pairs_per_prompt < 0:
             yield (
-                f"data.max_pairs_per_prompt={self.max_pairs_per_prompt}: must be 0 (no limit) or "
-                "more"
+                f"data.max_pairs_per_prompt={self.max_pairs_per_prompt}: "
+                "must be 0 (no limit) or more"
             )
         if any(weight <= 0 for weight in self.weights):
             yield f"data.weights={self.weights}: every weight must be above 0"
@@ -145,8 +161,8 @@ class DataSection:
         # An automatic maximum always fits, so what is named here was set by the user.
         if 0 < length <= prompt:
             yield (
-                f"data.max_prompt_length={prompt}: must be below data.max_length={length}, or no "
-                "room is left for answers. "
+                f"data.max_prompt_length={prompt}: "
+                f"must be below data.max_length={length}, or no room is left for answers. "
                 "Lower the one or raise the other"
             )
         if packed < 0:

@@ -45,10 +45,11 @@ def read_template(tokenizer: Any, path: str | None) -> str | None:
         ValueError: the file cannot be read, or the template does not compile.
     """
     try:
-        template = None if path is None else Path(path).expanduser().read_text(encoding="utf-8")
-        if template is None and tokenizer.chat_template:
+        if path is not None:
+            template = Path(path).expanduser().read_text(encoding="utf-8")
+        elif tokenizer.chat_template:
             template = str(tokenizer.get_chat_template())
-        if template is None:
+        else:
             return None
         if "strftime_now" in template:
             template = FIXED_DATE + template
@@ -170,9 +171,12 @@ class Layout:
         last = Message("assistant", self._without_eos(last.content))
         text, spans = prompt, []
         for number, turn in enumerate((*before, last)):
-            # PLAIN_ANSWER is the end of the prompt for the first turn, and no loss for the others.
-            start = len(text) if number == 0 else len(text) + len(PLAIN_ANSWER)
-            text += f" {turn.content}" if number == 0 else PLAIN_TURNS[turn.role] + turn.content
+            start = len(text)
+            if number == 0:
+                text += f" {turn.content}"  # the prompt ends in PLAIN_ANSWER
+            else:
+                start += len(PLAIN_ANSWER)  # which has no loss
+                text += PLAIN_TURNS[turn.role] + turn.content
             if turn.role == "assistant":
                 spans.append((start, len(text)))
         if not before:
@@ -226,6 +230,8 @@ class Layout:
         Returns:
             None if a turn cannot be found in this way.
         """
+        # Not return_assistant_tokens_mask of transformers, because its mask is 0 everywhere unless
+        # the template marks turns with {% generation %}, which those of Qwen3 and Codestral do not.
         spans = []
         for number, turn in enumerate(answer):
             is_last = number == len(answer) - 1
@@ -234,10 +240,9 @@ class Layout:
             sentinel = Message("assistant", SENTINEL)
             marked = (*prompt, *answer[:number], sentinel, *answer[number + 1 :])
             before, found, after = self._template(marked, tools).partition(SENTINEL)
-            around = len(before) + len(after)
             if not found or not text.startswith(before) or not text.endswith(after):
                 return None
-            if around > len(text):
+            if len(before) + len(after) > len(text):  # they overlap
                 return None
             end = len(text) - len(after)
             marker = after if is_last else self.after_answer
@@ -258,7 +263,9 @@ class Layout:
     def _template(
         self, messages: Turns, tools: str = "", add_generation_prompt: bool = False
     ) -> str:
-        options = {"tools": json.loads(tools)} if tools else {}
+        options = {}
+        if tools:
+            options["tools"] = json.loads(tools)
         text = self.tokenizer.apply_chat_template(
             [{"role": turn.role, "content": turn.content} for turn in messages],
             chat_template=self.template,

@@ -85,6 +85,16 @@ class EncodedPrompt(NamedTuple):
     """Whether its beginning was cut off."""
 
 
+class _Completion(NamedTuple):
+    """An answer as it is trained on: with its eos, and truncated."""
+
+    ids: Ids
+    mask: np.ndarray | None
+    """Its completion mask. None: every token has loss."""
+    truncated: bool
+    """Whether its end was cut off."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """Turns records into token ids for one tokenizer and one set of data options."""
@@ -110,10 +120,10 @@ class Encoder:
         )
         return cls(
             tokenizer,
-            read_template(tokenizer, section.chat_template),
-            section.max_length,
-            section.max_prompt_length,
-            section.loss_turns == "all",
+            template=read_template(tokenizer, section.chat_template),
+            max_length=section.max_length,
+            max_prompt_length=section.max_prompt_length,
+            all_turns=section.loss_turns == "all",
         )
 
     @functools.cached_property
@@ -161,57 +171,75 @@ class Encoder:
         self, record: Preference, text: PairText, ids: Sequence[Ids]
     ) -> EncodedPair | Dropped:
         """The pair of a record, from the ids of its prompt and of its prompt with each answer."""
-        prompt, *sides = ids
-        if not text.templated and not self.special.ids.isdisjoint(itertools.chain(*sides)):
+        prompt, with_chosen, with_rejected = ids
+        used = itertools.chain(with_chosen, with_rejected)
+        if not text.templated and not self.special.ids.isdisjoint(used):
             return Dropped(
                 "text spells a special token that the tokenizer cannot read as plain text"
             )
-        boundary = min(shared_length(prompt, side) for side in sides)
-        bos, eos = self.special.bos, self.special.eos
-        if text.templated:  # the template wrote them
-            bos, eos = [], []
-        prompt_ids = bos + prompt[:boundary]
-        answers = [side[boundary:] for side in sides]
+        # One boundary for both answers, so that they answer the same prompt: a token that spans the
+        # end of the prompt belongs to the answers.
+        boundary = min(shared_length(prompt, with_chosen), shared_length(prompt, with_rejected))
+        prompt_ids = prompt[:boundary]
+        if not text.templated:  # a template wrote its own
+            prompt_ids = self.special.bos + prompt_ids
+        chosen_ids = with_chosen[boundary:]
+        rejected_ids = with_rejected[boundary:]
         if not prompt_ids:
             return Dropped("no prompt token before the answer")
-        if not all(answers):
+        if not chosen_ids or not rejected_ids:
             return Dropped("empty answer")
-        if answers[0] == answers[1]:
+        if chosen_ids == rejected_ids:
             return Dropped("identical answers")
 
         kept_prompt = self._truncate_prompt(prompt_ids)
-        completions, masks, truncated = [], [], []
-        for answer, side in zip((text.chosen, text.rejected), sides, strict=True):
-            completion = side[boundary:] + eos
-            kept = truncate_completion(completion, len(kept_prompt), self.max_length)
-            completions.append(kept)
-            truncated.append(len(kept) < len(completion))
-            mask = self._completion_mask(answer, side, text.templated)
-            if mask is not None:
-                mask = mask[boundary:] + [True] * len(eos)
-                mask = truncate_completion(mask, len(kept_prompt), self.max_length)
-            masks.append(mask)
-        if not all(completions) or any(mask is not None and not any(mask) for mask in masks):
-            return Dropped("no room for an answer")
-        if completions[0] == completions[1]:
+        length = len(kept_prompt)
+        chosen = self._completion(text.chosen, with_chosen, boundary, length, text.templated)
+        rejected = self._completion(text.rejected, with_rejected, boundary, length, text.templated)
+        for completion in (chosen, rejected):
+            has_loss = completion.mask is None or completion.mask.any()
+            if not completion.ids or not has_loss:
+                return Dropped("no room for an answer")
+        if chosen.ids == rejected.ids:
             return Dropped("identical answers after truncation")
         return EncodedPair(
             prompt_ids=np.array(kept_prompt, np.int32),
-            chosen_ids=np.array(completions[0], np.int32),
-            rejected_ids=np.array(completions[1], np.int32),
-            chosen_mask=None if masks[0] is None else np.array(masks[0], bool),
-            rejected_mask=None if masks[1] is None else np.array(masks[1], bool),
+            chosen_ids=np.array(chosen.ids, np.int32),
+            rejected_ids=np.array(rejected.ids, np.int32),
+            chosen_mask=chosen.mask,
+            rejected_mask=rejected.mask,
             id=record.id,
             weight=record.weight,
             margin=record.margin,
             truncated_prompt=len(kept_prompt) < len(prompt_ids),
-            truncated_chosen=truncated[0],
-            truncated_rejected=truncated[1],
-            ended_chosen=self.special.end(completions[0]),
-            ended_rejected=self.special.end(completions[1]),
+            truncated_chosen=chosen.truncated,
+            truncated_rejected=rejected.truncated,
+            ended_chosen=self.special.end(chosen.ids),
+            ended_rejected=self.special.end(rejected.ids),
             prompt_key=record.prompt_key,
             pair_key=record.pair_key,
         )
+
+    def _completion(
+        self, answer: AnswerText, ids: Ids, boundary: int, prompt_length: int, templated: bool
+    ) -> _Completion:
+        """The answer with its eos and completion mask, truncated.
+
+        Args:
+            ids: of the prompt with the answer, which begins at `boundary`.
+            prompt_length: tokens of the truncated prompt, bos included.
+        """
+        eos = []
+        if not templated:
+            eos = self.special.eos
+        complete = ids[boundary:] + eos
+        kept = truncate_completion(complete, prompt_length, self.max_length)
+        mask = self._completion_mask(answer, ids, templated)
+        if mask is not None:
+            mask = mask[boundary:] + [True] * len(eos)
+            mask = truncate_completion(mask, prompt_length, self.max_length)
+            mask = np.array(mask, bool)
+        return _Completion(kept, mask, truncated=len(kept) < len(complete))
 
     def _completion_mask(self, answer: AnswerText, ids: Ids, templated: bool) -> list[bool] | None:
         """Which tokens of a prompt with its answer have loss. None: all after the prompt."""
@@ -224,10 +252,11 @@ class Encoder:
             before_begin, before_end = self.token_ids(
                 [answer.text[:begin], answer.text[:end]], templated
             )
-            first, last = shared_length(before_begin, ids), shared_length(before_end, ids)
+            first = shared_length(before_begin, ids)
+            stop = shared_length(before_end, ids)
             if end == len(answer.text):
-                last = len(ids)
-            mask[first:last] = [True] * (last - first)
+                stop = len(ids)
+            mask[first:stop] = [True] * (stop - first)
         return mask
 
     def _truncate_prompt(self, ids: Ids) -> Ids:
@@ -238,8 +267,10 @@ class Encoder:
 
     def encode_prompt(self, prompt: Text) -> EncodedPrompt | Dropped:
         """What training would put before an answer to this prompt; or why that does not exist."""
-        templated = self.template is not None and not isinstance(prompt, str)
-        text = prompt if isinstance(prompt, str) else self._layout.prompt(prompt)
+        if isinstance(prompt, str):
+            text, templated = prompt, False
+        else:
+            text, templated = self._layout.prompt(prompt), self.template is not None
         if isinstance(text, Dropped):
             return text
         (ids,) = self.token_ids([text], templated)
