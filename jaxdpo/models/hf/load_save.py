@@ -20,6 +20,7 @@ from jaxdpo.models.hf.safetensors_io import DTYPES, TensorInfo
 from jaxdpo.models.hf.tensor_check import locate_tensors
 from jaxdpo.models.hf.tensor_map import Sizes, WeightRow, weight_table
 from jaxdpo.models.hf.weight_files import write_shards
+from jaxdpo.utils.tree import flatten
 
 # ---- reading ------------------------------------------------------------------------------------
 
@@ -109,31 +110,40 @@ def _load_array(
     # of a shard would be read again and again.
     replicas: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(row.full_shape).items():
-        parts = zip(index or (), row.full_shape, strict=True)
-        key = tuple(part.indices(size) for part, size in parts)
-        replicas.setdefault(key, []).append(device)
+        # (start, stop, step) of each axis, with numbers where a slice leaves them open.
+        bounds = []
+        for part, size in zip(index or (), row.full_shape, strict=True):
+            bounds.append(part.indices(size))
+        replicas.setdefault(tuple(bounds), []).append(device)
+
     arrays = []
-    for key, devices in replicas.items():
-        shard = _read_slice(row, found, tuple(slice(*part) for part in key), dtype)
-        arrays += [jax.device_put(shard, device) for device in devices]
+    for bounds, devices in replicas.items():
+        index = tuple(slice(*start_stop_step) for start_stop_step in bounds)
+        shard = _read_slice(row, found, index, dtype)
+        for device in devices:
+            arrays.append(jax.device_put(shard, device))
     return jax.make_array_from_single_device_arrays(row.full_shape, sharding, arrays)
 
 
 def _read_slice(
     row: WeightRow, found: Mapping[str, TensorInfo], index: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
+    """A slice of a parameter. All slices have start, stop and step, one for each axis."""
     ranges = [range(part.start, part.stop, part.step) for part in index]
     result = np.empty([len(part) for part in ranges], dtype)
-    inner = index[row.named :]
+    # The first axes, of layers (and experts), say which tensors; the others what is read of each.
+    within_tensor = index[row.named :]
     for position in np.ndindex(result.shape[: row.named]):
-        name = row.name(tuple(part[i] for part, i in zip(ranges, position, strict=False)))
+        numbers = tuple(ranges[axis][i] for axis, i in enumerate(position))
+        name = row.name(numbers)
         if row.mxfp4:
             blocks = found[f"{name}_blocks"].view()[:, row.cut]
             scales = found[f"{name}_scales"].view()[:, row.cut]
-            experts, inputs, outputs = inner
+            experts, inputs, outputs = within_tensor
             mxfp4.read(result[position], blocks, scales, (experts, inputs, outputs))
         else:
-            result[position][...] = row.ours(found[name].view())[inner]
+            # Only what is sliced of the view is read from disk; it is converted to dtype here.
+            result[position][...] = row.ours(found[name].view())[within_tensor]
     return result
 
 
@@ -180,7 +190,7 @@ def save_params(
 
 
 def _check_params(table: list[WeightRow], params: Mapping[str, Any]) -> None:
-    have = {path: tuple(np.shape(array)) for path, array in _leaves(params)}
+    have = {path: tuple(np.shape(array)) for path, array in flatten(params, "/").items()}
     want = {row.path: row.full_shape for row in table}
     problems = [f"{path}: is missing" for path in want if path not in have]
     for path, shape in have.items():
@@ -201,11 +211,14 @@ def _contents(table: list[WeightRow]) -> Contents:
     """Tensors in the order of the files: before the layers, layer by layer, after them."""
     stacked = [number for number, row in enumerate(table) if row.named]
     first, last = stacked[0], stacked[-1]
-    order: list[tuple[WeightRow, Sizes]] = [(row, ()) for row in table[:first]]
-    for layer in range(table[first].stack[0]):
-        for row in table[first : last + 1]:
-            order += [(row, (layer, *expert)) for expert in np.ndindex(row.stack[1:])]
-    order += [(row, ()) for row in table[last + 1 :]]
+    before, layers, after = table[:first], table[first : last + 1], table[last + 1 :]
+    order: list[tuple[WeightRow, Sizes]] = [(row, ()) for row in before]
+    for layer in range(layers[0].stack[0]):
+        for row in layers:
+            for expert in np.ndindex(row.stack[1:]):
+                order.append((row, (layer, *expert)))
+    order += [(row, ()) for row in after]
+
     contents: Contents = {}
     for row, index in order:
         contents.setdefault(row.name(index), []).append((row, index))
@@ -219,16 +232,19 @@ def _tensors(
 
     One layer of a parameter is fetched at a time, once for all its experts.
     """
-    fetched, layer = None, np.empty(0)
+    fetched = None
+    layer = np.empty(0)
     for parts in contents:
         tensor = np.empty(parts[0][0].hf_shape, dtype)
         for row, index in parts:
-            if fetched != (row.path, index[:1]):
+            layer_index, expert_index = index[:1], index[1:]
+            if fetched != (row.path, layer_index):
                 layer = np.empty(0)  # frees the previous one before the next is fetched
-                layer = fetch(_get(params, row.path), index[:1])
-                fetched = (row.path, index[:1])
+                layer = fetch(_get(params, row.path), layer_index)
+                fetched = (row.path, layer_index)
+            # A view of the tensor: what is assigned to it is the tensor's.
             matrix = row.matrix(tensor)
-            matrix[...] = layer[index[1:]].reshape(matrix.shape)
+            matrix[...] = layer[expert_index].reshape(matrix.shape)
         yield tensor
 
 
@@ -262,12 +278,3 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     for key in parents:
         tree = tree.setdefault(key, {})
     tree[last] = value
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    # Not jax.tree: FileWeight and MergedWeight are leaves, and paths are wanted as text.
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value

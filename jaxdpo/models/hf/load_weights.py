@@ -25,7 +25,7 @@ def load_weights(
         model: its config.
         mesh: the devices.
         dtype: of the weights that are not quantized.
-        kind: none, int8 or nf4: how the projections are quantized.
+        kind: how the projections are quantized: none, int8 or nf4.
 
     Raises:
         ValueError: the files do not fit the model.
@@ -40,8 +40,8 @@ def load_weights(
         if not quantize.is_quantized(path):
             return weight
         sharding = quantized_shardings
-        for name in path.split("/"):
-            sharding = sharding[name]
+        for key in path.split("/"):
+            sharding = sharding[key]
         quantize_one = functools.partial(quantize.quantize, kind=kind)
         return jax.jit(quantize_one, out_shardings=sharding)(weight)
 
