@@ -17,12 +17,18 @@ class LossSection:
     """One loss, or a list of losses that are added with loss.weights. sigmoid is DPO."""
     weights: list[float] | None = None
     """One factor for each name in the list. Default: all 1."""
+
+    # Constants of several losses.
+
     beta: float | None = None
     """Strength of the pull towards the reference. Default 0.1; 2.0 for simpo (a mean per token, not
     a sum)."""
     label_smoothing: float | None = None
     """Probability that a label is wrong (cdpo, robust, exo_pair, aot, aot_unpaired, simpo, cpo).
     Default 0.1 for cdpo and robust, 0.001 for exo_pair, else 0."""
+
+    # Modifiers and constants of single losses.
+
     ipo_length: Literal["mean", "sum"] | None = None
     """IPO's log-ratios: mean per token (TRL, as its authors asked) or sum (original DPO code).
     Default mean."""
@@ -48,6 +54,9 @@ class LossSection:
     """CPO's weight of the chosen answer's negative log-likelihood (NLL). Default 1.0."""
     dpop_lambda: float | None = None
     """DPOP's penalty when the chosen answer's log-prob falls below the reference's. Default 50."""
+
+    # TR-DPO's moving reference, and mixtures of experts.
+
     ref_sync_every: int = 0
     """TR-DPO: move the reference towards the policy every so many steps. 0: never."""
     ref_mixup_alpha: float | None = None

@@ -84,9 +84,14 @@ class LoraSection:
             yield f"lora.targets={self.targets}: name at least one, or leave it out for all"
         if self.enabled:
             return
-        given = {"alpha": self.alpha, "rslora": self.rslora or None, "targets": self.targets}
-        for name, value in given.items():
-            if value is not None:
+        given = {
+            "alpha": self.alpha is not None,
+            "rslora": self.rslora,
+            "targets": self.targets is not None,
+        }
+        for name, is_given in given.items():
+            if is_given:
+                value = getattr(self, name)
                 yield f"lora.{name}={value}: has no effect without adapters. Set lora.rank"
 
 
@@ -180,8 +185,7 @@ class MeshSection:
 
     data: int = -1
     """Data parallelism: replicas that each hold all weights (of their fsdp group) and see different
-    sequences.
-    -1: as many as devices are left."""
+    sequences. -1: as many as devices are left."""
     fsdp: int = 1
     """Fully sharded data parallelism: devices that shard weights and optimizer state, and see
     different sequences."""
@@ -206,8 +210,8 @@ class MeshSection:
                 yield f"mesh.{name}={size}: must be at least 1"
         if self.context >= 1 and LENGTH_MULTIPLE % self.context != 0:
             yield (
-                f"mesh.context={self.context}: must divide packed lengths, which are multiples of "
-                "64. "
+                f"mesh.context={self.context}: "
+                "must divide packed lengths, which are multiples of 64. "
                 "Use 1, 2, 4, 8, 16, 32 or 64"
             )
 

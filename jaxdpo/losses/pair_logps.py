@@ -119,7 +119,8 @@ def _score(divergence: str, alpha: float, ratio_P: jax.Array) -> jax.Array:
 
 def scaled_margin(pair: PairLogps, options: LossOptions) -> jax.Array:
     """The logit of the log-sigmoid losses, [P]: `logit` of the two sides' scores."""
-    return logit(*scores(pair, options), pair, options)
+    chosen_P, rejected_P = scores(pair, options)
+    return logit(chosen_P, rejected_P, pair, options)
 
 
 def logit(
@@ -138,7 +139,9 @@ def logit(
     logit_P = options.beta * (chosen_P - rejected_P)
     if options.length_penalty != 0.0:
         logit_P += options.length_penalty * (pair.chosen_lengths_P - pair.rejected_lengths_P)
-    return logit_P if pair.margins_P is None else logit_P - pair.margins_P
+    if pair.margins_P is not None:
+        logit_P = logit_P - pair.margins_P
+    return logit_P
 
 
 def per_token(
@@ -157,15 +160,17 @@ def mean_logps(pair: PairLogps) -> tuple[jax.Array, jax.Array]:
 
 def chosen_nll(pair: PairLogps) -> jax.Array:
     """Negative log-likelihood of the chosen answers, summed over their tokens, [P]."""
-    return -pair.chosen_logps_P if pair.chosen_nll_P is None else pair.chosen_nll_P
+    if pair.chosen_nll_P is not None:
+        return pair.chosen_nll_P
+    return -pair.chosen_logps_P
 
 
 def smoothed_log_loss(logit_P: jax.Array, smoothing: float) -> jax.Array:
     """-(1 - e) log sigmoid(x) - e log sigmoid(-x): cross-entropy against a label that is wrong with
     probability e."""
-    return -(1.0 - smoothing) * jax.nn.log_sigmoid(logit_P) - smoothing * jax.nn.log_sigmoid(
-        -logit_P
-    )
+    right_P = -(1.0 - smoothing) * jax.nn.log_sigmoid(logit_P)
+    wrong_P = smoothing * jax.nn.log_sigmoid(-logit_P)
+    return right_P - wrong_P
 
 
 def log1mexp(x_P: jax.Array) -> jax.Array:
@@ -195,6 +200,9 @@ def sorted_real(x_P: jax.Array, mask_P: jax.Array) -> jax.Array:
     [1.0, 0.0, 3.0]
     """
     real = mask_P > 0
-    rising_P = x_P[jnp.argsort(jax.lax.stop_gradient(jnp.where(real, x_P, jnp.inf)))]
+    # Padding last. The order is a constant for the gradient.
+    order_P = jnp.argsort(jax.lax.stop_gradient(jnp.where(real, x_P, jnp.inf)))
+    rising_P = x_P[order_P]
+    # The k-th real pair gets the k-th value.
     rank_P = jnp.cumsum(real, dtype=jnp.int32) - 1
     return jnp.where(real, rising_P[rank_P], 0.0)

@@ -7,6 +7,7 @@ Every function takes (pair: PairLogps, options: LossOptions) and returns one los
   r_w      log-ratio: log-prob of the chosen answer, policy minus reference; r_l likewise
   d        score_w - score_l, which is r_w - r_l unless loss.f_divergence says otherwise
   b, e, s  loss.beta, loss.label_smoothing, the logistic sigmoid
+  b d      `scaled_margin`, which adds loss.length_penalty and the data's margins where they are set
 """
 
 import math
@@ -65,7 +66,8 @@ def robust(pair: PairLogps, options: LossOptions) -> jax.Array:
     """
     smoothing = options.label_smoothing
     margin_P = scaled_margin(pair, options)
-    clean_P, flipped_P = -jax.nn.log_sigmoid(margin_P), -jax.nn.log_sigmoid(-margin_P)
+    clean_P = -jax.nn.log_sigmoid(margin_P)
+    flipped_P = -jax.nn.log_sigmoid(-margin_P)
     return ((1.0 - smoothing) * clean_P - smoothing * flipped_P) / (1.0 - 2.0 * smoothing)
 
 
@@ -106,7 +108,8 @@ def sigmoid_norm(pair: PairLogps, options: LossOptions) -> jax.Array:
     >>> round(sigmoid_norm(PairLogps.example(), LossOptions()).item(), 4)
     0.6786
     """
-    chosen_P, rejected_P = per_token(*scores(pair, options), pair)
+    chosen_P, rejected_P = scores(pair, options)
+    chosen_P, rejected_P = per_token(chosen_P, rejected_P, pair)
     return -jax.nn.log_sigmoid(options.beta * (chosen_P - rejected_P))
 
 
@@ -120,10 +123,11 @@ def exo_pair(pair: PairLogps, options: LossOptions) -> jax.Array:
     """
     smoothing = options.label_smoothing
     margin_P = scaled_margin(pair, options)
-    won_P, lost_P = jax.nn.log_sigmoid(margin_P), jax.nn.log_sigmoid(-margin_P)
-    return jnp.exp(won_P) * (won_P - math.log1p(-smoothing)) + jnp.exp(lost_P) * (
-        lost_P - math.log(smoothing)
-    )
+    won_P = jax.nn.log_sigmoid(margin_P)
+    lost_P = jax.nn.log_sigmoid(-margin_P)
+    won_term_P = jnp.exp(won_P) * (won_P - math.log1p(-smoothing))
+    lost_term_P = jnp.exp(lost_P) * (lost_P - math.log(smoothing))
+    return won_term_P + lost_term_P
 
 
 def nca_pair(pair: PairLogps, options: LossOptions) -> jax.Array:
@@ -193,9 +197,9 @@ def aot_unpaired(pair: PairLogps, options: LossOptions) -> jax.Array:
     [0.6163, 0.6636]
     """
     chosen_P, rejected_P = log_ratios(pair)
-    return _transport(
-        sorted_real(chosen_P, pair.mask_P) - sorted_real(rejected_P, pair.mask_P), options
-    )
+    chosen_P = sorted_real(chosen_P, pair.mask_P)
+    rejected_P = sorted_real(rejected_P, pair.mask_P)
+    return _transport(chosen_P - rejected_P, options)
 
 
 def apo_zero(pair: PairLogps, options: LossOptions) -> jax.Array:
@@ -234,7 +238,8 @@ def discopop(pair: PairLogps, options: LossOptions) -> jax.Array:
     gate_P = margin_P / options.discopop_tau
     logistic_P = jax.nn.sigmoid(-gate_P) * -jax.nn.log_sigmoid(margin_P)
     # m exp(-l) as one exponential: at l = -1000 the factors are 0 and infinity.
-    exponential_P = jnp.exp(jnp.minimum(jax.nn.log_sigmoid(gate_P) - margin_P, LARGEST_EXPONENT))
+    exponent_P = jax.nn.log_sigmoid(gate_P) - margin_P
+    exponential_P = jnp.exp(jnp.minimum(exponent_P, LARGEST_EXPONENT))
     return logistic_P + exponential_P
 
 
@@ -261,7 +266,8 @@ def orpo(pair: PairLogps, options: LossOptions) -> jax.Array:
     0.0693
     """
     chosen_P, rejected_P = mean_logps(pair)
-    return -options.orpo_lambda * jax.nn.log_sigmoid(log_odds(chosen_P) - log_odds(rejected_P))
+    log_odds_ratio_P = log_odds(chosen_P) - log_odds(rejected_P)
+    return -options.orpo_lambda * jax.nn.log_sigmoid(log_odds_ratio_P)
 
 
 def cpo(pair: PairLogps, options: LossOptions) -> jax.Array:

@@ -221,7 +221,6 @@ LOSSES: dict[str, Loss] = {
         equation="-log s(b (mean logp_w - mean logp_l) - gamma)",
         needs_reference=False,
         reward_kind="mean",
-        reward_scale=lambda options: options.beta,
     ),
     "orpo": Loss(
         fn=fn.orpo,
@@ -308,7 +307,7 @@ def rewards(pair: PairLogps, section: LossSection) -> tuple[jax.Array, jax.Array
     """
     rows = [LOSSES[name] for name in section.names]
     on_pairs = [row for row in rows if row.divisor == "pairs"]
-    row = on_pairs[0] if on_pairs else rows[0]
+    row = (on_pairs or rows)[0]
     if row.reward_kind == "ratio":
         chosen_P, rejected_P = log_ratios(pair)
     elif row.reward_kind == "mean":
