@@ -85,7 +85,8 @@ def loss_and_grads(
     coupled = registry.coupled(section)
     divisors = loss_divisors(batch)
     ref_weights = frozen.reference_view()
-    policy_logps, ref_logps, cotangents = None, frozen.ref_logps, None
+    policy_logps = cotangents = None
+    ref_logps = frozen.ref_logps  # of a cached reference, else None
     if coupled:
         policy_logps, ref_logps, cotangents = _coupled_first_pass(
             frozen.policy_view(params), ref_weights, ref_logps, batch, divisors, options
