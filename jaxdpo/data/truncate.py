@@ -15,8 +15,11 @@ def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) 
     """The last max_prompt_length tokens of a prompt; a bos token in front stays in front."""
     if len(ids) <= max_prompt_length:
         return ids
-    bos = ids[:1] if ids[0] == bos_id else []
-    return bos + ids[len(ids) - (max_prompt_length - len(bos)) :]
+    bos = []
+    if ids[0] == bos_id:
+        bos = ids[:1]
+    num_kept = max_prompt_length - len(bos)
+    return bos + ids[len(ids) - num_kept :]
 
 
 def truncate_completion(items: list[Item], prompt_length: int, max_length: int) -> list[Item]:

@@ -57,9 +57,13 @@ def load_params(
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params: dict[str, Any] = {}
     for row in table:
-        sharding = default if shardings is None else _get(shardings, row.path)
-        array = _load_array(row, found, sharding, np.dtype(dtype))
-        _put(params, row.path, array if finish is None else finish(row.path, array))
+        sharding = default
+        if shardings is not None:
+            sharding = _get(shardings, row.path)
+        param = _load_array(row, found, sharding, np.dtype(dtype))
+        if finish is not None:
+            param = finish(row.path, param)
+        _put(params, row.path, param)
     return params
 
 
@@ -80,9 +84,13 @@ class FileWeight:
         info = self.found.get(self.row.name((*index, 0, 0)))
         # MXFP4 tensors have other names, and become float32
         dtype = np.dtype(np.float32) if info is None else DTYPES[info.dtype]
+        # One layer (and expert), and all of the other axes.
         inner_shape = self.shape[len(index) :]
-        slices = [slice(i, i + 1, 1) for i in index]
-        slices += [slice(0, size, 1) for size in inner_shape]
+        slices = []
+        for i in index:
+            slices.append(slice(i, i + 1, 1))
+        for size in inner_shape:
+            slices.append(slice(0, size, 1))
         return _read_slice(self.row, self.found, tuple(slices), dtype).reshape(inner_shape)
 
 
@@ -181,7 +189,10 @@ def save_params(
     table = weight_table(config)
     _check_params(table, params)
     contents = _contents(table)
-    shapes = {name: parts[0][0].hf_shape for name, parts in contents.items()}
+    shapes = {}
+    for name, parts in contents.items():
+        row, _ = parts[0]
+        shapes[name] = row.hf_shape
     tensors = _tensors(contents.values(), params, np.dtype(dtype))
     if jax.process_index() != 0:
         collections.deque(tensors, maxlen=0)  # takes part in gathering them, keeps none
@@ -192,7 +203,10 @@ def save_params(
 def _check_params(table: list[WeightRow], params: Mapping[str, Any]) -> None:
     have = {path: tuple(np.shape(array)) for path, array in flatten(params, "/").items()}
     want = {row.path: row.full_shape for row in table}
-    problems = [f"{path}: is missing" for path in want if path not in have]
+    problems = []
+    for path in want:
+        if path not in have:
+            problems.append(f"{path}: is missing")
     for path, shape in have.items():
         if path not in want:
             problems.append(f"{path}: is not a parameter of this model")
@@ -212,12 +226,15 @@ def _contents(table: list[WeightRow]) -> Contents:
     stacked = [number for number, row in enumerate(table) if row.named]
     first, last = stacked[0], stacked[-1]
     before, layers, after = table[:first], table[first : last + 1], table[last + 1 :]
-    order: list[tuple[WeightRow, Sizes]] = [(row, ()) for row in before]
+    order: list[tuple[WeightRow, Sizes]] = []
+    for row in before:
+        order.append((row, ()))
     for layer in range(layers[0].stack[0]):
         for row in layers:
             for expert in np.ndindex(row.stack[1:]):
                 order.append((row, (layer, *expert)))
-    order += [(row, ()) for row in after]
+    for row in after:
+        order.append((row, ()))
 
     contents: Contents = {}
     for row, index in order:
