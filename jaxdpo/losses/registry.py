@@ -169,6 +169,7 @@ LOSSES: dict[str, Loss] = {
         equation="(r_w - 1/(2b))^2 + (r_l + 1/(2b))^2",
         closed_form=lambda options: 2.0 * (0.5 / options.beta) ** 2,
     ),
+    # These mix the pairs of the global batch.
     "aot": Loss(
         fn=fn.aot,
         options=_options("beta", "label_smoothing", "ld_alpha"),
@@ -185,6 +186,7 @@ LOSSES: dict[str, Loss] = {
         coupled=True,
         closed_form=_ln2,
     ),
+    # Again pair by pair.
     "apo_zero": Loss(
         fn=fn.apo_zero,
         options=_RATIOS,
@@ -213,6 +215,7 @@ LOSSES: dict[str, Loss] = {
         equation="-log s(b (d - lambda max(0, -r_w)))",
         closed_form=_ln2,
     ),
+    # Without a reference.
     "simpo": Loss(
         fn=fn.simpo,
         options=_options("beta", "simpo_gamma", "label_smoothing", "wpo"),
