@@ -60,9 +60,13 @@ def trained(
 
 @pytest.mark.parametrize(
     ("what", "sizes"),
-    [(("reference",), (1,)), (("moments",), (1,)), (("reference", "moments"), (2, 2, 2))],
+    [
+        pytest.param(("reference",), (1,), marks=pytest.mark.slow),
+        pytest.param(("moments",), (1,), marks=pytest.mark.slow),
+        (("reference", "moments"), (2, 2, 2)),
+    ],
 )
-def test_what_waits_changes_no_step(what: tuple[str, ...], sizes: tuple[int, ...]) -> None:
+def test_offload_changes_no_step(what: tuple[str, ...], sizes: tuple[int, ...]) -> None:
     (ours, waited), (theirs, plain) = trained(what, sizes), trained((), sizes)
     for one, other in zip(waited, plain, strict=True):
         assert one.keys() == other.keys()
@@ -78,7 +82,7 @@ def test_what_waits_changes_no_step(what: tuple[str, ...], sizes: tuple[int, ...
 
 
 @pytest.mark.parametrize("what", [(), ("reference",), ("moments",), ("reference", "moments")])
-def test_a_program_takes_what_waits_from_the_hosts_and_leaves_it_there(
+def test_a_program_reads_offloaded_arrays_from_the_host_and_leaves_them_there(
     what: tuple[str, ...],
 ) -> None:
     """As the compiler is told; the memory analysis of CPUs does not tell the kinds apart."""
@@ -96,7 +100,7 @@ def test_a_program_takes_what_waits_from_the_hosts_and_leaves_it_there(
     assert len(in_place) == given.count("pinned_host") == weights * 2 * ("moments" in what)
 
 
-def test_a_waiting_reference_moves_as_one_on_the_devices_does() -> None:
+def test_ref_sync_of_an_offloaded_reference_equals_one_on_the_devices() -> None:
     section = LossSection(ref_sync_every=1, ref_mixup_alpha=0.3)
     runs = [Stepper(Setup(offload=what)) for what in (("reference",), ())]
     there, here = (sync_reference(run.reference or {}, run.state.params, section) for run in runs)
@@ -116,8 +120,15 @@ RUNS_WITH = {
 }
 
 
-@pytest.mark.parametrize("kind", RUNS_WITH)
-def test_a_run_whose_reference_and_offload_moments_resumes_bit_for_bit(
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("full", marks=pytest.mark.slow),
+        "tr",
+        pytest.param("lora", marks=pytest.mark.slow),
+    ],
+)
+def test_resume_with_offloaded_reference_and_moments_is_bit_exact(
     folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_one_device(monkeypatch)
@@ -131,7 +142,8 @@ def test_a_run_whose_reference_and_offload_moments_resumes_bit_for_bit(
     assert same_bits(Path(again.run_dir), Path(some.run_dir))
 
 
-def test_a_run_goes_on_with_its_moments_elsewhere(
+@pytest.mark.slow
+def test_resume_may_change_the_offload_of_moments(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_one_device(monkeypatch)
@@ -154,7 +166,7 @@ def test_a_run_goes_on_with_its_moments_elsewhere(
         ({"loss__name": "simpo"}, "does not exist"),
     ],
 )
-def test_a_reference_that_is_not_there_cannot_wait(
+def test_a_reference_without_weights_cannot_be_offloaded(
     folder: Path, changes: dict[str, object], why: str
 ) -> None:
     with pytest.raises(ValueError, match=why):
