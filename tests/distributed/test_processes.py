@@ -25,11 +25,11 @@ from pathlib import Path
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from jaxdpo import sharding
-from jaxdpo.config import MeshSection
-from jaxdpo.models.hf.save_folder import (export_adapter, export_model)
-from jaxdpo.modelcard import Card
-from jaxdpo.runweights import trained_shardings
+from jaxdpo.config.schema import MeshSection
+from jaxdpo.distributed import sharding
+from jaxdpo.models.hf.model_card import Card
+from jaxdpo.models.hf.save_folder import export_adapter, export_model
+from jaxdpo.models.shardings import trained_shardings
 from tests.families import tiny
 from tests.models.test_lora import LORA, random_adapter
 from tests.tiny import params
