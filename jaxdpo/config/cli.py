@@ -172,9 +172,26 @@ def _read_value(text: str, hint: Any, problems: list[str], word: str) -> Any:
         # The base loader leaves the items of a list of texts as they are typed.
         return yaml.load(text, yaml.BaseLoader if is_text else _UniqueKeyLoader)
     except (yaml.YAMLError, ValueError):
+        items = _plain_items(text) if is_text else None
+        if items is not None:
+            return items
         if text.startswith(("[", "{")):
             problems.append(f"{word}: not a YAML list. Write [a,b]")
         return text
+
+
+def _plain_items(text: str) -> list[str] | None:
+    """The items of a list of plain words, [Who are you?,What's new?]; None for any other text.
+
+    YAML takes no ? before the end of such an item, which is how questions end.
+    """
+    inner = text[1:-1]
+    if not (text.startswith("[") and text.endswith("]")) or any(mark in inner for mark in '"[]{}#'):
+        return None
+    items = [item.strip() for item in inner.split(",")]
+    if any(not item or item.startswith("'") for item in items):
+        return None
+    return items
 
 
 def _alternatives(hint: Any) -> set[Any]:

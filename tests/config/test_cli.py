@@ -218,6 +218,27 @@ def test_sections_and_values_in_each_others_place(capsys: pytest.CaptureFixture[
     assert complaints(capsys, *NEEDED, "seed=1", "seed.x=1")[0] == "seed.x: seed is not a section"
 
 
+@pytest.mark.parametrize(
+    ("written", "items"),
+    [
+        ("[Who are you?]", ["Who are you?"]),
+        ("[Who are you?, What's new?]", ["Who are you?", "What's new?"]),
+        ("[a: b?,c]", ["a: b?", "c"]),
+        ('["Who, me?",b]', ["Who, me?", "b"]),
+    ],
+)
+def test_a_list_of_questions_is_read_as_written(written: str, items: list[str]) -> None:
+    config, _ = cli.load(Config, [f"data.train={written}"], command="train")
+    assert config.data.train == items
+
+
+@pytest.mark.parametrize("written", ["[Who?,]", "['a?,b]", "[[a?]]", "[a?"])
+def test_a_broken_list_of_questions_is_refused(
+    written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert any("not a YAML list" in line for line in complaints(capsys, f"data.train={written}"))
+
+
 def test_a_broken_list_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     told = complaints(capsys, "model.path=m", "data.train=[a")
     assert told[0] == "data.train=[a: not a YAML list. Write [a,b]"
