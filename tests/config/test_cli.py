@@ -266,7 +266,7 @@ def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_p
 PRINTABLE = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(
     rate=st.floats(0, 1e3, allow_nan=False),
     path=st.text(PRINTABLE, min_size=1, max_size=20),

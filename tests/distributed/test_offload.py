@@ -61,9 +61,9 @@ def trained(
 @pytest.mark.parametrize(
     ("what", "sizes"),
     [
-        pytest.param(("reference",), (1,), marks=pytest.mark.slow),
+        (("reference",), (1,)),
         pytest.param(("moments",), (1,), marks=pytest.mark.slow),
-        (("reference", "moments"), (2, 2, 2)),
+        pytest.param(("reference", "moments"), (2, 2, 2), marks=pytest.mark.slow),
     ],
 )
 def test_offload_changes_no_step(what: tuple[str, ...], sizes: tuple[int, ...]) -> None:

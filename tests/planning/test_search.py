@@ -28,6 +28,7 @@ def test_all_that_is_found_fits_and_the_fastest_comes_first() -> None:
     assert len(with_more) > len(found) and with_more[0].time.seconds <= seconds[0]
 
 
+@pytest.mark.slow
 def test_only_settings_that_can_be_are_looked_at() -> None:
     looked_at = [plan.config for plan in candidates(target("v5e-8"), config(), PAIR)]
     assert {(one.mesh.fsdp, one.mesh.tensor) for one in looked_at} >= {
@@ -53,6 +54,7 @@ def least(some: Target, config: Config) -> float:
     return min(plan.memory.peak for plan in candidates(some, config, PAIR)) / GIB
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_mildest_remedy_is_found() -> None:
     some = target("v5e-1")
     tight = with_memory(some, 0.95 * least(some, config()) / MEMORY_FRACTION)

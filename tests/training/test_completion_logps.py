@@ -105,11 +105,13 @@ def test_microbatches_count_by_their_tokens() -> None:
     )
 
 
+@pytest.mark.slow
 def test_padding_counts_nowhere() -> None:
     near, far = (loss_and_grads(pack(SOME, size=size), 1.0) for size in (SIZE, 320))
     assert near[0] == pytest.approx(far[0], rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_coupled_loss_has_the_router_loss_too() -> None:
     batch = pack(SOME, size=SIZE)
     setup = Setup(config=MOE, loss=LossSection(name="aot"), size=SIZE)

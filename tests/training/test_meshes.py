@@ -87,6 +87,7 @@ def check_trajectory(
         )
 
 
+@pytest.mark.slow
 def test_a_few_steps_on_eight_devices_are_those_of_one() -> None:
     check_trajectory(DENSE, MESHES["fsdp 2 x context 2 x tensor 2"], 4)
 

@@ -161,7 +161,15 @@ def test_resume_restores_a_synced_reference(
     assert train(other) is True and not same_bits(tmp_path / "lost", theirs)
 
 
-@pytest.mark.parametrize("kind", ["lora", "cached", "lora-cached", "lora-nf4"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("lora", marks=pytest.mark.slow),
+        "cached",
+        "lora-cached",
+        pytest.param("lora-nf4", marks=pytest.mark.slow),
+    ],
+)
 def test_resume_of_adapters_and_cached_references_is_exact(
     shared: Path, tmp_path: Path, kind: str
 ) -> None:

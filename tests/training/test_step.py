@@ -180,12 +180,12 @@ def test_loss_and_gradients_equal_a_plain_padded_computation(loss: str) -> None:
     assert difference(packed(loss)[1], jax.device_get(grads)) < 1e-5
 
 
-@pytest.mark.parametrize("loss", ["mixed", "wpo"])
+@pytest.mark.parametrize("loss", ["mixed", pytest.param("wpo", marks=pytest.mark.slow)])
 def test_separate_sequences_give_the_same_as_shared_prefixes(loss: str) -> None:
     same(ours(loss, pack(pairs_for(loss), share_prefix=False, size=SIZE)), packed(loss))
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+@pytest.mark.parametrize("name", ["mistral", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_a_sliding_window_cuts_shared_prompts_where_it_cuts_separate_ones(name: str) -> None:
     config = tiny(name)  # whose window of 9 tokens is shorter than most prompts
     shared, separate = (
@@ -203,7 +203,15 @@ def test_a_sliding_window_cuts_shared_prompts_where_it_cuts_separate_ones(name: 
     )
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "mixed",
+        "aot",
+        pytest.param("wpo", marks=pytest.mark.slow),
+        pytest.param("simpo", marks=pytest.mark.slow),
+    ],
+)
 def test_gradient_accumulation_of_one_pair_a_microbatch_gives_the_same(loss: str) -> None:
     batch = one_pair_a_row(pairs_for(loss), True)
     assert batch.tokens_MBT.shape[0] == len(EQUAL)
@@ -221,7 +229,7 @@ def test_the_chunk_size_does_not_matter(chunk: int) -> None:
     same(ours("mixed", pack(WEIGHTED, size=SIZE), chunk=chunk), packed("mixed"))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_remat_does_not_matter(remat: str) -> None:
     same(ours("mixed", pack(WEIGHTED, size=SIZE), remat=remat), packed("mixed"))
 
@@ -279,7 +287,15 @@ def ten_steps(
     return metrics, run.evaluate(batch), jax.tree.map(np.asarray, run.state.params)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((8, 1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), marks=pytest.mark.slow),
+        (2, 2, 2),
+    ],
+    ids=str,
+)
 def test_eight_devices_train_as_one_does(sizes: tuple[int, int, int]) -> None:
     got, wanted = ten_steps(sizes), ten_steps((1, 1, 1))
     assert (

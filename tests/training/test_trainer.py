@@ -199,6 +199,7 @@ def num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_adapter_off_holds_the_base_once_and_cached_frees_the_reference(shared: Path) -> None:
     sessions = {
         (start, kind): Trainer.open(options(shared, start, kind))
