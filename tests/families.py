@@ -102,3 +102,16 @@ def raw_config(name: str, **changes: Any) -> dict[str, Any]:
 def tiny(name: str, **changes: Any) -> ModelConfig:
     """The ModelConfig of a tiny model."""
     return from_hf(raw_config(name, **changes))
+
+
+PLAIN = ModelConfig(
+    family="llama",
+    vocab_size=40,
+    hidden_size=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_size=24,
+    max_positions=64,
+)

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from jaxdpo.utils.tree import path_name
+from jaxdpo.utils.tree import named_leaves, path_name
 
 Tree = dict[str, Any]
 
@@ -67,8 +67,7 @@ def restore_state(saver: ocp.AsyncCheckpointer, folder: Path, abstract_state: An
 
 def _shapes(tree: Any) -> dict[str, str]:
     shapes = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = path_name(path)
+    for name, leaf in named_leaves(tree).items():
         shapes[name] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
     return shapes
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import yaml
 
 from jaxdpo.config import cli
@@ -14,7 +13,7 @@ from jaxdpo.models.hf.hub import fetch_model
 from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.lora import Lora, adapter_shapes
-from jaxdpo.utils.tree import path_name
+from jaxdpo.utils.tree import named_leaves
 
 MAX_LINES = 10
 """Differences that an error lists."""
@@ -76,10 +75,7 @@ def lora_of_run(config: Config, model: ModelConfig, saved: Mapping[str, Any]) ->
 
 
 def _shapes(tree: Mapping[str, Any]) -> dict[str, str]:
-    shapes = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        shapes[path_name(path)] = str(list(leaf.shape))
-    return shapes
+    return {name: str(list(leaf.shape)) for name, leaf in named_leaves(tree).items()}
 
 
 def check_base(config: Config, meta: Mapping[str, Any], folder: Path) -> None:

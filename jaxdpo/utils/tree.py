@@ -16,6 +16,16 @@ def path_name(path: tuple[Any, ...], separator: str = "/") -> str:
     return jax.tree_util.keystr(path, simple=True, separator=separator)
 
 
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their paths.
+
+    >>> named_leaves({"layers": {"q": 1}})
+    {'layers/q': 1}
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
 def flatten(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
     """Nested dicts as one dict from paths to values; values that are no dicts are leaves.
 

@@ -23,19 +23,8 @@ from jaxdpo.models.hf.load_save import load_params, save_params
 from jaxdpo.models.hf.tensor_map import files_of, readable_tables, weight_table
 from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.params import abstract_params, logical_axes
-from tests.families import TINY, tiny
+from tests.families import PLAIN, TINY, tiny
 
-PLAIN = ModelConfig(
-    family="llama",
-    vocab_size=40,
-    hidden_size=16,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    mlp_size=24,
-    max_positions=64,
-)
 FULL = dataclasses.replace(
     PLAIN, family="qwen3", qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm="head"
 )

@@ -21,19 +21,8 @@ from jaxdpo.models.hf import safetensors_io, weight_files
 from jaxdpo.models.hf.load_save import load_params, save_params
 from jaxdpo.models.hf.tensor_map import files_of, readable_tables, weight_table
 from jaxdpo.models.hf.weight_files import weights_fingerprint
-from tests.families import tiny
+from tests.families import PLAIN, tiny
 
-PLAIN = ModelConfig(
-    family="llama",
-    vocab_size=40,
-    hidden_size=16,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    mlp_size=24,
-    max_positions=64,
-)
 SLACK = 4_000_000
 """Bytes that refusing may take beyond the size of the files: parsed JSON, text of the error."""
 
