@@ -160,6 +160,7 @@ def test_merged_weights_have_the_dtype_asked_for(tmp_path: Path) -> None:
     assert not np.array_equal(wide, short)
 
 
+@pytest.mark.slow
 def test_a_qlora_run_is_exported_as_adapter_and_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,13 +120,10 @@ RUNS_WITH = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param("full", marks=pytest.mark.slow),
-        "tr",
-        pytest.param("lora", marks=pytest.mark.slow),
-    ],
+    ["full", "tr", "lora"],
 )
 def test_resume_with_offloaded_reference_and_moments_is_bit_exact(
     folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -21,7 +21,13 @@ def close(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
         np.testing.assert_allclose(mine, other, rtol=0, atol=3e-5 * max(1.0, np.abs(other).max()))
 
 
-@pytest.mark.parametrize(("T", "packed"), [(320, True), (300, False)], ids=["packed", "any"])
+@pytest.mark.parametrize(
+    ("T", "packed"),
+    [
+        pytest.param(320, True, id="packed"),
+        pytest.param(300, False, id="any", marks=pytest.mark.slow),
+    ],
+)
 def test_splash_equals_dense_in_value_and_gradient(T: int, packed: bool) -> None:
     bounds = packed_intervals(T) if packed else any_intervals(T)
     sinks = jnp.asarray([0.5, -1.0, 2.0, 0.0])

@@ -71,6 +71,7 @@ def balance(policy: Params, micro: Batch) -> jax.Array:
     return balance_loss(load)
 
 
+@pytest.mark.slow
 def test_the_router_loss_is_added_with_its_weight() -> None:
     batch = pack(SOME, size=SIZE)
     (plain, plain_grads), (more, grads) = loss_and_grads(batch, 0.0), loss_and_grads(batch, 0.5)
@@ -90,6 +91,7 @@ def test_the_router_loss_is_added_with_its_weight() -> None:
         np.testing.assert_allclose(mine - without, 0.5 * np.asarray(own), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_microbatches_count_by_their_tokens() -> None:
     parts = [pack([one], size=64) for one in SOME]
     batch = Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

@@ -161,6 +161,7 @@ def check_places(run: Stepper, expected: dict[str, tuple]) -> None:
         ), (path, found)
 
 
+@pytest.mark.slow
 def test_weights_and_moments_keep_their_shardings_after_a_step() -> None:
     run, batches, _ = started(DENSE, MESHES["fsdp 2 x context 2 x tensor 2"])
     run.reset()
@@ -246,6 +247,7 @@ def several_microbatches(sizes: tuple[int, ...], loss: str) -> tuple[Stepper, Ba
     return run, batch
 
 
+@pytest.mark.slow
 def test_data_parallelism_sums_gradients_once_a_step_under_gradient_accumulation() -> None:
     run, batch = several_microbatches(MESHES["data 2 x fsdp 2 x context 2"], "sigmoid")
     text = run.train_step.lower(run.state, run.frozen, batch, np.asarray(True)).compile().as_text()
@@ -255,9 +257,8 @@ def test_data_parallelism_sums_gradients_once_a_step_under_gradient_accumulation
     )  # a half over fsdp
 
 
-@pytest.mark.parametrize(
-    "loss", ["sigmoid", pytest.param("aot", marks=pytest.mark.slow)]
-)  # of each pair, and of the whole batch
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["sigmoid", "aot"])  # of each pair, and of the whole batch
 def test_gradient_accumulation_on_eight_devices_equals_one(loss: str) -> None:
     (run, batch), (alone, same) = (
         several_microbatches(sizes, loss) for sizes in (MESHES["data 2 x fsdp 2 x context 2"], (1,))

@@ -165,7 +165,7 @@ def test_resume_restores_a_synced_reference(
     "kind",
     [
         pytest.param("lora", marks=pytest.mark.slow),
-        "cached",
+        pytest.param("cached", marks=pytest.mark.slow),
         "lora-cached",
         pytest.param("lora-nf4", marks=pytest.mark.slow),
     ],
@@ -178,6 +178,7 @@ def test_resume_of_adapters_and_cached_references_is_exact(
     assert same_bits(tmp_path, whole(shared, kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["first moments", "second moments", "position in the data"])
 def test_the_comparison_notices_what_the_resume_of_an_adapter_loses(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
@@ -223,6 +224,7 @@ def changed_cache(run_dir: Path) -> None:
         ).write_bytes(buffer.getvalue())
 
 
+@pytest.mark.slow
 def test_resume_reads_a_cached_reference_or_computes_it_from_the_starting_policy(
     shared: Path, tmp_path: Path
 ) -> None:
@@ -314,6 +316,7 @@ def test_resume_may_change_where_and_in_which_order_things_are_computed(
     assert [row["loss"] for row in untimed(tmp_path)] == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_resume_on_one_device_of_a_run_on_eight(shared: Path, tmp_path: Path) -> None:
     some = settings(
         shared, tmp_path, mesh__fsdp=2, mesh__tensor=2, eval__samples=1, eval__sample_tokens=2

@@ -185,7 +185,8 @@ def test_separate_sequences_give_the_same_as_shared_prefixes(loss: str) -> None:
     same(ours(loss, pack(pairs_for(loss), share_prefix=False, size=SIZE)), packed(loss))
 
 
-@pytest.mark.parametrize("name", ["mistral", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_sliding_window_cuts_shared_prompts_where_it_cuts_separate_ones(name: str) -> None:
     config = tiny(name)  # whose window of 9 tokens is shorter than most prompts
     shared, separate = (
@@ -224,6 +225,7 @@ def test_gradient_accumulation_over_separate_sequences_with_dense_attention_give
     same(ours("mixed", one_pair_a_row(WEIGHTED, False), attention="dense"), packed("mixed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [100, SIZE])
 def test_the_chunk_size_does_not_matter(chunk: int) -> None:
     same(ours("mixed", pack(WEIGHTED, size=SIZE), chunk=chunk), packed("mixed"))
@@ -234,6 +236,7 @@ def test_remat_does_not_matter(remat: str) -> None:
     same(ours("mixed", pack(WEIGHTED, size=SIZE), remat=remat), packed("mixed"))
 
 
+@pytest.mark.slow
 def test_blocks_and_dense_agree_in_bfloat16_and_stay_near_float32() -> None:
     exact, blocks, dense = (
         packed("simpo"),
@@ -261,6 +264,7 @@ def test_padding_and_weights_of_zero_change_nothing() -> None:
     assert difference(more[1], packed("mixed")[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_weight_of_two_is_the_pair_twice() -> None:
     once = ours("mixed", pack([dataclasses.replace(EQUAL[0], weight=2.0), EQUAL[1]], size=512))
     twice = ours("mixed", pack([EQUAL[0], EQUAL[0], EQUAL[1]], size=512))

@@ -276,6 +276,7 @@ def test_random_weights_can_be_a_base(shared: Path, kind: str) -> None:
     assert base is not None and np.asarray(base["embed"]["weight"]).std() > 0.05
 
 
+@pytest.mark.slow
 def test_the_base_is_neither_changed_nor_given_away(shared: Path) -> None:
     opened = Opened(Trainer.open(options(shared, "lora", "adapter_off")))
     session, before = opened.session, jax.device_get(opened.fixed.base)
@@ -305,7 +306,9 @@ def test_the_base_has_the_type_of_products_and_the_adapter_float32(shared: Path)
     )
 
 
-@pytest.mark.parametrize(("kind", "share"), [("int8", 0.4), ("nf4", 0.3)])
+@pytest.mark.parametrize(
+    ("kind", "share"), [pytest.param("int8", 0.4, marks=pytest.mark.slow), ("nf4", 0.3)]
+)
 def test_a_quantised_base_is_loaded_as_its_shapes_say(
     shared: Path, kind: str, share: float
 ) -> None:

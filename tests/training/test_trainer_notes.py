@@ -13,6 +13,7 @@ from tests.training.test_trainer import options, settings_in
 from tests.training.test_trainer import shared as shared  # the fixture
 
 
+@pytest.mark.slow
 def test_the_log_says_which_adapter_is_the_reference(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,7 @@ def test_the_watchdog_ends_a_hang_with_the_stacks_of_all_threads(
     assert "train.watchdog_minutes=0.005" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_watchdog_spares_steps_saves_and_compilations(tmp_path: Path) -> None:
     left: list[int] = []
     with Watchdog(tmp_path, 0.4 / 60, left.append) as watching:
