@@ -23,26 +23,20 @@ import pydantic
 import yaml
 
 from jaxdpo.config.foreign_names import foreign_hint
+from jaxdpo.config.impossible import impossible_values, shown
+from jaxdpo.config.yaml_text import read_yaml
+from jaxdpo.utils.console import restart_in_utf8
+from jaxdpo.utils.files import read_limited
 
 T = TypeVar("T")
 Check = Callable[[Any], list[str]]
 USAGE = 2
 """Exit status of a wrong command line, as argparse has it."""
+MAX_CONFIG = 2**20
+"""Largest --config file, in bytes: one with every option is a hundred times smaller."""
 SIMILAR = 0.75
 """An unknown name gets the most similar option as a hint if difflib's ratio is at least this. At
 0.5, log.wandb got lora.rank."""
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that is set twice is an error; plain YAML takes the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            line = node.start_mark.line + 1
-            raise ValueError(f"line {line}: set twice: {', '.join(twice)}. Keep one")
-        return super().construct_mapping(node, deep=deep)
 
 
 def load(
@@ -66,6 +60,7 @@ def load(
         The config, and the switches that were given. Prints and exits for --help (0),
         --print-config (0) and problems (2).
     """
+    restart_in_utf8(argv)
     switches = {
         "--help": "This text.",
         "--print-config": "Print every option's value as YAML, and stop.",
@@ -143,8 +138,9 @@ def _not_understood(word: str, switches: list[str], options: dict[str, Any]) -> 
 
 def _read_file(path: str) -> tuple[dict, list[str]]:
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        text = read_limited(Path(path), MAX_CONFIG).decode("utf-8")
+        values = read_yaml(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         return {}, [f"--config {path}: {error}"]
     if not values:
         return {}, []
@@ -169,8 +165,8 @@ def _read_value(text: str, hint: Any, problems: list[str], word: str) -> Any:
     if not text:
         return ""
     try:
-        # The base loader leaves the items of a list of texts as they are typed.
-        return yaml.load(text, yaml.BaseLoader if is_text else _UniqueKeyLoader)
+        # The items of a list of texts stay as they are typed.
+        return read_yaml(text, all_text=is_text)
     except (yaml.YAMLError, ValueError):
         items = _plain_items(text) if is_text else None
         if items is not None:
@@ -242,6 +238,9 @@ def validate(schema: type[T], values: dict) -> tuple[T | None, list[str]]:
     adapter = pydantic.TypeAdapter(schema)
     values = _with_lists(schema, values)
     problems: list[str] = []
+    for option, problem in list(impossible_values(schema, values)):
+        problems.append(problem)
+        values = _without(values, tuple(option.split(".")))
     while True:
         try:
             return adapter.validate_python(values), problems
@@ -281,7 +280,7 @@ def _explain(schema: type, place: tuple[str, ...], errors: list) -> list[str]:
             return [_unknown(schema, f"{key}.{name}") for name in value]
         return [_unknown(schema, key)]
     reasons = {error["msg"][0].lower() + error["msg"][1:]: None for error in errors}
-    message = f"{key}={_show(value)}: {' or '.join(reasons)}"
+    message = f"{key}={shown(value)}: {' or '.join(reasons)}"
     in_list = isinstance(error["loc"][-1], int)
     if error["type"] == "list_type" or (in_list and "," in str(value)):
         message += ". Lists are written [a,b]"
@@ -295,11 +294,6 @@ def _unknown(schema: type, key: str) -> str:
     if hint is None and near:
         hint = f"Did you mean {near[0]}?"
     return f"{key}: there is no such option." + (f" {hint}" if hint else "")
-
-
-def _show(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _without(values: Any, place: tuple[str, ...]) -> Any:

@@ -14,6 +14,8 @@ positions."""
 DEFAULT_PACKED_LENGTH = 4096
 """data.packed_length where it is automatic: two pairs of the default max_length. More where
 max_length is longer."""
+MAX_PACKED_LENGTH = 2**25
+"""Above any context length; the arrays of one packed sequence then take half a gigabyte."""
 LENGTH_MULTIPLE = 64
 """Lengths of packed sequences are multiples of it: the block of models/attention_blocks.py, and
 what mesh.context must divide."""
@@ -156,6 +158,8 @@ class DataSection:
         length, prompt, packed = self.max_length, self.max_prompt_length, self.packed_length
         if length != 0 and length < 2:
             yield f"data.max_length={length}: must be 0 (automatic) or at least 2"
+        if 2 * length > MAX_PACKED_LENGTH:
+            yield f"data.max_length={length}: must be at most {MAX_PACKED_LENGTH // 2:,}"
         if prompt < 0:
             yield f"data.max_prompt_length={prompt}: must be 0 (automatic) or at least 1"
         # An automatic maximum always fits, so what is named here was set by the user.
@@ -167,6 +171,8 @@ class DataSection:
             )
         if packed < 0:
             yield f"data.packed_length={packed}: must be 0 (automatic) or positive"
+        elif packed > MAX_PACKED_LENGTH:
+            yield f"data.packed_length={packed}: must be at most {MAX_PACKED_LENGTH:,}"
         elif packed != 0 and packed < 2 * length:
             yield f"data.packed_length={packed}: must be at least twice data.max_length={length}"
 

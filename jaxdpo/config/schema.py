@@ -18,6 +18,9 @@ DEFAULT_EVAL_EVERY = 100
 """eval.every where it is automatic and there are validation pairs: that of checkpoint.save_every,
 so that checkpoint.keep_best knows a validation loss for each checkpoint."""
 
+MAX_BATCH_SIZE = 2**20
+"""Of pairs a step: beyond any training, and arrays of that size are still made in no time."""
+
 
 @_section
 class ModelSection:
@@ -165,6 +168,8 @@ class TrainSection:
     def _problems(self) -> Iterator[str]:
         if self.batch_size < 1:
             yield f"train.batch_size={self.batch_size}: must be at least 1"
+        if self.batch_size > MAX_BATCH_SIZE:
+            yield f"train.batch_size={self.batch_size}: must be at most {MAX_BATCH_SIZE:,}"
         if self.steps is not None and self.steps < 1:
             yield f"train.steps={self.steps}: must be at least 1"
         if self.epochs is not None and self.epochs < 1:

@@ -205,7 +205,7 @@ def choose_packed_lengths(loads: Iterable[int], count: int, max_length: int) -> 
     # length all of them are padded to it; each round allows one length more.
     cost = sizes * up_to
     choices = [[int(size)] for size in sizes]
-    for _ in range(count - 1):
+    for _ in range(min(count, len(sizes)) - 1):  # more lengths than candidates change nothing
         next_cost = []
         next_choices = []
         for j, size in enumerate(sizes):

@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +23,8 @@ from jaxdpo.utils.text import printable
 
 Row = dict[str, Any]
 
+MAX_BLANK_LINES = 10**6
+"""Most blank lines after each other: a small .gz can hold gigabytes of them."""
 MAX_LINE = 32 * 2**20
 """Longest line of a text file, in bytes: far above any row, and memory for a file without lines."""
 
@@ -90,13 +92,19 @@ def _not_readable(path: Path) -> str:
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without the byte order mark."""
-    number = 0
+    number = num_blank = 0
     while line := stream.readline(MAX_LINE + 1):
         number += 1
         if len(line) > MAX_LINE:
             raise ValueError(
                 f"{name}:{number}: the line is longer than {MAX_LINE >> 20} MiB. "
                 "Is each row on a line of its own?"
+            )
+        num_blank = num_blank + 1 if line in (b"\n", b"\r\n") else 0
+        if num_blank > MAX_BLANK_LINES:
+            raise ValueError(
+                f"{name}:{number}: {MAX_BLANK_LINES:,} blank lines after each other. "
+                "Is it the right file?"
             )
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -125,8 +133,7 @@ def _read_json(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
 def _read_csv(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
     """Cells are text, except empty ones (null), numbers in CSV_NUMBERS, and messages as JSON."""
     csv.field_size_limit(MAX_LINE)
-    lines = (_decode(line, f"{name}:{number}") for number, line in _lines(stream, name))
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(_csv_lines(stream, name), strict=True)
     header: list[str] = []
     start = 1
     try:
@@ -145,6 +152,15 @@ def _read_csv(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
                 yield number, row
     except csv.Error as error:
         raise ValueError(f"{name}:{start}: broken CSV ({error})") from None
+
+
+def _csv_lines(stream: BinaryIO, name: str) -> Iterator[str]:
+    for number, line in _lines(stream, name):
+        if b"\0" in line:
+            raise ValueError(
+                f"{name}:{number}: holds a byte 0, which no text has. Write the file again as UTF-8"
+            )
+        yield _decode(line, f"{name}:{number}")
 
 
 def _cell(column: str, text: str) -> Any:
@@ -174,16 +190,25 @@ def _read_arrow(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
     """The stream format, as datasets writes it."""
     try:
         batches = pyarrow.ipc.open_stream(stream)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        yield from _batch_rows(batches)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{name}: not a readable Arrow file ({printable(str(error))})") from None
+
+
+def _batch_rows(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[tuple[int, Row]]:
+    """Numbered rows of batches that are checked first: damaged offsets crash the reading."""
+    number = 0
+    for batch in batches:
+        batch.validate(full=True)
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
 
 
 def _read_parquet(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
     try:
         batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from enumerate(rows, start=1)
+        yield from _batch_rows(batches)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{name}: not a readable Parquet file ({printable(str(error))})") from None
 

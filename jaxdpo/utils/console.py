@@ -1,7 +1,9 @@
 """What is printed to a terminal: lines, tables, a progress bar. Text from outside cannot drive it
 or disguise itself."""
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -16,11 +18,24 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from jaxdpo.utils.text import clean
+from jaxdpo.utils.text import clean, is_unicode
 
 _NUMBER = re.compile(r"-?[0-9.,]+%?")
 _WIDTH = 120
 """Columns of a table where output is not a terminal; rich would take 80."""
+
+
+def restart_in_utf8(argv: Sequence[str]) -> None:
+    """Start the process again in Python's UTF-8 mode, where a locale such as C spoils an argument.
+
+    Without UTF-8 Python reads the bytes of `ü` in a path as two broken characters, which no file
+    of a checkpoint can be named after, and the mode can be chosen only at the start.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or all(map(is_unicode, argv)):
+        return
+    sys.stdout.flush()
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def stdout() -> Console:

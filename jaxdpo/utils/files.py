@@ -53,6 +53,20 @@ def write_json(path: Path, content: Mapping[str, Any], *, durable: bool = True) 
         json.dump(content, file, indent=1)
 
 
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is longer, as a device such as /dev/zero is, which has no end.
+    """
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"longer than {max_bytes:,} bytes. Is it the right file?")
+    return content
+
+
 def sync_folder(folder: Path) -> None:
     """Return when the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

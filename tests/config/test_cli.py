@@ -2,6 +2,9 @@
 
 import dataclasses
 import operator
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -269,10 +272,10 @@ PRINTABLE = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])
 @settings(max_examples=100)
 @given(
     rate=st.floats(0, 1e3, allow_nan=False),
-    path=st.text(PRINTABLE, min_size=1, max_size=20),
+    path=st.text(PRINTABLE, min_size=1, max_size=20).filter(lambda path: path[0] != "~"),
     steps=st.none() | st.integers(1, 10**12),
-    beta=st.none() | st.floats(1e-300, 1e300),
-    names=st.lists(st.text(PRINTABLE, max_size=8), min_size=1, max_size=4),
+    beta=st.none() | st.floats(1e-300, 1e38),
+    names=st.lists(st.text(PRINTABLE, max_size=8).map("n".__add__), min_size=1, max_size=4),
 )
 def test_any_config_survives_yaml(
     rate: float, path: str, steps: int | None, beta: float | None, names: list[str]
@@ -321,3 +324,55 @@ def test_required_options_of_other_commands(capsys: pytest.CaptureFixture[str]) 
         cli.load(Small, ["step=x"], command="small")
     assert ended.value.code == 2
     assert "out=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("train.steps=true", "must be a number, not true or false"),
+        ("optim.b1=false", "must be a number, not true or false"),
+        ("data.weights=[1,true]", "must be a number, not true or false"),
+        ("optim.learning_rate=1e300", "is beyond the numbers of float32"),
+        ("loss.beta=4e38", "is beyond the numbers of float32"),
+        ("checkpoint.keep=100000000000000000000000", "is beyond 64 bits"),
+        ("run_dir=runs/\udcff", "is not valid UTF-8"),
+        ("model.path=~no-such-user/m", "there is no user of that name"),
+        ("data.packed_length=9000000000000000", "must be at most 33,554,432"),
+        ("data.max_length=4000000000", "must be at most 16,777,216"),
+        ("train.batch_size=10000000000", "must be at most 1,048,576"),
+    ],
+)
+def test_values_that_no_option_can_have_are_refused(
+    capsys: pytest.CaptureFixture[str], word: str, reason: str
+) -> None:
+    (told,) = complaints(capsys, *(one for one in NEEDED if one[:9] != word[:9]), word)
+    assert told.startswith(word.split("=")[0] + "=") and reason in told
+
+
+def test_deep_yaml_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("data: " + "[" * 5000)
+    (told,) = complaints(capsys, *NEEDED, "--config", str(path))
+    assert told == f"--config {path}: nested too deeply"
+    path.write_text("data: " + "{a: " * 3000)
+    (told,) = complaints(capsys, *NEEDED, "--config", str(path))
+    assert told == f"--config {path}: nested too deeply"
+    told = complaints(capsys, *NEEDED[:1], "data.train=" + "[" * 5000)[0]
+    assert told.endswith("not a YAML list. Write [a,b]")
+
+
+def test_a_config_without_end_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    (told,) = complaints(capsys, *NEEDED, "--config", "/dev/zero")
+    assert told == ("--config /dev/zero: longer than 1,048,576 bytes. Is it the right file?")
+
+
+@pytest.mark.slow
+def test_an_argument_in_a_locale_without_utf8_is_read_all_the_same(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxdpo.train", "--print-config", *NEEDED, "run_dir=rün"],
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        check=True,
+        encoding="utf-8",
+    )
+    assert "run_dir: rün\n" in done.stdout

@@ -87,3 +87,10 @@ def test_no_module_of_inference_imports_training() -> None:
         found |= new
         new = {other for name in new for other in own_imports(modules, name)} - found
     assert [name for name in found if name.startswith("training")] == []
+
+
+def test_a_question_may_begin_with_a_tilde() -> None:
+    config, _ = cli.load(
+        GenerateConfig, ["model.path=m", "prompts=[~5 or ~6?]"], command="generate"
+    )
+    assert config.prompts == ["~5 or ~6?"]
