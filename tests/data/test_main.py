@@ -243,12 +243,21 @@ def test_sets_of_one_pair_with_an_empty_prompt(write: Write, tmp_path: Path, how
     assert ("Near-duplicates" in (tmp_path / "page.html").read_text()) == (how != "near=0")
 
 
-def test_a_set_whose_rows_are_all_dropped(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main([f"data.train=[{write('a.jsonl', [{'prompt': 'q', 'chosen': '', 'rejected': 'b'}])}]"])
-        == 0
-    )
-    assert row(capsys.readouterr().out, "dropped: empty answer") == ["1", "a.jsonl:1"]
+@pytest.mark.parametrize(
+    ("rows", "dropped"),
+    [
+        ([{"prompt": "q", "chosen": "", "rejected": "b"}], "dropped: empty answer"),
+        ([{"prompt": "q", "chosen": "b", "rejected": "b"}], "dropped: identical answers"),
+    ],
+)
+def test_a_set_without_a_usable_pair_is_a_fault(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list, dropped: str
+) -> None:
+    out = tmp_path / "out.jsonl"
+    assert main([f"data.train=[{write('a.jsonl', rows)}]", f"out={out}"]) == 1
+    printed = capsys.readouterr()
+    assert row(printed.out, dropped) == ["1", "a.jsonl:1"]
+    assert "jaxdpo.data: no usable pair was found" in printed.err and not out.exists()
 
 
 def test_a_closed_pipe_and_a_terminal_without_unicode(write: Write, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
@@ -47,6 +49,18 @@ def test_parquet(tmp_path: Path, ending: str) -> None:
     assert list(read_rows(path)) == [(1, rows[0]), (2, rows[1])]
 
 
+def damaged_arrow() -> bytes:
+    """A stream of one row whose text ends before it begins."""
+    sink = pyarrow.BufferOutputStream()
+    batch = pyarrow.RecordBatch.from_pydict({"prompt": ["question"]})
+    with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    whole = sink.getvalue().to_pybytes()
+    begin_and_end = np.array([0, 8], np.int32).tobytes()
+    head, _, tail = whole.rpartition(begin_and_end)  # the last: the message's header has others
+    return head + np.array([7, 2], np.int32).tobytes() + tail
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -73,6 +87,14 @@ def test_parquet(tmp_path: Path, ending: str) -> None:
         ("a.jsonl.gz", b'{"a": 1}\n', r"damaged gzip file \(Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-20], r"damaged gzip file"),
         ("a.parquet", b"PAR1 no", r"a\.parquet: not a readable Parquet file"),
+        ("a.csv", b"a,b\n1,2\n3,\x004\n", r"a\.csv:3: holds a byte 0"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16-le"), r"a\.csv:1: holds a byte 0"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"\n" * 2_000_000, mtime=0),
+            r"a\.jsonl\.gz:1000001: 1,000,000 blank lines after each other",
+        ),
+        ("a.arrow", damaged_arrow(), r"a\.arrow: not a readable Arrow file .*offset"),
         ("a.xlsx", b"", r"unknown ending\. Files end in \.jsonl, \.json, \.csv, \.parquet"),
     ],
 )

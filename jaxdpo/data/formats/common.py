@@ -13,11 +13,11 @@ What each format drops or filters beyond make_preference is listed at the top of
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxdpo.config.data_options import DataSection
+from jaxdpo.config.impossible import MAX_FLOAT
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text, Turns, read_text
 from jaxdpo.utils.text import is_unicode, printable
 
@@ -68,14 +68,16 @@ def string(row: Row, column: str) -> str:
 
 
 def number(value: Any, column: str) -> float:
-    """The value of a column that must hold a finite number.
+    """The value of a column that must hold a number which is finite as float32.
 
     Raises:
         ValueError: it does not.
     """
     # A bool is an int to Python, but a column of bools is a label of unknown meaning, no score.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"column {column!r} is {printable(repr(value))}, must be a number")
+    if not abs(value) < MAX_FLOAT:
+        raise ValueError(f"column {column!r} is {value}, must be a number below 3.4e38 (float32)")
     return float(value)
 
 

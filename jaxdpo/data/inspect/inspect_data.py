@@ -30,7 +30,7 @@ def inspect_data(config: DataConfig) -> None:
     """Survey the sets, print the report, and write the page and the converted pairs.
 
     Raises:
-        ValueError: a set, or the tokenizer, cannot be read.
+        ValueError: a set, or the tokenizer, cannot be read, or no pair is usable.
         OSError: a file cannot be written.
     """
     tokenizer = None
@@ -74,6 +74,9 @@ def _read(config: DataConfig, texts: Texts) -> tuple[Survey, list[Preference]]:
                 out.write(json.dumps(to_row(record), ensure_ascii=False) + "\n")
 
         survey = read_texts(config.data, texts, take)
+        if not survey.parts:  # raised here, so that no empty file `out` appears
+            print_report(survey, [], stdout())
+            raise ValueError("no usable pair was found; the report above says what was dropped")
     return survey, first
 
 
