@@ -71,6 +71,8 @@ def _from_file(path: Path) -> Iterator[Prompt | str]:
 
 
 def _lines(path: Path) -> list[str]:
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise ValueError(f"prompts={path}: is not a file")
     try:
         # Not splitlines: it also breaks at U+2028 and others, which a prompt may contain.
         return path.read_text(encoding="utf-8-sig").split("\n")
