@@ -6,6 +6,7 @@ answer is chosen. Two minutes on a CPU, no network. Exit codes: 0 done, 2 wrong 
 by a signal and saved.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -163,7 +164,8 @@ def _new_folder() -> Path:
     """runs/demo-1, or the next free number: a demo never changes the files of another one."""
     for number in itertools.count(1):
         folder = Path("runs") / f"demo-{number}"
-        if not folder.exists():
+        # Not a look first: two demos that start at once would find the same number free.
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
     raise AssertionError("counting ends never")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxdpo.checkpoints.run_lock import RunLock
 from jaxdpo.config import cli
 from jaxdpo.config.schema import Config
 from jaxdpo.data.sources import read_set
@@ -224,15 +225,21 @@ def data(config: Config, name: str, option: str) -> str:
 
 
 def run_dir(config: Config, size: int | None) -> str:
-    """Write to the folder of checkpoints and read back.
+    """Write to the folder of checkpoints and read back, while no run uses it.
 
     Args:
         config: the options of the run.
         size: bytes of one checkpoint, where that is known.
 
     Raises:
-        ValueError: it cannot be written to, or has no room for the checkpoints that are kept.
+        ValueError: it cannot be written to, has no room for the checkpoints that are kept, or a
+            run is using it.
     """
+    with RunLock(config.run_dir, cli.to_dict(config), command="preflight"):
+        return _try_folder(config, size)
+
+
+def _try_folder(config: Config, size: int | None) -> str:
     folder = Path(config.run_dir).expanduser().resolve() / "checkpoints"
     files.make_writable(folder, config.run_dir)
     if size is not None:

@@ -71,6 +71,10 @@ stop() {
   done
   echo "on_host.sh: still running after $STOP_SECONDS s: ending it" >&2
   kill -KILL "$pid"
+  for ((second = 0; second < 30; second++)); do # giving back its memory takes a moment, and until then it owns the run folder
+    is_running || return 0
+    sleep 1
+  done
 }
 
 start() {

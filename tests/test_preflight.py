@@ -53,7 +53,7 @@ PROBLEMS = [
     (
         "run_dir",
         {"run_dir": "/proc/run"},
-        "run_dir=/proc/run: cannot write to /proc/run/checkpoints",
+        "run_dir=/proc/run: cannot write to /proc/run",
     ),
     (
         "cache",

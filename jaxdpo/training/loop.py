@@ -20,6 +20,8 @@ import jax
 import numpy as np
 
 from jaxdpo.checkpoints.checkpoint import Checkpoints
+from jaxdpo.checkpoints.run_lock import RunLock
+from jaxdpo.config import cli
 from jaxdpo.config.schema import Config
 from jaxdpo.distributed import processes
 from jaxdpo.losses.registry import needs_reference
@@ -50,16 +52,18 @@ def train(config: Config, leave: Callable[[int], object] | None = None) -> bool:
         True at the end of training; False when SIGTERM or SIGINT stopped it, saved.
 
     Raises:
-        ValueError: model, data, mesh or checkpoint cannot be used.
+        ValueError: model, data, mesh or checkpoint cannot be used, or another process is using
+            the run folder.
         OSError: the disk is full; earlier checkpoints are intact.
         Fault: training went wrong.
     """
     keep_compiled_programs(config.train.compilation_cache)
-    with stop_on_signals(leave) as stop:
+    with stop_on_signals(leave) as stop, RunLock(config.run_dir, cli.to_dict(config)) as lock:
         trainer = Trainer.open(config)
         if processes.any_of(stop.requested):
             return False
         check_processes_agree(trainer)
+        lock.confirm()
         run_dir = Path(config.run_dir).expanduser()
         keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
         with Checkpoints(config.run_dir, keep, keep_best) as checkpoints:

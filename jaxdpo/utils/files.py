@@ -2,6 +2,7 @@
 something to lose."""
 
 import contextlib
+import glob
 import json
 import os
 import secrets
@@ -90,6 +91,21 @@ def make_writable(folder: Path, run_dir: str | Path) -> None:
             f"run_dir={run_dir}: cannot write to {folder} ({error.strerror}). "
             "Choose a folder that this user may write to"
         ) from error
+
+
+def pattern_problem(run_dir: str | Path) -> str | None:
+    """What is wrong with a run folder whose path orbax takes for a pattern; None: nothing.
+
+    It collects the files of a save with `glob`, on the path as it is: with a [ in it no file is
+    found, and the checkpoint could never be read.
+    """
+    path = str(Path(run_dir).expanduser().resolve())
+    if glob.escape(path) == path:
+        return None
+    return (
+        f"run_dir={run_dir}: its path, {path}, has a *, ? or [, and checkpoints cannot be "
+        "written below such a folder. Choose one without them"
+    )
 
 
 def check_room(folder: Path, run_dir: str | Path, num_bytes: int, num_more: int) -> str | None:
