@@ -4,6 +4,8 @@ Orbax writes the shards of all processes together and restores them onto another
 on which it is built, reads parts of an array, which orbax does not offer.
 """
 
+import errno
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ def restore_state(saver: ocp.AsyncCheckpointer, folder: Path, abstract_state: An
     Raises:
         ValueError: names, shapes or types differ from the saved ones.
     """
-    saved, wanted = _shapes(_metadata(saver, folder)), _shapes(abstract_state)
+    saved, wanted = shapes_of(_metadata(saver, folder)), shapes_of(abstract_state)
     wrong = []
     for path in sorted(saved.keys() | wanted.keys()):
         old, new = saved.get(path, "not at all"), wanted.get(path, "not at all")
@@ -65,11 +67,64 @@ def restore_state(saver: ocp.AsyncCheckpointer, folder: Path, abstract_state: An
     return saver.restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
 
 
-def _shapes(tree: Any) -> dict[str, str]:
+def shapes_of(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each array of a tree, as text, by its path."""
     shapes = {}
     for name, leaf in named_leaves(tree).items():
         shapes[name] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
     return shapes
+
+
+def check_saved(folder: Path, shapes: dict[str, str]) -> None:
+    """Prove that a state that was just saved can be restored.
+
+    Reads names, shapes and types of all arrays and the list of their pieces, and from arrays in
+    small pieces the last one: kilobytes to a few megabytes an array, however large the state is.
+
+    Args:
+        shapes: of the state, as `shapes_of` gives them.
+
+    Raises:
+        OSError: with the first array that cannot be restored.
+    """
+    try:
+        names = [name.replace("/", ".") for name in shapes]
+        stores = _open_all(folder, names)
+        # All at once: each answer may be a round trip to a disk of the network.
+        keys = [store.kvstore.list() for store in stores]  # type: ignore[union-attr]
+        for name, store, listed in zip(names, stores, keys, strict=True):
+            _check_pieces(name, store, len(listed.result()) - 1)  # one key is the array's metadata
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = shapes_of(_metadata(reader, folder))
+        if found != shapes:
+            different = sorted({*found.items()} ^ {*shapes.items()})
+            raise ValueError(f"it holds other arrays than were saved: {different[0]}")
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise OSError(
+            errno.EIO,
+            f"a checkpoint was written, but cannot be read back ({reason}), so it is not kept",
+            str(folder),
+        ) from error
+
+
+def _check_pieces(name: str, store: ts.TensorStore, num_found: int) -> None:
+    """Check that an array has all of its pieces, and read the last one if it is small.
+
+    Raises:
+        ValueError: pieces are missing, or the last one cannot be read.
+    """
+    piece: tuple[Any, ...] = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
+    num_pieces = 1
+    last = []
+    for size, step in zip(store.shape, piece, strict=True):
+        count = -(-size // step)
+        num_pieces *= count
+        last.append(slice((count - 1) * step, size))
+    if num_found != num_pieces:
+        raise ValueError(f"{name} has {num_found} of its {num_pieces} pieces")
+    if math.prod(piece) * store.dtype.numpy_dtype.itemsize <= PIECE_BYTES:
+        store[tuple(last)].read().result()
 
 
 def _metadata(reader: ocp.Checkpointer, folder: Path) -> Tree:
@@ -97,11 +152,20 @@ def open_arrays(folder: Path, name: str) -> Tree:
 
 def _open(folder: Path, name: str) -> ts.TensorStore:
     """An array of a saved state, by its name there: params.layers.attn.q."""
+    (array,) = _open_all(folder, [name])
+    return array
+
+
+def _open_all(folder: Path, names: list[str]) -> list[ts.TensorStore]:
+    """Arrays of a saved state, opened together."""
     files = {"driver": "file", "path": f"{folder / 'state'}/"}
-    arrays = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
-    spec = {"driver": "zarr", "kvstore": arrays}
-    spec["fill_missing_data_reads"] = False  # otherwise missing pieces would read as zeros
-    return ts.open(spec, read=True).result()
+    context, opening = ts.Context(), []
+    for name in names:
+        arrays = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+        spec = {"driver": "zarr", "kvstore": arrays}
+        spec["fill_missing_data_reads"] = False  # otherwise missing pieces would read as zeros
+        opening.append(ts.open(spec, read=True, context=context))
+    return [future.result() for future in opening]
 
 
 def num_bytes(tree: Any) -> int:

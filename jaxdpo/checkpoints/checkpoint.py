@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdpo import __version__
 from jaxdpo.checkpoints import arrays
@@ -29,6 +31,9 @@ SAVING, DELETING = ".saving", ".deleting"
 DAMAGED, UNKNOWN = ".damaged", ".unknown"
 """Suffixes of quarantined folders, which are never deleted."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+PROOF_SIZE = 256
+"""Numbers that each device contributes to the small state that is tried before the first step."""
 
 
 class Checkpoints:
@@ -116,16 +121,24 @@ class Checkpoints:
         except Exception as error:
             raise self._explain(error, step, size) from error
         record = {"step": step, "eval_loss": eval_loss, "jaxdpo": __version__, **meta}
-        self._pending = self._pool.submit(self._finish, step, record, size, then)
+        shapes = arrays.shapes_of(state)
+        self._pending = self._pool.submit(self._finish, step, record, shapes, size, then)
 
     def _finish(
-        self, step: int, record: dict[str, Any], size: int, then: Callable[[], object] | None
+        self,
+        step: int,
+        record: dict[str, Any],
+        shapes: dict[str, str],
+        size: int,
+        then: Callable[[], object] | None,
     ) -> None:
-        """In the background: wait for orbax, add meta and manifest, rename, delete old steps."""
+        """In the background: wait for orbax, prove that it restores, add meta and manifest, rename,
+        delete old steps."""
         saving, final = self.folder / f"{step}{SAVING}", self.folder / str(step)
         try:
             self._saver.wait_until_finished()
             if processes.is_first():
+                arrays.check_saved(saving, shapes)
                 write_json(saving / META, record)
                 seal(saving)
                 if final.exists():
@@ -138,6 +151,68 @@ class Checkpoints:
                     then()
         except Exception as error:
             raise self._explain(error, step, size) from error
+
+    def prove(self) -> None:
+        """Save a small state here, as a checkpoint is saved, and restore it: before a run has
+        something to lose.
+
+        Raises:
+            ValueError: it does not come back as it was saved.
+        """
+        everywhere = Mesh(np.asarray(jax.devices()), ("device",))
+        # Each device of each process has a part of it, so all of them write and read.
+        spread = NamedSharding(everywhere, PartitionSpec("device"))
+        values = np.arange(everywhere.size * PROOF_SIZE, dtype=np.float32)
+        with jax.transfer_guard("allow"):
+            array = jax.make_array_from_callback(values.shape, spread, lambda part: values[part])
+        state = {"params": {"proof": array}}
+        saving, final = self.folder / f"proof{SAVING}", self.folder / f"proof{DELETING}"
+
+        def save() -> None:
+            arrays.save_state(self._saver, saving, state)
+            self._saver.wait_until_finished()
+
+        def finish() -> None:
+            if processes.is_first():
+                arrays.check_saved(saving, arrays.shapes_of(state))
+                seal(saving)
+                saving.rename(final)
+                damage = find_damage(final, from_disk=True)
+                if damage is not None:
+                    raise ValueError(damage)
+
+        def restore() -> None:
+            wanted = {
+                "params": {"proof": jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=spread)}
+            }
+            found = arrays.restore_state(self._saver, final, wanted)["params"]["proof"]
+            for part in found.addressable_shards:
+                if np.asarray(part.data).tobytes() != values[part.index].tobytes():
+                    raise ValueError("its values are others")
+
+        for part in (save, finish, restore):
+            self._try(part)
+        if processes.is_first():
+            shutil.rmtree(final)
+
+    def _try(self, part: Callable[[], None]) -> None:
+        """A part of the proof, on all processes; its failure is that of all.
+
+        Raises:
+            ValueError: it failed, here or on another process.
+        """
+        problem = None
+        try:
+            part()
+        except Exception as error:  # of any library below: whatever it is, the folder is no good
+            problem = error
+        if not processes.any_of(problem is not None):
+            return
+        reason = "on another process, which says why" if problem is None else str(problem)
+        raise ValueError(
+            f"checkpoints cannot be saved and restored in {self.folder}: a small one that was "
+            f"tried failed ({reason}). Use another run_dir; nothing was trained"
+        ) from problem
 
     def _delete_old(self) -> None:
         """Delete what `keep` and `keep_best` do not ask for, if one of the kept steps is intact.

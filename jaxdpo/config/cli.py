@@ -22,6 +22,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import pydantic
 import yaml
 
+from jaxdpo.config.addresses import remote_paths
 from jaxdpo.config.foreign_names import foreign_hint
 from jaxdpo.config.impossible import impossible_values, shown
 from jaxdpo.config.yaml_text import read_yaml
@@ -72,6 +73,8 @@ def load(
         raise SystemExit(0)
     config, invalid = validate(schema, values)
     problems += invalid
+    if config is not None:
+        problems += remote_paths(to_dict(config))
     if config is not None and not invalid:
         for check in checks:
             problems += check(config)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from jaxdpo.config.data_options import LENGTH_MULTIPLE
 from jaxdpo.config.schema import Config
+from jaxdpo.utils.files import pattern_problem
 
 
 def cross_check(config: Config) -> list[str]:
@@ -19,6 +20,9 @@ def cross_check(config: Config) -> list[str]:
 
 def _check_required(config: Config) -> Iterator[str]:
     data = config.data
+    pattern = pattern_problem(config.run_dir)
+    if pattern is not None:
+        yield pattern
     if config.model.path is None:
         yield "model.path=null: name a Hugging Face folder or hub id, e.g. model.path=./my-model"
     if not data.train:

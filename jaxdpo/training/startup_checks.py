@@ -128,7 +128,8 @@ def _is_free(path: str) -> bool:
 
 
 def check_disk(trainer: Trainer, checkpoints: Checkpoints, newest: int | None) -> list[str]:
-    """Find out now whether checkpoints will fit; returns warnings.
+    """Find out now whether checkpoints will fit, and whether a small one comes back from the folder
+    as it was saved; returns warnings.
 
     Args:
         newest: step of the newest checkpoint.
@@ -146,6 +147,7 @@ def check_disk(trainer: Trainer, checkpoints: Checkpoints, newest: int | None) -
     warning = processes.on_first(
         lambda: files.check_room(checkpoints.folder, trainer.config.run_dir, size, num_more)
     )
+    checkpoints.prove()
     return [] if warning is None else [warning]
 
 

@@ -39,8 +39,8 @@ def test_arguments_become_a_config() -> None:
     ["007", "1e5", "2.50", "12:30", "a=b", "a: b", "a #b", "0123456", "true", "~/x", "*x", "{a}"],
 )
 def test_text_stays_as_it_was_typed(text: str) -> None:
-    config = load("data.train=[a]", f"model.path={text}", f"run_dir={text}")
-    assert config.model.path == config.run_dir == text
+    config = load("data.train=[a]", f"model.path={text}", f"model.revision={text}")
+    assert config.model.path == config.model.revision == text
 
 
 def test_text_lists_and_nulls() -> None:

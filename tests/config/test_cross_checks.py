@@ -45,6 +45,7 @@ from tests.config.command_line import NEEDED, complaints, load
         "checkpoint.keep=0",
         "checkpoint.keep_best=-1",
         "log.every=0",
+        "run_dir=exp[1]",
     ],
 )
 def test_values_out_of_range_are_refused_by_name(
