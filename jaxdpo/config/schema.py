@@ -111,7 +111,7 @@ class OptimSection:
     eps: float = 1e-8
     """Added to the square root of the second moment."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, on matrices only (not on norm scales and biases)."""
+    """Decoupled weight decay, on matrices only (not on norms, biases and attention sinks)."""
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
     """Learning rate after the warm-up: cosine or linear decay to 0 at the last step, or
     constant."""

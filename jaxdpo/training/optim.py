@@ -31,6 +31,11 @@ Tree = Any
 NORM_EPS = 1e-6
 """Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
 
+MATRICES = frozenset(["weight", "q", "k", "v", "o", "gate", "up", "down", "router", "a", "b"])
+"""Names of the weights that a matmul or an embedding takes, adapters' A and B too. By name and not
+by the number of dimensions: layers are stacked, and biases of attention have two (heads, head
+dimension)."""
+
 
 def init(params: Tree, section: OptimSection) -> dict[str, Any]:
     """Zero moments: count int32 scalar; mu like params, in mu_dtype; nu like params, float32.
@@ -117,9 +122,8 @@ def update(
 
 
 def _decays(path: tuple) -> bool:
-    """Whether weight decay applies: to matrices, not to norm scales and biases."""
-    name = str(path[-1].key)
-    return not (name == "scale" or name.endswith(("_norm", "_bias")))
+    """Whether weight decay applies: to matrices, not to norms, biases and attention sinks."""
+    return str(path[-1].key) in MATRICES
 
 
 def global_norm(grads: Tree) -> jax.Array:

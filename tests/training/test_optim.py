@@ -7,7 +7,11 @@ import optax
 import pytest
 
 from jaxdpo.config.schema import OptimSection
+from jaxdpo.models.lora import Lora, adapter_shapes
+from jaxdpo.models.params import abstract_params, param_shapes
 from jaxdpo.training import optim
+from jaxdpo.utils.tree import flatten
+from tests.families import TINY, tiny
 
 Tree = dict[str, np.ndarray]
 PARAMS: Tree = {
@@ -80,6 +84,34 @@ def test_weight_decay_moves_matrices_only() -> None:
     np.testing.assert_allclose(moved["weight"], PARAMS["weight"] * 0.95, rtol=1e-6)
     for name in ("scale", "q_bias", "k_norm"):
         np.testing.assert_array_equal(moved[name], PARAMS[name])
+
+
+NOT_MATRICES = ("norm", "bias", "scale", "sinks")
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+def test_zero_gradients_and_decay_leave_every_vector_of_every_family_alone(
+    family: str, rank: int
+) -> None:
+    """A weight is that of one layer (or expert): stacking adds an axis to each."""
+    config = tiny(family)
+    shapes = abstract_params(config, "float32")
+    is_matrix = {name: bool(shape.inputs) for name, shape in param_shapes(config).items()}
+    if rank:
+        lora = Lora(rank=rank, alpha=1.0, rslora=False, targets=("attn/q", "attn/o"))
+        shapes = adapter_shapes(config, lora)
+        is_matrix = dict.fromkeys(flatten(shapes, "/"), True)
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+    zeros = jax.tree.map(np.zeros_like, ones)
+    section = OptimSection(weight_decay=0.5)
+    moved, _ = run(section, [zeros], rate=0.1, params=ones)
+    decayed = {name: bool((w < 1).all()) for name, w in flatten(moved, "/").items()}
+    assert decayed == is_matrix
+    for name, w in flatten(moved, "/").items():
+        assert decayed[name] or (w == 1).all(), name
+        # By the names of the field, in case the module's own declaration is wrong.
+        assert decayed[name] != any(part in name.split("/")[-1] for part in NOT_MATRICES), name
 
 
 def test_gradient_clipping_keeps_small_gradients_and_the_direction_of_large_ones() -> None:
