@@ -108,6 +108,26 @@ class Loader:
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         return self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
 
+    def visited(self, last_step: int) -> list[np.ndarray]:
+        """Indices of all pairs that steps 1 to last_step train on: each once, by first visit.
+
+        In groups that pack like a step. Without data.weights these are the steps of the first
+        epoch; with them, later epochs visit pairs that the first one did not.
+        """
+        seen = np.zeros(len(self.table), bool)
+        first_visits = []
+        for step in range(1, last_step + 1):
+            if seen.all():
+                break
+            for pair in self.pairs_of(step).tolist():
+                if not seen[pair]:
+                    seen[pair] = True
+                    first_visits.append(pair)
+        groups = []
+        for first in range(0, len(first_visits), self.batch_size):
+            groups.append(np.array(first_visits[first : first + self.batch_size], np.int64))
+        return groups
+
     def num_tokens(self, step: int) -> int:
         """Tokens that the step computes: each prompt once with prefix sharing, twice without."""
         return int(self._sizes[self.pairs_of(step)].sum())

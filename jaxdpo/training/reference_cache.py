@@ -31,7 +31,7 @@ DIGEST_DIGITS = 32
 class CachedLogps(NamedTuple):
     """float32 [N, 2] (chosen, rejected), nats, by index of the pair in its table.
 
-    NaN for pairs that the run never trains or evaluates on.
+    NaN for pairs that the run never trains or evaluates on, and for those only.
     """
 
     train: np.ndarray
@@ -102,6 +102,28 @@ def cached_logps(
             f"{num_computed} computed; in {folder}"
         )
     return table
+
+
+def check_finite(logps: np.ndarray, ids: Sequence[str]) -> None:
+    """Refuse log-probs that no loss can be computed from.
+
+    Args:
+        logps: float32 [n, 2], nats.
+        ids: of the pairs.
+
+    Raises:
+        ValueError: some are NaN or infinite; with the ids of the first pairs.
+    """
+    names = []
+    for name, values in zip(ids, logps, strict=True):
+        if not np.isfinite(values).all():
+            names.append(name)
+    if names:
+        raise ValueError(
+            f"reference=cached: the reference's log-probs of {len(names)} of {len(logps)} pairs "
+            f"are NaN or infinite (first: {', '.join(names[:3])}). Likely causes: weights in "
+            "model.path that hold NaN, or that overflow in model.compute_dtype (try float32)"
+        )
 
 
 def _from_first(logps: np.ndarray | None, count: int) -> np.ndarray | None:

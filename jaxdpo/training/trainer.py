@@ -26,7 +26,7 @@ from jaxdpo.training import optim
 from jaxdpo.training.completion_logps import reference_logps
 from jaxdpo.training.identity import reference_identity, run_identity
 from jaxdpo.training.program import Program
-from jaxdpo.training.reference_cache import CachedLogps, cached_logps
+from jaxdpo.training.reference_cache import CachedLogps, cached_logps, check_finite
 from jaxdpo.training.resolve import check, resolve
 from jaxdpo.training.state import FrozenState, TrainState
 from jaxdpo.training.weights import PolicyWeights
@@ -141,6 +141,7 @@ class Trainer(Program):
             is_pair = batch.index_MBP >= 0
             logps = np.empty((len(indices), 2), np.float32)
             logps[batch.index_MBP[is_pair]] = jax.device_get(on_device)[is_pair]
+            check_finite(logps, [table.ids[i] for i in indices.tolist()])
             return logps
 
         def cache(name: str, table: PairTable, batches: Sequence[np.ndarray]) -> np.ndarray:
@@ -156,8 +157,7 @@ class Trainer(Program):
                 stopping=stopping,
             )
 
-        steps = range(1, min(self.total_steps, self.loader.steps_per_epoch) + 1)
-        train_batches = [self.loader.pairs_of(step) for step in steps]
+        train_batches = self.loader.visited(self.total_steps)
         eval_batches = self.eval_batches() if self.config.eval.every else []
         return CachedLogps(
             train=cache("train", self.data.train, train_batches),
@@ -173,6 +173,7 @@ class Trainer(Program):
         """`fixed` for a batch: with the reference's log-probs of its pairs, if there are some."""
         if logps is None:
             return fixed
+        assert np.isfinite(logps).all(), "a pair whose reference log-probs were never computed"
         return fixed._replace(
             ref_logps=sharding.put(
                 CachedLogps.laid_out(logps, batch.index_MBP), sharding.rows(self.mesh, 1)

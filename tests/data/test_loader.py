@@ -212,3 +212,26 @@ def test_processes_read_disjoint_parts_of_the_steps_pairs_in_every_epoch(hosts: 
         assert sorted(itertools.chain(*indices)) == list(range(len(whole.pairs_of(step)))), (
             "disjoint, and all of them"
         )
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [1, 9], [0.1, 1]])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_visited_groups_hold_each_pair_of_any_epoch_once(
+    weights: list[float], shuffle: bool
+) -> None:
+    some = mixed(weights, shuffle=shuffle)
+    for last in (1, 5, 15):
+        groups = some.visited(last)
+        of_groups = [int(i) for group in groups for i in group]
+        assert len(of_groups) == len(set(of_groups))
+        assert set(of_groups) == set(seen(some, range(1, last + 1)))
+        assert max(len(group) for group in groups) <= some.batch_size
+    first_epoch = set(seen(some, range(1, 6)))
+    assert set(of_groups) > first_epoch  # the later epochs visit others
+
+
+def test_visited_groups_of_a_plain_run_are_the_steps_of_its_first_epoch() -> None:
+    some = loader()
+    for group, step in zip(some.visited(99), range(1, 4), strict=True):
+        assert group.tolist() == some.pairs_of(step).tolist()
+    assert len(some.visited(2)) == 2

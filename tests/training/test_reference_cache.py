@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdpo.training import reference_cache
-from jaxdpo.training.reference_cache import CachedLogps, Interrupted, cached_logps
+from jaxdpo.training.reference_cache import CachedLogps, Interrupted, cached_logps, check_finite
 
 BATCHES = [np.array([4, 0]), np.array([2, 6]), np.array([5])]  # pairs 1 and 3 are never met
 IDENTITY = {"weights": "w", "pairs": "p"}
@@ -125,3 +125,15 @@ def test_a_batch_finds_the_log_probs_of_its_pairs() -> None:
     assert laid[..., 0].tolist() == [[[3, 0], [1, 0]], [[5, 0], [0, 0]]] and laid[
         ..., 1
     ].tolist() == [[[4, 0], [2, 0]], [[6, 0], [0, 0]]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_log_probs_that_are_not_finite_are_refused_with_their_pairs(
+    value: float, side: int
+) -> None:
+    logps = np.full((3, 2), -1.0, np.float32)
+    check_finite(logps, ["a", "b", "c"])
+    logps[1, side] = value
+    with pytest.raises(ValueError, match=r"reference=cached: .* of 1 of 3 pairs .*first: b\)"):
+        check_finite(logps, ["a", "b", "c"])
