@@ -226,8 +226,8 @@ class Stepper:
 
 
 def host(metrics: dict[str, jax.Array]) -> dict[str, float]:
-    """Scalars as Python numbers."""
-    return {key: value.item() for key, value in jax.device_get(metrics).items()}
+    """Scalars as Python numbers; arrays are left out."""
+    return {key: value.item() for key, value in jax.device_get(metrics).items() if not value.ndim}
 
 
 def write_model(folder: Path, seed: int | None = 0, **changes: Any) -> ModelConfig:

@@ -14,7 +14,7 @@ from jaxdpo.training.metric_logger import JsonLines, Logger
 from jaxdpo.training.preemption import Stop
 from jaxdpo.training.reference_cache import CachedLogps
 from jaxdpo.training.run import Run
-from jaxdpo.training.startup_checks import check_closed_form
+from jaxdpo.training.start_check import check_resume, check_start
 from jaxdpo.training.state import FrozenState, TrainState
 from jaxdpo.training.trainer import Trainer
 
@@ -43,7 +43,8 @@ def start_or_resume(trainer: Trainer, logger: Logger, checkpoints: Checkpoints, 
     state, frozen = trainer.start(params, base)
     run = Run(trainer, logger, checkpoints, stop, samples, skipped, state, frozen, cached)
     batch = trainer.loader.batch(1)
-    run.state = check_closed_form(trainer, run.state, run.frozen_for(1, batch), batch)
+    frozen_1 = run.frozen_for(1, batch)
+    run.state, run.start_logps = check_start(trainer, run.state, frozen_1, batch)
     return run
 
 
@@ -70,7 +71,7 @@ def _resume(
     evaluated = meta["eval_loss"] is not None or processes.from_first(logger.evaluated(step))
     samples, skipped = _open_logs(trainer, step if evaluated else step - 1, step)
     logger.info(f"resuming after step {step}")
-    return Run(
+    run = Run(
         trainer,
         logger,
         checkpoints,
@@ -81,9 +82,15 @@ def _resume(
         FrozenState(base, reference),
         cached,
         step=step,
+        start_logps=meta["start_logps"],
         tokens=meta["counters"]["tokens"],
         evaluated=evaluated,
     )
+    if step < trainer.total_steps:
+        batch = trainer.loader.batch(1)
+        frozen_1 = run.frozen_for(1, batch)
+        run.state = check_resume(trainer, run.state, frozen_1, batch, run.start_logps)
+    return run
 
 
 def _open_logs(

@@ -19,6 +19,7 @@ from jaxdpo.training.ref_sync import sync_reference
 from jaxdpo.training.reference_cache import CachedLogps
 from jaxdpo.training.startup_checks import Fault
 from jaxdpo.training.state import FrozenState, TrainState
+from jaxdpo.training.step_metrics import PAIR_LOGPS
 from jaxdpo.training.trainer import Trainer
 
 MAX_BAD_STEPS = 3
@@ -55,6 +56,8 @@ class Run:
     cached: CachedLogps | None
     step: int = 0
     """Updates done."""
+    start_logps: list | None = None
+    """The reference's log-probs of the pairs of step 1, as the startup check measured them."""
     tokens: int = 0
     """Tokens trained on, over all steps."""
     evaluated: bool = False
@@ -75,6 +78,7 @@ class Run:
         on_devices = self.trainer.put_batch(batch)
         # Returns at once. Its metrics are not read here: that would wait for the devices.
         self.state, metrics = self.trainer.train_step(self.state, frozen, on_devices, apply)
+        del metrics[PAIR_LOGPS]  # read by the startup check only
         previous = self.pending
         self.pending = Pending(step, metrics, batch.tokens_MBT.size, waited)
         self.step = step
@@ -188,6 +192,7 @@ class Run:
             "config": cli.to_dict(self.config),
             "identity": self.trainer.identity,
             "counters": {"tokens": self.tokens},
+            "start_logps": self.start_logps,
         }
         self.checkpoints.save(self.step, checkpoint_tree(self.state, synced), meta, eval_loss, then)
         self.log_notes()

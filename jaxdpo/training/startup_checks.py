@@ -1,29 +1,21 @@
 """Startup checks: what a run has to pass before its first step.
 
-The same run on all processes and as in its checkpoints, room for checkpoints, and the ln 2 check:
-policy and reference agree.
+The same run on all processes and as in its checkpoints, and room for checkpoints. That policy and
+reference agree is checked in start_check.py.
 """
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxdpo.checkpoints.arrays import Tree, num_bytes
 from jaxdpo.checkpoints.checkpoint import Checkpoints
 from jaxdpo.config import cli
-from jaxdpo.data.packing import Batch
 from jaxdpo.distributed import processes
-from jaxdpo.losses import registry
-from jaxdpo.losses.registry import needs_reference
-from jaxdpo.training.state import FrozenState, TrainState
 from jaxdpo.training.trainer import Trainer
 from jaxdpo.utils import files
 from jaxdpo.utils.tree import flatten
-
-CLOSED_FORM_TOLERANCE = 1e-3
 
 FREE_FIELDS = (
     "run_dir",
@@ -149,61 +141,3 @@ def check_disk(trainer: Trainer, checkpoints: Checkpoints, newest: int | None) -
     )
     checkpoints.prove()
     return [] if warning is None else [warning]
-
-
-def check_closed_form(
-    trainer: Trainer, state: TrainState, fixed: FrozenState, batch: Batch
-) -> TrainState:
-    """The ln 2 check: before the first update the loss has a known value, and rewards are 0.
-
-    Policy and reference agree then: the loss is ln 2 for DPO, and `closed_form` of the losses'
-    registry for others. The first step is computed and not applied.
-
-    Args:
-        state: donated to the step.
-        fixed, batch: what the first step takes.
-
-    Returns:
-        The state as it was.
-
-    Raises:
-        Fault: they differ, so the run would train on something else than it should.
-    """
-    if not needs_reference(trainer.config.loss):
-        return state
-    apply = trainer.put_scalar(False, np.bool_)
-    state, metrics = trainer.train_step(state, fixed, trainer.put_batch(batch), apply)
-    values = {key: value.item() for key, value in jax.device_get(metrics).items()}
-    wrong = []
-    for key, known in _known_metrics(trainer, values).items():
-        is_near = abs(values[key] - known) <= CLOSED_FORM_TOLERANCE * max(1.0, abs(known))
-        if not is_near:  # a NaN is near nothing
-            wrong.append(f"{key} is {values[key]:.6g}, not {known:.6g}")
-    if wrong:
-        raise Fault(
-            f"policy and reference should agree before the first step, but {', '.join(wrong)}. "
-            "Likely causes: weights that hold NaN or overflow in model.compute_dtype "
-            "(try float32), or memory damaged on this machine. Nothing was trained"
-        )
-    return state
-
-
-def _known_metrics(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:
-    """What metrics must be where policy and reference agree.
-
-    Args:
-        values: the metrics that were measured: the router's balance, a part of the loss, is not
-            known beforehand.
-    """
-    section = trainer.config.loss
-    known = {}
-    forms = registry.closed_forms(section)
-    depends_on_data = section.wpo or bool(trainer.data.train.margins.any())
-    if len(forms) == len(section.names) and not depends_on_data:
-        weights = section.weights or [1.0] * len(section.names)
-        loss = (section.router_aux_coef or 0.0) * values.get("router/balance", 0.0)
-        for name, weight in zip(section.names, weights, strict=True):
-            loss += weight * forms[name]
-        known["loss"] = loss
-    known["rewards/chosen"] = known["rewards/rejected"] = 0.0
-    return known

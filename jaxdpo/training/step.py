@@ -28,7 +28,7 @@ from jaxdpo.training.completion_logps import (
 )
 from jaxdpo.training.state import FrozenState, TrainState
 from jaxdpo.training.step_loss import Sums, divided_loss, loss_divisors, loss_sums
-from jaxdpo.training.step_metrics import averages, metric_sums
+from jaxdpo.training.step_metrics import PAIR_LOGPS, averages, logps_of_pairs, metric_sums
 
 
 def train_step(
@@ -61,6 +61,7 @@ def train_step(
     )
     bad_steps = jnp.where(apply, jnp.where(finite, 0, state.bad_steps + 1), state.bad_steps)
 
+    metrics[PAIR_LOGPS] = sums[PAIR_LOGPS]  # for the startup check
     metrics["grad_norm"] = grad_norm
     metrics["learning_rate"] = learning_rate
     if frozen.base is not None:
@@ -98,6 +99,7 @@ def loss_and_grads(
         """A microbatch's part of the loss, and its sums for the metrics."""
         policy = completion_logps(frozen.policy_view(params), micro, options)
         sums = metric_sums(policy, ref_logps, micro, section)
+        sums[PAIR_LOGPS] = jax.lax.stop_gradient(logps_of_pairs(policy, ref_logps, micro))
         if coupled:
             # Not the loss, but a value with the same gradient by the weights (chain rule).
             terms = jax.tree.map(jnp.vdot, cotangents, policy)

@@ -16,6 +16,29 @@ from jaxdpo.training.step_loss import Sums, divided_loss, pair_logps
 COUNTS = {"kl": "tokens", "router": "sequence_tokens"}
 """First part of a metric's name -> the count that its sum is divided by. All others: "pairs"."""
 
+PAIR_LOGPS = "pair_logps"
+"""Key of `logps_of_pairs` among the metrics of a train step: the only one that is no scalar."""
+
+
+def logps_of_pairs(
+    policy: CompletionLogps, ref_logps: jax.Array | None, micro: Batch
+) -> jax.Array:
+    """Log-probs of a microbatch's pairs, each at its number within the step and 0 elsewhere.
+
+    A sum over microbatches and devices then holds all pairs of the step.
+
+    Returns:
+        float32 [P, 2 (chosen, rejected), 2 (policy, reference)], nats; P is at least the pairs of a
+        step. A reference that there is none of is 0.
+    """
+    if ref_logps is None:
+        ref_logps = jnp.zeros_like(policy.logps)
+    values = jnp.stack([policy.logps, ref_logps], axis=-1).reshape(-1, 2, 2)
+    num_pairs = micro.index_MBP.shape[-1]
+    # Padding's number is beyond the last pair's, and dropped.
+    numbers = jnp.where(micro.index_MBP < 0, num_pairs, micro.index_MBP).reshape(-1)
+    return jnp.zeros((num_pairs, 2, 2), jnp.float32).at[numbers].add(values, mode="drop")
+
 
 def metric_sums(
     policy: CompletionLogps, ref_logps: jax.Array | None, micro: Batch, section: LossSection

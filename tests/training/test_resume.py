@@ -22,6 +22,7 @@ from jaxdpo.config.schema import Config
 from jaxdpo.data.loader import Loader
 from jaxdpo.distributed import sharding
 from jaxdpo.training.loop import train
+from jaxdpo.training.startup_checks import Fault
 from jaxdpo.training.trainer import Trainer
 from jaxdpo.training.weights import PolicyWeights
 from tests.runs import (
@@ -241,8 +242,9 @@ def test_resume_reads_a_cached_reference_or_computes_it_from_the_starting_policy
     assert train(settings(shared, tmp_path / "b", **RUNS["cached"])) is True
     assert same_bits(tmp_path / "a", theirs) and same_bits(tmp_path / "b", theirs)
     changed_cache(tmp_path / "c")
-    assert train(settings(shared, tmp_path / "c", **RUNS["cached"])) is True
-    assert not same_bits(tmp_path / "c", theirs)  # what is read is what is used
+    # What is read is what is used, and so it is compared with what the run started with.
+    with pytest.raises(Fault, match="not the one that this run started with"):
+        train(settings(shared, tmp_path / "c", **RUNS["cached"]))
 
 
 def test_sigterm_while_the_reference_is_cached_keeps_complete_parts(
