@@ -18,7 +18,7 @@ import datasets
 import datasets.exceptions
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats import hh_rlhf, oasst, ranked, shp, trl
+from jaxdpo.data.formats import ab, hh_rlhf, oasst, ranked, shp, trl
 from jaxdpo.data.formats.common import EMPTY, IDENTICAL, OPTIONAL, Parser, Row
 from jaxdpo.data.formats.preference import Dropped, Preference
 from jaxdpo.data.readers import file_hash, file_kind, read_rows
@@ -67,7 +67,7 @@ FORMATS: dict[str, Format] = {
     "shp": Format(shp.parse_shp, shp.COLUMNS, shp.is_shp, pairs_per_prompt=shp.PAIRS_PER_POST),
     "oasst": Format(oasst.parse_oasst, oasst.COLUMNS, oasst.is_oasst, gather=oasst.gather_trees),
     "ranked": Format(ranked.parse_ranked, ranked.RANKED_COLUMNS, ranked.is_ranked),
-    "ab": Format(ranked.parse_ab, ranked.AB_COLUMNS, ranked.is_ab),
+    "ab": Format(ab.parse_ab, ab.COLUMNS, ab.is_ab),
     "preference": Format(trl.parse_preference, trl.COLUMNS, lambda row: True),
 }
 """Formats by their name in data.format; the first that fits the first rows of a set is taken."""

@@ -1,14 +1,12 @@
-"""Rows with several answers: a list with ranks or scores, or two answers and a label.
+"""Rows with a list of answers, in the order of ranks or scores.
 
     {"prompt": "Why?", "completions": ["So.", "No.", "Hm."], "scores": [4, 1, 3]}
-    {"prompt": "Why?", "response_a": "So.", "response_b": "No.", "label": "A"}
 
-Dropped, beyond what make_preference drops: null answers, and rows whose label is null. Filtered:
-ties, and lists with fewer than two ranked answers.
+Dropped, beyond what make_preference drops: null answers. Filtered: ties, and lists with fewer than
+two ranked answers.
 """
 
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,7 +14,6 @@ from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import PROMPTS, TIE, Outcome, Row, number, shown_columns
 from jaxdpo.data.formats.preference import Dropped
 from jaxdpo.data.formats.trl import pair
-from jaxdpo.utils.text import printable
 
 T = TypeVar("T")
 
@@ -26,19 +23,6 @@ TEXTS = ("text", "response", "completion", "output", "answer")
 RANKS = ("rank", "ranks", "ranking")
 SCORES = ("score", "scores", "rating", "ratings", "overall_score")
 RANKED_COLUMNS = (*PROMPTS, *LISTS, *RANKS, *SCORES)
-
-LABELS = ("label", "preference", "preferred", "winner", "better", "better_response_id", "choice")
-_STEMS = (
-    "response", "answer", "completion", "output", "conversation", "candidate", "generation", "text"
-)  # fmt: skip
-_ENDINGS = (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"))
-SIDES = tuple((stem + first, stem + second) for stem in _STEMS for first, second in _ENDINGS)
-"""Names of the columns of two answers."""
-AB_COLUMNS = (*PROMPTS, *LABELS, *itertools.chain(*SIDES))
-TIES = re.compile(r"(tie|draw|both|neither|none|same)\b")
-
-
-# --- a list of answers ---
 
 
 def parse_ranked(row: Row, section: DataSection) -> Iterator[Outcome]:
@@ -132,59 +116,3 @@ def _text(answer: Any) -> Any:
         if name in answer:
             return answer[name]
     return answer.get("content", answer)
-
-
-# --- two answers and a label ---
-
-
-def parse_ab(row: Row, section: DataSection) -> Iterator[Outcome]:
-    """Parse a prompt, two answers, and a label: the better one's letter or number, or tie.
-
-    Raises:
-        ValueError: a column is missing, or the label is not the letter or number of one of the
-            two columns.
-    """
-    sides, label = _sides(row), _label_column(row)
-    if sides is None or label is None:
-        raise ValueError(
-            "it must have two columns such as response_a and response_b, and one of "
-            f"{', '.join(LABELS)}; columns found: {shown_columns(row)}"
-        )
-    if row[label] is None:
-        yield Dropped("no label")
-        return
-    letters = [side.rpartition("_")[2] for side in sides]
-    text = _label(row[label])
-    # "A", "response_a" and "model A" all end in the letter of the better column.
-    first, second = (re.search(rf"(^|[\W_]){letter.lower()}$", text) for letter in letters)
-    if first:
-        yield pair(row, row[sides[0]], row[sides[1]], sides[0], sides[1])
-    elif second:
-        yield pair(row, row[sides[1]], row[sides[0]], sides[1], sides[0])
-    elif TIES.match(text):
-        yield Dropped(TIE, filtered=True)
-    else:
-        raise ValueError(
-            f"column {label!r} is {printable(repr(row[label]))}, must be {' or '.join(letters)} "
-            f"(the better of {' and '.join(sides)}) or tie"
-        )
-
-
-def is_ab(row: Row) -> bool:
-    """Whether a row has two answers and a label, and no chosen answer."""
-    return row.get("chosen") is None and _sides(row) is not None and _label_column(row) is not None
-
-
-def _sides(row: Row) -> tuple[str, str] | None:
-    return next((sides for sides in SIDES if row.keys() >= set(sides)), None)
-
-
-def _label_column(row: Row) -> str | None:
-    return next((name for name in LABELS if name in row), None)
-
-
-def _label(value: Any) -> str:
-    """The label as lower-case text; 1 and 1.0 are the number of a column."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip().lower()

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from jaxdpo.data.formats.preference import Dropped, Message, Preference
-from jaxdpo.data.formats.ranked import is_ab, is_ranked, parse_ab, parse_ranked
+from jaxdpo.data.formats.ranked import is_ranked, parse_ranked
 from tests.data.rows import A, B, Q, assistant, one, outcomes, pairs, user
 
 
@@ -92,71 +92,8 @@ def test_lists_of_the_wrong_form_are_errors(row: dict[str, Any], message: str) -
         outcomes(parse_ranked, row)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"question": "q", "response_a": "a", "response_b": "b", "label": "A"},
-        {"question": "q", "answer_a": "b", "answer_b": "a", "preference": "answer_b"},
-        {
-            "question": "q",
-            "response_0": "b",
-            "response_1": "a",
-            "better_response_id": 1,
-            "safer_response_id": 0,
-        },
-        {"instruction": "q", "input": "", "output_1": "a", "output_2": "b", "preference": 1.0},
-        {
-            "conversation_a": [user("q"), assistant("b")],
-            "conversation_b": [user("q"), assistant("a")],
-            "winner": "model_b",
-            "judge": "x",
-        },
-    ],
-)
-def test_the_label_names_the_better_column(row: dict[str, Any]) -> None:
-    assert one(parse_ab, row) == Preference(Q, A, B) and is_ab(row)
-
-
-@pytest.mark.parametrize(
-    ("label", "expected"),
-    [
-        ("tie", Dropped("tie", filtered=True)),
-        ("tie (bothbad)", Dropped("tie", filtered=True)),
-        ("neither", Dropped("tie", filtered=True)),
-        (None, Dropped("no label")),
-    ],
-)
-def test_ties_are_filtered(label: Any, expected: Dropped) -> None:
-    assert (
-        one(parse_ab, {"prompt": "q", "response_a": "a", "response_b": "b", "label": label})
-        == expected
-    )
-
-
-@pytest.mark.parametrize("label", [1, 0, True, "", "c", "banana"])
-def test_a_label_that_does_not_name_a_column_is_not_guessed(label: Any) -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"column 'label' is .*, must be a or b "
-        r"\(the better of response_a and response_b\) or tie",
-    ):
-        one(parse_ab, {"prompt": "q", "response_a": "a", "response_b": "b", "label": label})
-
-
-def test_rows_of_another_form_are_errors_or_not_detected() -> None:
-    with pytest.raises(
-        ValueError, match="two columns such as response_a and response_b, and one of label"
-    ):
-        one(parse_ab, {"prompt": "q", "response_a": "a"})
-    chosen = {
-        "prompt": "q",
-        "chosen": "a",
-        "rejected": "b",
-        "completions": ["a"],
-        "response_a": "a",
-        "response_b": "b",
-        "label": "a",
-    }
-    assert not is_ab(chosen) and not is_ranked(chosen)
+def test_rows_of_another_form_are_not_detected() -> None:
+    chosen = {"prompt": "q", "chosen": "a", "rejected": "b", "completions": ["a"]}
+    assert not is_ranked(chosen)
     system = {"system": "s", "prompt": "q", "completions": ["a", "b"]}
     assert one(parse_ranked, system) == Preference((Message("system", "s"), *Q), A, B)
