@@ -19,6 +19,8 @@ MAX_PACKED_LENGTH = 2**25
 LENGTH_MULTIPLE = 64
 """Lengths of packed sequences are multiples of it: the block of models/attention_blocks.py, and
 what mesh.context must divide."""
+ORDER = "order"
+"""data.score where answers are listed best first."""
 
 
 @_section
@@ -71,6 +73,10 @@ class DataSection:
     pairing: Literal["best-worst", "adjacent", "all"] = "best-worst"
     """Which pairs of a ranking of several answers are taken (oasst, ranked): the best with the
     worst, each with the next, or all."""
+    score: str | None = None
+    """Field that scores the answers of a list (ranked), more being better, where it has none of the
+    names that are known (docs/data.md): a field of each answer, or a column with a list of numbers.
+    order: the answers are listed best first."""
     max_pairs_per_prompt: int | None = None
     """Most pairs with one prompt that are taken from a training set. 0: no limit. Default: 5 for
     SHP, else no limit."""
@@ -147,6 +153,8 @@ class DataSection:
                 f"data.max_pairs_per_prompt={self.max_pairs_per_prompt}: "
                 "must be 0 (no limit) or more"
             )
+        if self.score is not None and not self.score.strip():
+            yield f"data.score={self.score!r}: must name a field of the answers, or be {ORDER}"
         if any(weight <= 0 for weight in self.weights):
             yield f"data.weights={self.weights}: every weight must be above 0"
         if self.num_packed_lengths < 1:

@@ -16,7 +16,7 @@ from jaxdpo.data.dedup import deduplicate, remove_overlap
 from jaxdpo.data.disk_cache import TableWriter, load_or_make
 from jaxdpo.data.pair_table import PairTable
 from jaxdpo.data.report import DataReport, describe_counts
-from jaxdpo.data.sources import READING_OPTIONS, read_set, set_identity
+from jaxdpo.data.sources import READING_OPTIONS, check_score, read_set, set_identity
 from jaxdpo.data.splits import split_by_prompt
 from jaxdpo.data.tokenize import Encoder, Tokenizer, check_vocabulary
 from jaxdpo.data.tokenize_parallel import encode_records
@@ -57,6 +57,7 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
         mask = split_by_prompt(train.prompt_keys, section.eval_fraction)
         train, held_out = train.take(~mask), train.take(mask)
         eval_reports, eval_repeats = [], {}
+    check_score(section, [*train_reports, *eval_reports])
     sets = {"train": train_reports, "eval": eval_reports}
     report = _report(train, held_out, sets, encoder)
     report["repeats"] = {"train": train_repeats, "eval": eval_repeats}

@@ -38,6 +38,7 @@ and rows in memory twice should be few."""
 READING_OPTIONS = (
     "format",
     "pairing",
+    "score",
     "max_pairs_per_prompt",
     "shp",
     "oasst",
@@ -66,7 +67,7 @@ FORMATS: dict[str, Format] = {
     "hh-rlhf": Format(hh_rlhf.parse_hh, hh_rlhf.COLUMNS, hh_rlhf.is_hh),
     "shp": Format(shp.parse_shp, shp.COLUMNS, shp.is_shp, pairs_per_prompt=shp.PAIRS_PER_POST),
     "oasst": Format(oasst.parse_oasst, oasst.COLUMNS, oasst.is_oasst, gather=oasst.gather_trees),
-    "ranked": Format(ranked.parse_ranked, ranked.RANKED_COLUMNS, ranked.is_ranked),
+    "ranked": Format(ranked.parse_ranked, ranked.COLUMNS, ranked.is_ranked),
     "ab": Format(ab.parse_ab, ab.COLUMNS, ab.is_ab),
     "preference": Format(trl.parse_preference, trl.COLUMNS, lambda row: True),
 }
@@ -251,6 +252,20 @@ def read_set(
     if limit and option != "data.eval":  # validation measures, so nothing is thinned out there
         records = _limited(records, limit, report)
     return report, records
+
+
+def check_score(section: DataSection, reports: Iterable[DataReport]) -> None:
+    """Check that some set has the lists of answers that data.score is about.
+
+    Raises:
+        ValueError: none has.
+    """
+    formats = sorted({report.format for report in reports})
+    if section.score is not None and "ranked" not in formats:
+        raise ValueError(
+            f"data.score={printable(section.score)}: no set has lists of answers to score "
+            f"(formats: {', '.join(formats)}). Leave data.score out"
+        )
 
 
 def _choose_format(spec: SetSpec, section: DataSection, rows: list[Row]) -> tuple[str, str]:

@@ -41,6 +41,21 @@ PROMPTS = ("prompt", *QUESTIONS, "input")
 # --- columns ---
 
 
+def has_content(value: Any) -> bool:
+    """Whether a value says something: not null, no empty or blank text, nothing made of such.
+
+    >>> has_content([{"bytes": None, "path": ""}]), has_content(0), has_content(False)
+    (False, True, True)
+    """
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(has_content(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(has_content(item) for item in value)
+    return value is not None
+
+
 def require(row: Row, *names: str) -> None:
     """Raises: ValueError: the row lacks some of these columns."""
     missing = [repr(name) for name in names if name not in row]

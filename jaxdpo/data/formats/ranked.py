@@ -7,13 +7,25 @@ two ranked answers.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.common import PROMPTS, TIE, Outcome, Row, number, shown_columns
+from jaxdpo.config.data_options import ORDER, DataSection
+from jaxdpo.data.formats.common import (
+    OPTIONAL,
+    PROMPTS,
+    TIE,
+    Outcome,
+    Row,
+    has_content,
+    number,
+    shown_columns,
+)
+from jaxdpo.data.formats.listed_text import read_list
 from jaxdpo.data.formats.preference import Dropped
 from jaxdpo.data.formats.trl import pair
+from jaxdpo.utils.text import printable
 
 T = TypeVar("T")
 
@@ -22,17 +34,36 @@ LISTS = ("completions", "responses", "outputs", "output", "answers", "candidates
 TEXTS = ("text", "response", "completion", "output", "answer")
 RANKS = ("rank", "ranks", "ranking")
 SCORES = ("score", "scores", "rating", "ratings", "overall_score")
-RANKED_COLUMNS = (*PROMPTS, *LISTS, *RANKS, *SCORES)
+COLUMNS = (*PROMPTS, *LISTS, *RANKS, *SCORES)
+
+_MESSAGE = ("role", "content", "from", "value")
+_SAYS_WHICH = frozenset(
+    {
+        "best", "better", "chosen", "correct", "selected", "accepted", "win", "wins", "winner",
+        "gold", "label", "labels", "score", "scores", "rank", "ranks", "ranking", "rating",
+        "ratings", "reward", "rewards", "vote", "votes", "upvotes", "grade", "grades", "quality",
+        "preference", "preferences", "preferred", "annotation", "annotations", "feedback",
+        "judgment", "judgments", "judgement", "verdict", "rejected",
+    }
+)  # fmt: skip
+"""Words in the name of a column beside a list of answers that may say which of them is better."""
+_NUMBERS_ROWS = re.compile(r"(id|idx|index|qid|uid|seed|(.*_)?(id|idx|index|uid))", re.IGNORECASE)
+"""Names of columns whose numbers only number the rows."""
+
+
+# --- pairs of a row ---
 
 
 def parse_ranked(row: Row, section: DataSection) -> Iterator[Outcome]:
     """Parse a prompt and a list of answers.
 
-    They are ordered by rank (0 or 1 is best), by score (more is better), or, without either, as
-    they are listed, the best first; data.pairing says which of them are paired.
+    They are ordered by rank (0 or 1 is best) or by score (more is better); only bare texts, beside
+    which nothing may say otherwise, in the order in which they are listed, the best first.
+    data.pairing says which of them are paired.
 
     Raises:
-        ValueError: there is no list, or ranks or scores do not fit it.
+        ValueError: there is no list, ranks or scores do not fit it, or it is not certain which
+            answer is better.
     """
     column = list_column(row)
     if column is None:
@@ -40,8 +71,9 @@ def parse_ranked(row: Row, section: DataSection) -> Iterator[Outcome]:
             f"no column holds a list of answers ({', '.join(LISTS)}); "
             f"columns found: {shown_columns(row)}"
         )
+    answers = read_list(row[column]) or []
     ranked = []
-    for rank, answer in zip(_ranks(row, column), row[column], strict=True):
+    for rank, answer in zip(_ranks(row, column, answers, section.score), answers, strict=True):
         if rank is not None:
             ranked.append((rank, answer))
     for better, worse in choose_pairs(ranked, section.pairing):
@@ -53,7 +85,7 @@ def parse_ranked(row: Row, section: DataSection) -> Iterator[Outcome]:
 
 def list_column(row: Row) -> str | None:
     """The column with a list of answers, if there is one."""
-    return next((name for name in LISTS if isinstance(row.get(name), list)), None)
+    return next((name for name in LISTS if read_list(row.get(name)) is not None), None)
 
 
 def is_ranked(row: Row) -> bool:
@@ -88,31 +120,152 @@ def no_pair(ranked: Sequence[tuple[float, Any]]) -> Dropped | None:
     return Dropped(TIE, filtered=True) if len(ranks) == 1 else None
 
 
-def _ranks(row: Row, column: str) -> list[float | None]:
+def _text(answer: Any) -> Any:
+    """An answer's text or messages: the item itself, or that of an object with other fields."""
+    name = _text_field(answer)
+    return answer if name is None else answer[name]
+
+
+def _text_field(answer: Any) -> str | None:
+    """The field of an object that is the answer; None where the item itself is."""
+    if not isinstance(answer, dict) or {"role", "from"} & answer.keys():
+        return None
+    return next((name for name in (*TEXTS, "content") if name in answer), None)
+
+
+# --- which answer is better ---
+
+
+class Ranking(NamedTuple):
+    """One value for each answer, from a column or from a field of the answers."""
+
+    name: str
+    in_row: bool
+    """Whether it is a column with a list; else each answer has a field of this name."""
+    values: list[float | None]
+    """Lower is better."""
+
+
+def _ranks(row: Row, column: str, answers: list[Any], score: str | None) -> list[float | None]:
     """The rank of each answer, lower being better; None for one without a rank or score."""
-    answers = row[column]
-    for name in (*RANKS, *SCORES):
-        sign = 1.0 if name in RANKS else -1.0
-        if isinstance(row.get(name), list):
-            values = row[name]
+    if score != ORDER:
+        found = rankings(row, column, answers, score)
+        if found:
+            _refuse_disagreement(found)
+            return found[0].values
+        if score is not None:
+            raise ValueError(
+                f"data.score={printable(score)}: neither a column of that name nor a field of the "
+                f"answers in column {column!r}; columns found: {shown_columns(row)}, "
+                f"fields: {', '.join(_fields(answers)) or 'none'}"
+            )
+        unsure = [*_unsure_fields(answers, column), *_unsure_columns(row, column, len(answers))]
+        if unsure:
+            raise ValueError(
+                f"which answer of column {column!r} is better is not certain: "
+                f"{printable(', '.join(unsure))} may say so, under no known name "
+                f"({', '.join((*RANKS, *SCORES))}). Set data.score=<field> (more is better), or "
+                f"data.score={ORDER} if the answers are listed best first"
+            )
+    elif ORDER in row or ORDER in _fields(answers):
+        raise ValueError(
+            f"data.score={ORDER} means the order in which answers are listed, and the row has a "
+            f"field {ORDER!r} too. Rename the field"
+        )
+    return [float(position) for position in range(len(answers))]
+
+
+def rankings(row: Row, column: str, answers: list[Any], score: str | None) -> list[Ranking]:
+    """What orders the answers, the first to be used: that with values, if any has some.
+
+    Raises:
+        ValueError: there are more or fewer values than answers, or a value is no number.
+    """
+    names = (*RANKS, *SCORES) if score is None else (score,)
+    empty, filled = [], []
+    for name in names:
+        in_row = name in row
+        if in_row and row[name] is not None:
+            values = read_list(row[name])
         else:
             values = [answer.get(name) if isinstance(answer, dict) else None for answer in answers]
-        if all(value is None for value in values):
+        in_answers = name in _fields(answers)
+        if values is None or not (in_row or in_answers):
             continue
         if len(values) != len(answers):
             raise ValueError(
                 f"column {name!r} has {len(values)} values for {len(answers)} answers "
                 f"in column {column!r}"
             )
-        return [None if value is None else sign * number(value, name) for value in values]
-    return [float(position) for position in range(len(answers))]
+        sign = 1.0 if name in RANKS and score is None else -1.0
+        numbers = [None if value is None else sign * _score(value, name, score) for value in values]
+        is_column = in_row and row[name] is not None
+        kind = empty if all(value is None for value in numbers) else filled
+        kind.append(Ranking(name, is_column, numbers))
+    return filled or empty
 
 
-def _text(answer: Any) -> Any:
-    """An answer's text or messages: the item itself, or that of an object with other fields."""
-    if not isinstance(answer, dict) or {"role", "from"} & answer.keys():
-        return answer
-    for name in TEXTS:
-        if name in answer:
-            return answer[name]
-    return answer.get("content", answer)
+def _score(value: Any, name: str, score: str | None) -> float:
+    # Where the user names the field, true is better than false.
+    if score is not None and isinstance(value, bool):
+        return float(value)
+    return number(value, name)
+
+
+def _refuse_disagreement(found: list[Ranking]) -> None:
+    """Raise where two fields order two answers in opposite ways."""
+    first = found[0]
+    for other in found[1:]:
+        known = []
+        for a, b in zip(first.values, other.values, strict=True):
+            if a is not None and b is not None:
+                known.append((a, b))
+        for (a, b), (c, d) in itertools.combinations(known, 2):
+            if (a - c) * (b - d) < 0:
+                raise ValueError(
+                    f"{first.name!r} and {other.name!r} order the answers differently. "
+                    f"Set data.score={other.name} or another, or remove one"
+                )
+
+
+def _fields(answers: list[Any]) -> list[str]:
+    """The fields of the answers that are objects."""
+    names: dict[str, None] = {}
+    for answer in answers:
+        if isinstance(answer, Mapping):
+            names.update(dict.fromkeys(map(str, answer)))
+    return list(names)
+
+
+def _unsure_fields(answers: list[Any], column: str) -> Iterator[str]:
+    """Fields of answers beside their text: of a message those that are numbers, else all."""
+    for name in _fields(answers):
+        for answer in answers:
+            if not isinstance(answer, Mapping) or name in (_text_field(answer), *_MESSAGE):
+                continue
+            value = answer.get(name)
+            is_number = isinstance(value, bool | int | float)
+            if is_number or (_text_field(answer) is not None and has_content(value)):
+                yield f"{column}.{name}"
+                break
+
+
+def _unsure_columns(row: Row, column: str, count: int) -> Iterator[str]:
+    """Columns beside the answers that may say which is better: numbers, and telling names."""
+    for name, value in row.items():
+        if name in (column, *PROMPTS, *OPTIONAL) or value is None:
+            continue
+        words = re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", str(name))
+        values = read_list(value)
+        if not _SAYS_WHICH.isdisjoint(word.lower() for word in words):
+            is_unsure = isinstance(value, bool | int | float) or has_content(value)
+        elif values is not None:
+            is_unsure = len(values) == count and any(
+                isinstance(item, bool | int | float) for item in values
+            )
+        else:
+            is_unsure = isinstance(value, bool | int | float) and not _NUMBERS_ROWS.fullmatch(
+                str(name)
+            )
+        if is_unsure:
+            yield str(name)

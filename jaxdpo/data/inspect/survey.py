@@ -18,7 +18,7 @@ from jaxdpo.data.inspect.near_duplicates import (
     shingles,
 )
 from jaxdpo.data.prepare import Prepared
-from jaxdpo.data.sources import read_set
+from jaxdpo.data.sources import check_score, read_set
 from jaxdpo.data.splits import split_by_prompt
 
 NEARLY_EQUAL = 0.8
@@ -171,7 +171,7 @@ def read_texts(section: DataSection, texts: Texts, out: Callable[[Preference], N
     Raises:
         ValueError: a set cannot be read.
     """
-    reports, sizes = [], []
+    reports, found_reports, sizes = [], [], []
     for option, names in (("data.train", section.train), ("data.eval", section.eval)):
         opened = [read_set(name, section, option) for name in names]
         for record in itertools.chain.from_iterable(records for _, records in opened):
@@ -179,8 +179,10 @@ def read_texts(section: DataSection, texts: Texts, out: Callable[[Preference], N
             if option == "data.train":
                 out(record)
         for report, _ in opened:
+            found_reports.append(report)
             reports.append(dataclasses.replace(report, kept=report.parsed).to_json())
         sizes.append(len(texts.ids))
+    check_score(section, found_reports)
     held_out = texts.held_out(sizes[0], section)
     found = texts.near_duplicates(held_out)
     return Survey("characters", reports, texts.parts(held_out), texts.odd(), found)

@@ -1,0 +1,100 @@
+r"""Lists of messages, answers or scores that are stored as text: pandas' CSV, JSON in a cell.
+
+    "[{'role': 'user', 'content': 'Why?'}]"   (what pandas writes of a Python list)
+    "[{\"role\": \"user\", \"content\": \"Why?\"}]"   (JSON)
+
+Such text is read where it is a list for certain, and refused where it only begins like a list of
+messages: it is never trained on as text.
+"""
+
+import ast
+import json
+import re
+from typing import Any
+
+from jaxdpo.data.formats.roles import KNOWN_ROLES
+
+_KEYS = "role|from|content|value|messages"
+_BEGINS = re.compile(
+    rf"""["\s]*(?:array\(\s*)?[\[(]?\s*\{{\s*\\?["']{{1,2}}(?:{_KEYS})\\?["']{{1,2}}\s*:"""
+)
+"""How text begins that may be a list of messages, or one message."""
+_HAS_ROLE = re.compile(
+    r"""["'](?:role|from)\\?["']{1,2}\s*:\s*\\?["']{1,2}(\w+)\\?["']""", re.IGNORECASE
+)
+REMEDY = (
+    "Write the column as a list of messages in JSON lines or Parquet "
+    "(pandas: df.to_json(file, orient='records', lines=True), or df.to_parquet)"
+)
+
+
+def read_list(value: Any) -> list[Any] | None:
+    """A list, or the list that a text is for certain; None for anything else."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    found = _parse(value)
+    return found if isinstance(found, list) else None
+
+
+def messages_in(text: str, column: str) -> Any:
+    """The messages that a text is for certain, as JSON gives them; else the text itself.
+
+    Args:
+        column: where it is from, for messages.
+
+    Raises:
+        ValueError: it begins as messages do, but cannot be read.
+    """
+    if not _BEGINS.match(text):
+        return text
+    found = _parse(text)
+    if isinstance(found, str):  # JSON text of JSON text
+        found = _parse(found)
+    if _are_messages(found):
+        return found
+    roles = {role.lower() for role in _HAS_ROLE.findall(text)}
+    if found is None and roles & KNOWN_ROLES:
+        raise ValueError(
+            f"column {column!r} is text that begins like a list of messages and cannot be read as "
+            f"one. {REMEDY}"
+        )
+    return text
+
+
+def _are_messages(value: Any) -> bool:
+    """Whether a value is a message, a list of them, or an object with such a list."""
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        value = value["messages"]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        return False
+    for item in value:
+        if not isinstance(item, dict):
+            return False
+        role = item.get("role", item.get("from"))
+        if not isinstance(role, str) or role.strip().lower() not in KNOWN_ROLES:
+            return False
+    return True
+
+
+def _parse(text: str) -> Any:
+    """What JSON or Python reads in a text; None if neither does, or not for certain."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass  # perhaps Python
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    # Python joins strings that stand side by side: NumPy's ['a' 'b'] would be one answer.
+    if _squeezed(repr(value)) != _squeezed(text):
+        return None
+    return value
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
