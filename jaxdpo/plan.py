@@ -116,7 +116,8 @@ def typical_pair(config: PlanConfig, target: Target) -> PairTokens:
     if config.pair_tokens is not None:
         prompt, chosen, rejected = config.pair_tokens
         return prompt, chosen, rejected
-    max_length, max_prompt = config.data.lengths_for(target.model.max_positions)
+    max_length = config.data.max_length_for(target.model.max_positions)
+    max_prompt = config.data.max_prompt_length or max_length // 2
     completion = max((max_length - max_prompt) // 2, 1)
     return max(max_prompt // 2, 1), completion, completion
 

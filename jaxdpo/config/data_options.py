@@ -108,7 +108,7 @@ class DataSection:
     was truncated to fit. 0: 1024, or the model's number of positions if that is less."""
     max_prompt_length: int = 0
     """Maximum length of the prompt, in tokens; a longer one keeps its end. Both answers always keep
-    the same prompt. 0: half of max_length."""
+    the same prompt. 0: what the longer answer leaves of max_length, at least half of it."""
 
     # Packing, and the order of the pairs.
 
@@ -189,10 +189,9 @@ class DataSection:
         """Whether some pairs are for validation."""
         return bool(self.eval) or self.eval_fraction > 0
 
-    def lengths_for(self, max_positions: int) -> tuple[int, int]:
-        """max_length and max_prompt_length for a model with so many positions, in tokens."""
-        max_length = self.max_length or min(DEFAULT_MAX_LENGTH, max_positions)
-        return max_length, self.max_prompt_length or max_length // 2
+    def max_length_for(self, max_positions: int) -> int:
+        """max_length for a model with so many positions, in tokens."""
+        return self.max_length or min(DEFAULT_MAX_LENGTH, max_positions)
 
     def with_lengths(self, max_positions: int) -> "DataSection":
         """The section with numbers in place of automatic lengths, for a model of so many positions.
@@ -202,14 +201,13 @@ class DataSection:
                 data.max_length.
 
         >>> section = DataSection(max_length=3000).with_lengths(8192)
-        >>> section.max_prompt_length, section.packed_length
-        (1500, 6016)
+        >>> section.max_length, section.packed_length
+        (3000, 6016)
         """
-        max_length, max_prompt_length = self.lengths_for(max_positions)
+        max_length = self.max_length_for(max_positions)
         longest_pair = -(-2 * max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         return dataclasses.replace(
             self,
             max_length=max_length,
-            max_prompt_length=max_prompt_length,
             packed_length=self.packed_length or max(DEFAULT_PACKED_LENGTH, longest_pair),
         )

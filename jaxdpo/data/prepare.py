@@ -23,6 +23,11 @@ from jaxdpo.data.tokenize_parallel import encode_records
 
 logger = logging.getLogger(__name__)
 
+MANY_CUT = 0.05
+"""Share of truncated answers from which a warning names them: a few very long ones are usual."""
+MANY_REPEAT = 0.05
+"""Share of pairs whose answers begin with the prompt, likewise: a few repeat a question."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -203,6 +208,14 @@ def _warnings(report: dict[str, Any], encoder: Encoder) -> Iterator[str]:
             "Rename the column if that is not meant"
         )
     for part in ("train", "eval"):
+        answers = 2 * report[part]["pairs"]
+        cut = report[part]["truncated"]["chosen"] + report[part]["truncated"]["rejected"]
+        if answers and cut >= MANY_CUT * answers:
+            yield (
+                f"{part}: {cut} of {answers} answers ({cut / answers:.0%}) lost their end, and "
+                "with it the eos token, to data.max_length. Raise it; `python -m jaxdpo.data` "
+                "with model.path shows what each length cuts"
+            )
         if report[part]["ended"] == 0:
             yield (
                 f"{part}: no answer ends in an end-of-text token, so the model will not learn "
@@ -214,6 +227,12 @@ def _warnings(report: dict[str, Any], encoder: Encoder) -> Iterator[str]:
                 f"{item['name']}: {item['special_text']} rows spell a special token in their "
                 "text, which is never read as that token. If the text is the output of a chat "
                 "template, give messages instead"
+            )
+        if item["repeats_prompt"] >= MANY_REPEAT * item["parsed"] > 0:
+            yield (
+                f"{item['name']}: both answers of {item['repeats_prompt']} of {item['parsed']} "
+                "pairs begin with their prompt, which the model then learns to repeat. If they "
+                "are generated text, cut the prompt off"
             )
         if item["verbatim"] and encoder.template is not None:
             yield (

@@ -26,6 +26,8 @@ class DataReport:
     """Pairs whose text spells one of the tokenizer's special tokens."""
     verbatim: int = 0
     """Pairs of plain strings, to which no chat template applies."""
+    repeats_prompt: int = 0
+    """Pairs whose two answers begin with the prompt."""
     ignored_columns: tuple[str, ...] = ()
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of invalid pairs per reason."""
@@ -58,6 +60,7 @@ class DataReport:
             "kept": self.kept,
             "special_text": self.special_text,
             "verbatim": self.verbatim,
+            "repeats_prompt": self.repeats_prompt,
             "dropped": self._reasons(self.dropped),
             "filtered": self._reasons(self.filtered),
             "ignored_columns": list(self.ignored_columns),

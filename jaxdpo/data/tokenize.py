@@ -31,7 +31,7 @@ from jaxdpo.data.chat_template import AnswerText, Layout, PairText, read_templat
 from jaxdpo.data.formats.preference import Dropped, Preference, Text, shared_length
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.special_tokens import SpecialTokens
-from jaxdpo.data.truncate import truncate_completion, truncate_prompt
+from jaxdpo.data.truncate import prompt_limit, truncate_completion, truncate_prompt
 from jaxdpo.data.word_cache import Ids, Texts, WordCache
 from jaxdpo.utils.text import printable
 
@@ -105,6 +105,7 @@ class Encoder:
     max_length: int
     """Most tokens of prompt + answer."""
     max_prompt_length: int
+    """Most tokens of a prompt. 0: what the longer answer leaves of max_length, at least half."""
     all_turns: bool = True
     """Loss on every assistant turn of an answer of several turns, not only on the last."""
 
@@ -115,7 +116,7 @@ class Encoder:
         Raises:
             ValueError: data.chat_template cannot be read, or is not a valid template.
         """
-        assert section.max_length > section.max_prompt_length > 0, (
+        assert section.max_length > section.max_prompt_length, (
             "automatic lengths are resolved from the model first"
         )
         return cls(
@@ -192,7 +193,9 @@ class Encoder:
         if chosen_ids == rejected_ids:
             return Dropped("identical answers")
 
-        kept_prompt = self._truncate_prompt(prompt_ids)
+        num_eos = 0 if text.templated else len(self.special.eos)
+        longer_answer = max(len(chosen_ids), len(rejected_ids)) + num_eos
+        kept_prompt = self._truncate_prompt(prompt_ids, longer_answer)
         length = len(kept_prompt)
         chosen = self._completion(text.chosen, with_chosen, boundary, length, text.templated)
         rejected = self._completion(text.rejected, with_rejected, boundary, length, text.templated)
@@ -259,9 +262,10 @@ class Encoder:
             mask[first:stop] = [True] * (stop - first)
         return mask
 
-    def _truncate_prompt(self, ids: Ids) -> Ids:
+    def _truncate_prompt(self, ids: Ids, longer_answer: int) -> Ids:
+        limit = int(prompt_limit(self.max_length, self.max_prompt_length, longer_answer))
         bos_id = self.tokenizer.bos_token_id
-        return truncate_prompt(ids, self.max_prompt_length, bos_id)  # type: ignore[arg-type]
+        return truncate_prompt(ids, limit, bos_id)  # type: ignore[arg-type]
 
     # --- prompts for generation ---
 
@@ -278,7 +282,7 @@ class Encoder:
             ids = self.special.bos + ids
         if not ids:
             return Dropped("has no token")
-        kept = self._truncate_prompt(ids)
+        kept = self._truncate_prompt(ids, self.max_length // 2)  # an answer of unknown length
         return EncodedPrompt(np.array(kept, np.int32), truncated=len(kept) < len(ids))
 
     @functools.cached_property

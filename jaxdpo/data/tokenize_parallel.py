@@ -68,12 +68,14 @@ class EncodedChunk:
     """Records whose text spells a special token."""
     verbatim: int
     """Records of plain strings."""
+    repeats_prompt: int
+    """Records whose two answers begin with the prompt."""
 
 
 def encode_chunk(encoder: Encodes, records: list[Preference], source: int) -> EncodedChunk:
     """Encode some records of one set."""
     pairs, dropped = [], []
-    special_text = verbatim = 0
+    special_text = verbatim = repeats_prompt = 0
     for record, result in zip(records, encoder.encode(records), strict=True):
         if isinstance(result, Dropped):
             dropped.append((result, record.id))
@@ -81,9 +83,10 @@ def encode_chunk(encoder: Encodes, records: list[Preference], source: int) -> En
             pairs.append(result)
         special_text += encoder.spells_special(record)
         verbatim += isinstance(record.prompt, str)
+        repeats_prompt += record.repeats_prompt
     columns = to_columns(pairs)
     columns["sources"] = np.full(len(pairs), source, np.int32)
-    return EncodedChunk(columns, len(pairs), dropped, special_text, verbatim)
+    return EncodedChunk(columns, len(pairs), dropped, special_text, verbatim, repeats_prompt)
 
 
 def encode_records(
@@ -103,6 +106,7 @@ def encode_records(
             report.kept += chunk.kept
             report.special_text += chunk.special_text
             report.verbatim += chunk.verbatim
+            report.repeats_prompt += chunk.repeats_prompt
             for dropped, name in chunk.dropped:
                 report.drop(dropped, name)
             yield chunk.columns

@@ -20,9 +20,7 @@ PAIR_LOGPS = "pair_logps"
 """Key of `logps_of_pairs` among the metrics of a train step: the only one that is no scalar."""
 
 
-def logps_of_pairs(
-    policy: CompletionLogps, ref_logps: jax.Array | None, micro: Batch
-) -> jax.Array:
+def logps_of_pairs(policy: CompletionLogps, ref_logps: jax.Array | None, micro: Batch) -> jax.Array:
     """Log-probs of a microbatch's pairs, each at its number within the step and 0 elsewhere.
 
     A sum over microbatches and devices then holds all pairs of the step.

@@ -172,3 +172,41 @@ def test_real_pairs(real_data: Path) -> None:
         int(done.train.lengths[:, 0].max()) == 512
         and int(done.train.lengths[:, :2].sum(1).max()) <= 1024
     )
+
+
+def warnings_of(tokenizer: PreTrainedTokenizerFast, **values: object) -> list[str]:
+    return prepare(options(eval_fraction=0.0, **values), tokenizer, 1000).report["warnings"]
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_answers_that_begin_with_their_prompt_are_warned_of(
+    write: Write, byte_tokenizer: PreTrainedTokenizerFast, messages: bool
+) -> None:
+    repeating = []
+    for row in rows(3):
+        repeating.append({name: row["prompt"] * (name != "prompt") + row[name] for name in row})
+    good = rows(30, 10)
+    if messages:
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        for row in (*repeating, *good):
+            for name, role in roles.items():
+                row[name] = [{"role": role, "content": row[name]}]  # type: ignore[assignment]
+    path = write("a.jsonl", [*repeating, *good])
+    found = [text for text in warnings_of(byte_tokenizer, train=[path]) if "begin with" in text]
+    assert len(found) == 1 and "both answers of 3 of 33 pairs begin with their prompt" in found[0]
+    path = write("a.jsonl", [*repeating[:1], *good])  # 1 of 31: some answers do repeat
+    assert not any("begin with" in text for text in warnings_of(byte_tokenizer, train=[path]))
+
+
+def test_many_truncated_answers_are_warned_of(
+    write: Write, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    long = [{"prompt": "q", "chosen": " a" * 100, "rejected": f" {n}"} for n in range(2)]
+    lengths: dict[str, object] = {"max_length": 64, "max_prompt_length": 0}
+    path = write("a.jsonl", [*rows(10), *long])
+    found = [
+        text for text in warnings_of(byte_tokenizer, train=[path], **lengths) if "lost" in text
+    ]
+    assert len(found) == 1 and found[0].startswith("train: 2 of 24 answers (8%) lost their end")
+    path = write("a.jsonl", [*rows(30), *long])
+    assert not any("lost" in text for text in warnings_of(byte_tokenizer, train=[path], **lengths))

@@ -39,3 +39,27 @@ def test_prompt_truncation_to_one_token_keeps_bos(
     assert (
         pair.prompt_ids.tolist() == [metaspace_tokenizer.bos_token_id] and len(pair.chosen_ids) == 2
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("room", [0, 3])
+def test_a_prompt_keeps_all_that_the_longer_answer_leaves(
+    kind: str, room: int, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    record = chat(["one two three four five six seven"], "eight nine", "no")
+    full = encode(tokenizer, record)
+    fits = len(full.prompt_ids) + max(len(full.chosen_ids), len(full.rejected_ids))
+    assert len(full.prompt_ids) > fits // 2 + room  # so half would cut it
+    cut = encode(tokenizer, record, max_prompt_length=0, max_length=fits - room)
+    assert len(cut.prompt_ids) == len(full.prompt_ids) - room
+    assert cut.truncated_prompt == (room > 0)
+    assert cut.chosen_ids.tolist() == full.chosen_ids.tolist()
+    assert cut.rejected_ids.tolist() == full.rejected_ids.tolist()
+
+
+def test_a_long_answer_leaves_a_prompt_half(metaspace_tokenizer: PreTrainedTokenizerFast) -> None:
+    record = chat(["one two three four five six seven"], "eight nine ten " * 20, "no")
+    cut = encode(metaspace_tokenizer, record, max_prompt_length=0, max_length=12)
+    assert (len(cut.prompt_ids), len(cut.chosen_ids)) == (6, 6)
+    assert (cut.truncated_prompt, cut.truncated_chosen) == (True, True)

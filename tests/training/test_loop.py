@@ -55,10 +55,9 @@ def test_the_files_of_a_run_folder(shared: Path) -> None:
     )
     saved, problems = cli.validate(Config, yaml.safe_load((run_dir / "config.yaml").read_text()))
     assert not problems and saved is not None and saved.optim == settings(shared, run_dir).optim
-    assert (saved.model.compute_dtype, saved.data.max_prompt_length) == (
-        "float32",
-        16,
-    )  # as settled for this run
+    # As resolved for this run.
+    assert (saved.model.compute_dtype, saved.checkpoint.save_every) == ("float32", 3)
+    assert saved.data.packed_length and saved.train.steps and saved.reference == "frozen"
 
 
 def test_the_metrics_of_a_run(shared: Path) -> None:

@@ -25,11 +25,7 @@ def resolved(config: Config, some: ModelConfig | None = None, **raw: Any) -> Con
 
 def test_what_is_automatic_gets_values() -> None:
     config = resolved(Config())
-    assert (config.model.compute_dtype, config.data.max_length, config.data.max_prompt_length) == (
-        "float32",
-        512,
-        256,
-    )
+    assert (config.model.compute_dtype, config.data.max_length) == ("float32", 512)
     assert resolved(config) == config
 
 

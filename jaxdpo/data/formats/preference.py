@@ -140,6 +140,17 @@ class Preference:
             self.tools,
         ]
 
+    @property
+    def repeats_prompt(self) -> bool:
+        """Whether both answers begin with the text of the prompt's last turn, as generated text
+        does that was not cut."""
+        last = self.prompt if isinstance(self.prompt, str) else self.prompt[-1].content
+        begin = last.strip()
+        answers = []
+        for answer in (self.chosen, self.rejected):
+            answers.append(answer if isinstance(answer, str) else answer[0].content)
+        return bool(begin) and all(text.lstrip().startswith(begin) for text in answers)
+
     @functools.cached_property
     def prompt_key(self) -> int:
         """64-bit hash of the prompt (or of its root), by which pairs are split and grouped."""

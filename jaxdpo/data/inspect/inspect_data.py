@@ -83,7 +83,7 @@ def _read(config: DataConfig, texts: Texts) -> tuple[Survey, list[Preference]]:
 def _limits(section: DataSection) -> tuple[int, int]:
     """data.max_length and data.max_prompt_length, for a model with enough positions."""
     length = section.max_length or max(DEFAULT_MAX_LENGTH, section.max_prompt_length + 1)
-    return length, section.max_prompt_length or length // 2
+    return length, section.max_prompt_length
 
 
 # --- pairs to show ---

@@ -20,6 +20,7 @@ from jaxdpo.data.inspect.near_duplicates import (
 from jaxdpo.data.prepare import Prepared
 from jaxdpo.data.sources import check_score, read_set
 from jaxdpo.data.splits import split_by_prompt
+from jaxdpo.data.truncate import prompt_limit
 
 NEARLY_EQUAL = 0.8
 """Jaccard index from which the answers of a pair count as nearly equal, as for near-duplicates."""
@@ -230,14 +231,15 @@ def cuts(
     Args:
         lengths: integers [N, 3]: tokens of prompt, chosen and rejected.
         max_length: most tokens of prompt and answer.
-        max_prompt_length: most tokens of a prompt.
+        max_prompt_length: most tokens of a prompt, or 0 (`truncate.prompt_limit`).
 
     Returns:
         bool [N] whether the prompt is cut, bool [N] whether an answer is, and the number of tokens
         that are left.
     """
     lengths = lengths.astype(np.int64)  # as wide as the limits, of which any may be given
-    prompts = np.minimum(lengths[:, 0], max_prompt_length)
+    longer_answers = lengths[:, 1:].max(axis=1)
+    prompts = np.minimum(lengths[:, 0], prompt_limit(max_length, max_prompt_length, longer_answers))
     answers = np.minimum(lengths[:, 1:], (max_length - prompts)[:, None])
     cut_prompts = prompts < lengths[:, 0]
     cut_answers = np.any(answers < lengths[:, 1:], axis=1)

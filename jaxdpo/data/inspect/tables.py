@@ -152,8 +152,9 @@ def _truncation(part: Part, limits: tuple[int, int]) -> Table:
         "tokens left",
     ]
     note = (
-        f"Now: data.max_length={limits[0]}, data.max_prompt_length={limits[1]}; in the other rows "
-        "a prompt may take half. A prompt loses its beginning, an answer its end and its eos."
+        f"Now: data.max_length={limits[0]}, data.max_prompt_length={limits[1]}. A prompt loses its "
+        "beginning, an answer its end and its eos. With data.max_prompt_length=0, as in the other "
+        "rows, a prompt keeps what the longer answer leaves, at least half."
     )
     title = f"What data.max_length would truncate of the {part.name} pairs"
     return Table(title, header, rows, [note])
@@ -162,7 +163,7 @@ def _truncation(part: Part, limits: tuple[int, int]) -> Table:
 def _limits(limits: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """data.max_length and data.max_prompt_length of each row: powers of 2, and the options'."""
     for limit in sorted({*MAX_LENGTHS, limits[0]}):
-        yield limits if limit == limits[0] else (limit, limit // 2)
+        yield limits if limit == limits[0] else (limit, 0)
 
 
 def _near_duplicates(found: NearDuplicates) -> Table:
