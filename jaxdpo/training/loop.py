@@ -68,9 +68,11 @@ def train(config: Config, leave: Callable[[int], object] | None = None) -> bool:
         keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
         with Checkpoints(config.run_dir, keep, keep_best) as checkpoints:
             newest = checkpoints.latest_step()
+            notes = []
             if newest is not None:
-                check_same_run(trainer, checkpoints.read_meta(newest))
+                notes = check_same_run(trainer, checkpoints.read_meta(newest))
             warnings = [
+                *notes,
                 *checkpoints.incomplete(),
                 *check_disk(trainer, checkpoints, newest),
                 *trainer.warnings,

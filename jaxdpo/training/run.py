@@ -191,7 +191,7 @@ class Run:
         meta = {
             "config": cli.to_dict(self.config),
             "identity": self.trainer.identity,
-            "counters": {"tokens": self.tokens},
+            "counters": {"tokens": self.tokens, "total_steps": self.trainer.total_steps},
             "start_logps": self.start_logps,
         }
         self.checkpoints.save(self.step, checkpoint_tree(self.state, synced), meta, eval_loss, then)

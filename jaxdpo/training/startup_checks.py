@@ -13,12 +13,22 @@ from jaxdpo.checkpoints.arrays import Tree, num_bytes
 from jaxdpo.checkpoints.checkpoint import Checkpoints
 from jaxdpo.config import cli
 from jaxdpo.distributed import processes
+from jaxdpo.training import optim
+from jaxdpo.training.identity import identity_changes
 from jaxdpo.training.trainer import Trainer
 from jaxdpo.utils import files
 from jaxdpo.utils.tree import flatten
 
 FREE_FIELDS = (
     "run_dir",
+    # Names of what the identity compares by its content.
+    "model.path",
+    "model.revision",
+    "lora.path",
+    "data.train",
+    "data.eval",
+    "data.chat_template",
+    # What is logged, stored and measured.
     "checkpoint.",
     "eval.",
     "log.",
@@ -40,6 +50,10 @@ FREE_FIELDS = (
     "data.missing_eos",
 )
 """Options that may change between a run and its resume; "mesh." stands for the whole section."""
+
+
+LENGTH_FIELDS = ("train.steps", "train.epochs")
+"""Options that may change once all steps are done: the run then goes on."""
 
 
 class Fault(Exception):
@@ -65,29 +79,66 @@ def check_processes_agree(trainer: Trainer) -> None:
         )
 
 
-def check_same_run(trainer: Trainer, meta: dict[str, Any]) -> None:
+def check_same_run(trainer: Trainer, meta: dict[str, Any]) -> list[str]:
     """Refuse to resume a run with another config, model or data.
 
     Args:
         meta: of the checkpoint.
 
+    Returns:
+        What the user should know: that a finished run goes on for more steps.
+
     Raises:
         ValueError: with every difference.
     """
+    fields = changed_fields(meta["config"], cli.to_dict(trainer.config))
+    notes = []
+    step, planned = meta["step"], meta["counters"].get("total_steps")
+    if planned == trainer.total_steps:
+        # train.steps in place of train.epochs, or the other way round: the same run.
+        fields = [field for field in fields if field[0] not in LENGTH_FIELDS]
+    elif planned == step < trainer.total_steps:
+        notes.append(_more_steps(trainer, planned))
+        fields = [field for field in fields if field[0] not in LENGTH_FIELDS]
     lines = []
-    for path, old, new in changed_fields(meta["config"], cli.to_dict(trainer.config)):
+    for path, old, new in fields:
         lines.append(f"  {path}: {old} in the checkpoint, {new} now")
-    for key, now in trainer.identity.items():
-        before = meta["identity"].get(key, "none")
-        if before != now:
-            hashes = f"hash {before[:12]}, now {now[:12]}"
-            lines.append(f"  {key}: not what the checkpoint was trained with ({hashes})")
+        if path in LENGTH_FIELDS:
+            lines[-1] += f". {_how_to_go_on(trainer, step, planned)}"
+    for line in identity_changes(meta["identity"], trainer.identity):
+        lines.append(f"  {line}")
     if lines:
         raise ValueError(
             f"run_dir={trainer.config.run_dir}: holds checkpoints of a different run:\n"
             + "\n".join(lines)
             + "\nSet these back, or use another run_dir"
         )
+    return notes
+
+
+def _more_steps(trainer: Trainer, done: int) -> str:
+    """That a finished run goes on, and what that does to its learning rate."""
+    section, total = trainer.config.optim, trainer.total_steps
+    before, after = optim.schedule(section, done), optim.schedule(section, total)
+    with jax.transfer_guard("allow"):
+        last = np.asarray(before(done - 1)).item()
+        following = np.asarray(after(done)).item()
+    text = (
+        f"the run was finished after step {done} and goes on to step {total}, with its weights, "
+        "its optimizer and its reference as they are. "
+        f"optim.schedule={section.schedule} is now that of {total} steps: the learning rate was "
+        f"{last:.3g} in step {done} and is {following:.3g} in step {done + 1}"
+    )
+    if section.schedule != "constant":
+        text += f", and falls to 0 at step {total}. A run of {total} steps from the start differs"
+    return text
+
+
+def _how_to_go_on(trainer: Trainer, step: int, planned: int | None) -> str:
+    """What to do about another number of steps, which only a finished run may have."""
+    if planned is not None and trainer.total_steps <= step:
+        return f"{step} steps are done already, and this would be {trainer.total_steps}"
+    return "A run may get more steps when it is finished: let it end first"
 
 
 def changed_fields(saved: Tree, current: Tree) -> list[tuple[str, Any, Any]]:

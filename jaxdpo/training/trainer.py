@@ -210,7 +210,9 @@ class Trainer(Program):
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """What the run's numbers depend on besides its options, each part as a hash."""
-        return run_identity(self.config, self.folder, self.tokenizer, self.data.train)
+        return run_identity(
+            self.config, self.folder, self.model, self.tokenizer, self.loader, self.data.eval
+        )
 
 
 def model_folder(config: Config) -> Path:
