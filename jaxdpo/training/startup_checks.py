@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxdpo.checkpoints.arrays import Tree, num_bytes
 from jaxdpo.checkpoints.checkpoint import Checkpoints
