@@ -22,6 +22,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DEFAULT_PORT = 8476
 """Port of the coordinator where MASTER_PORT does not name another."""
+MAX_PORT = 65535
+COUNTS_AND_NUMBERS = (
+    ("WORLD_SIZE", "RANK"),
+    ("WORLD_SIZE", "LOCAL_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+)
+"""Variables for the number of processes and for that of a process: of torchrun, of MPICH and Intel
+MPI, of MVAPICH."""
 HEARTBEAT_SECONDS = 100
 """A process that is silent for so long is considered dead, and the others end; JAX's own default.
 JAXDPO_HEARTBEAT_SECONDS overrides it."""
@@ -57,16 +66,24 @@ class Settings(NamedTuple):
 def settings(env: Mapping[str, str]) -> Settings | None:
     """How this process takes part in a run, from its environment; None: it is the only one.
 
-    In this order: JAX_PROCESS_COUNT, JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS, or NNODES,
-    NODE_RANK and MASTER_ADDR[:MASTER_PORT]; SLURM, Open MPI or a TPU slice where one has started
-    several processes; else one process.
+    In this order: JAX_PROCESS_COUNT, JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS; WORLD_SIZE, RANK
+    and MASTER_ADDR[:MASTER_PORT], as torchrun, Kubeflow and accelerate set them; NNODES, NODE_RANK
+    and MASTER_ADDR; SLURM, Open MPI or a TPU slice where one has started several processes; else
+    one process.
 
     Raises:
         ValueError: part of what is needed is missing, or is not a number.
 
     >>> settings({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"})[:3]
     ('10.0.0.1:8476', 2, 1)
+    >>> settings({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "23456"})[:3]
+    ('a:23456', 2, 1)
     """
+    is_explicit = bool(env.get("JAX_PROCESS_COUNT") or env.get("JAX_PROCESS_ID"))
+    world, rank = _number(env, "WORLD_SIZE"), _number(env, "RANK")
+    # Before NNODES and NODE_RANK, which a script may export for torchrun itself.
+    if not is_explicit and world is not None and world > 1 and rank is not None:
+        return _settings_of_torchrun(env, world, rank)
     count = _number(env, "JAX_PROCESS_COUNT", "NNODES")
     number = _number(env, "JAX_PROCESS_ID", "NODE_RANK")
     detected = _detected(env)
@@ -74,14 +91,29 @@ def settings(env: Mapping[str, str]) -> Settings | None:
         return None
     if count is None and number is None:
         if detected is None:
+            _refuse_leftovers(env)
             return None
         return detected._replace(coordinator_address=env.get("JAX_COORDINATOR_ADDRESS"))
     address = env.get("JAX_COORDINATOR_ADDRESS") or _master(env)
-    needed = {
-        "JAX_PROCESS_COUNT or NNODES": count,
-        "JAX_PROCESS_ID or NODE_RANK": number,
-        "JAX_COORDINATOR_ADDRESS or MASTER_ADDR": address,
-    }
+    names = ("JAX_PROCESS_COUNT or NNODES", "JAX_PROCESS_ID or NODE_RANK")
+    # JAX reads JAX_LOCAL_DEVICE_IDS by itself if it is passed None.
+    devices = None if "JAX_LOCAL_DEVICE_IDS" in env else ()
+    return _complete(address, count, number, devices, names)
+
+
+def _complete(
+    address: str | None,
+    count: int | None,
+    number: int | None,
+    devices: tuple[int, ...] | None,
+    names: tuple[str, str],
+) -> Settings:
+    """The settings, if nothing is missing; `names` are those of count and number.
+
+    Raises:
+        ValueError: something is, or the number is none of the count.
+    """
+    needed = {names[0]: count, names[1]: number, "JAX_COORDINATOR_ADDRESS or MASTER_ADDR": address}
     missing = [name for name, value in needed.items() if value is None]
     if missing:
         raise ValueError(
@@ -91,11 +123,54 @@ def settings(env: Mapping[str, str]) -> Settings | None:
     assert count is not None and number is not None
     if not 0 <= number < count:
         raise ValueError(
-            f"process {number} of {count}: must be 0 to {count - 1}. "
-            "Correct JAX_PROCESS_ID or NODE_RANK"
+            f"process {number} of {count}: must be 0 to {count - 1}. Correct {names[1]}"
         )
-    # JAX reads JAX_LOCAL_DEVICE_IDS by itself if it is passed None.
-    return Settings(address, count, number, None if "JAX_LOCAL_DEVICE_IDS" in env else ())
+    return Settings(address, count, number, devices)
+
+
+def _settings_of_torchrun(env: Mapping[str, str], world: int, rank: int) -> Settings:
+    """One of `world` processes of torchrun or of what sets its variables, with its devices.
+
+    Raises:
+        ValueError: the address is missing, or it cannot be known which devices are its own.
+    """
+    local_rank = _number(env, "LOCAL_RANK")
+    local_world = _number(env, "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # LOCAL_SIZE: deepspeed
+    bound = "CUDA_VISIBLE_DEVICES" in env and "," not in env["CUDA_VISIBLE_DEVICES"]
+    devices: tuple[int, ...] | None = ()
+    if "JAX_LOCAL_DEVICE_IDS" in env:
+        devices = None
+    elif local_rank is not None and local_world != 1 and not bound:
+        if local_world is None:
+            raise ValueError(
+                f"LOCAL_RANK={local_rank}: how many processes this machine has is not known, so "
+                "neither which devices are its own. Set LOCAL_WORLD_SIZE or JAX_LOCAL_DEVICE_IDS"
+            )
+        devices = (local_rank,)
+    address = env.get("JAX_COORDINATOR_ADDRESS") or _master(env)
+    if address and "TORCHELASTIC_RUN_ID" in env and not env.get("JAX_COORDINATOR_ADDRESS"):
+        # torchrun's own store listens at MASTER_PORT.
+        host, _, port = address.rpartition(":")
+        address = f"{host}:{int(port) + 1 if int(port) < MAX_PORT else DEFAULT_PORT}"
+    return _complete(address, world, rank, devices, ("WORLD_SIZE", "RANK"))
+
+
+def _refuse_leftovers(env: Mapping[str, str]) -> None:
+    """Refuse to be alone where the environment speaks of other processes: each would be a run.
+
+    Raises:
+        ValueError: it does, with what to set.
+    """
+    for count_name, number_name in COUNTS_AND_NUMBERS:
+        count, number = _number(env, count_name), _number(env, number_name)
+        if (count or 1) <= 1 and not (count is None and (number or 0) > 0):
+            continue
+        name, value = (number_name, number) if count is None else (count_name, count)
+        raise ValueError(
+            f"{name}={value}: speaks of several processes, but not of how they find each other. "
+            "Set WORLD_SIZE, RANK and MASTER_ADDR (or JAX_PROCESS_COUNT, JAX_PROCESS_ID and "
+            f"JAX_COORDINATOR_ADDRESS) for each; if this process is the only one, unset {name}"
+        )
 
 
 def _number(env: Mapping[str, str], *names: str) -> int | None:

@@ -18,92 +18,9 @@ import pytest
 
 from jaxdpo.checkpoints.restore import restore_params
 from jaxdpo.distributed import processes
-from jaxdpo.distributed.processes import Settings, settings
 from tests.runs import folder_with_inputs, metrics, untimed
 
 ROOT = Path(__file__).parents[2]
-SLURM = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
-    "SLURM_STEP_NODELIST": "a[1-2]",
-    "SLURM_STEP_NUM_TASKS": "2",
-}
-TPU = {"TPU_ML_PLATFORM": "JAX"}
-EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_COUNT": "2", "JAX_PROCESS_ID": "1"}
-
-ENVIRONMENTS: list[tuple[dict[str, str], Settings | None]] = [
-    ({}, None),
-    (EXPLICIT, Settings("a:1", 2, 1, ())),
-    (EXPLICIT | {"JAX_PROCESS_COUNT": "1", "JAX_PROCESS_ID": "0"}, None),
-    (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, Settings("a:1", 2, 1, None)),
-    (
-        {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "b", "MASTER_PORT": "29500"},
-        Settings("b:29500", 2, 0, ()),
-    ),
-    (
-        {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "b:1234", "MASTER_PORT": "29500"},
-        Settings("b:1234", 2, 0, ()),
-    ),
-    ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "b"}, Settings("b:8476", 2, 1, ())),
-    ({"NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "b"}, None),
-    ({"MASTER_ADDR": "b", "MASTER_PORT": "1"}, None),  # images have it for torch
-    (SLURM | EXPLICIT, Settings("a:1", 2, 1, ())),
-    (
-        SLURM,
-        Settings(None, 2, 1, None),
-    ),  # two tasks on a node: each has the GPU that JAX takes for it
-    (
-        SLURM | {"SLURM_STEP_NUM_NODES": "2"},
-        Settings(None, 2, 1, ()),
-    ),  # alone on its node: all of its GPUs
-    (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, Settings(None, 2, 1, ())),  # bound to its GPU already
-    (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}, Settings(None, 2, 1, None)),
-    (SLURM | {"JAX_COORDINATOR_ADDRESS": "a:1"}, Settings("a:1", 2, 1, None)),
-    (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
-    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # in the batch script, outside srun
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, Settings()),
-    ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
-    (TPU, Settings()),
-    (TPU | {"TPU_SKIP_MDS_QUERY": "1"}, None),
-    (TPU | {"JAX_PLATFORMS": "cpu"}, None),
-    (TPU | {"TPU_WORKER_HOSTNAMES": "a,b"}, Settings()),
-    (TPU | {"TPU_WORKER_HOSTNAMES": "a"}, None),
-    (TPU | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, Settings()),
-    ({"TPU_PROCESS_ADDRESSES": "local"}, None),  # notebooks
-    ({"KUBERNETES_SERVICE_HOST": "x"}, None),
-]
-
-
-@pytest.mark.parametrize(
-    ("env", "wanted"),
-    ENVIRONMENTS,
-    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
-)
-def test_the_environment_says_how_a_process_takes_part(
-    env: dict[str, str], wanted: Settings | None
-) -> None:
-    assert settings(env) == wanted
-
-
-@pytest.mark.parametrize(
-    ("env", "message"),
-    [
-        (
-            {"NNODES": "2", "NODE_RANK": "0"},
-            r"but JAX_COORDINATOR_ADDRESS or MASTER_ADDR is not set",
-        ),
-        (
-            {"JAX_PROCESS_ID": "1"},
-            r"JAX_PROCESS_COUNT or NNODES and JAX_COORDINATOR_ADDRESS or MASTER_ADDR is not set",
-        ),
-        (EXPLICIT | {"JAX_PROCESS_ID": "2"}, r"process 2 of 2: must be 0 to 1"),
-        (EXPLICIT | {"JAX_PROCESS_COUNT": "two"}, r"JAX_PROCESS_COUNT=two: must be a whole number"),
-    ],
-)
-def test_an_incomplete_environment_is_refused(env: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        settings(env)
 
 
 def test_alone_everything_is_agreed_at_once() -> None:
