@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdpo import __version__
 from jaxdpo.checkpoints import arrays
-from jaxdpo.checkpoints.layout import META, complete_steps, read_meta
+from jaxdpo.checkpoints.layout import META, complete_steps, note_loss, read_meta, saved_losses
 from jaxdpo.distributed import processes
 from jaxdpo.utils.files import make_writable, sync_folder, write_json
 from jaxdpo.utils.manifest import MANIFEST, find_damage, rename_aside, seal
@@ -59,6 +59,7 @@ class Checkpoints:
         self._keep, self._keep_best = keep, keep_best
         self._intact: set[int] = set()
         """Steps that were verified already."""
+        self._losses: dict[int, float] | None = None
         self._pending: concurrent.futures.Future[None] | None = None
         processes.on_first(lambda: self._open(run_dir))
         _check_shared(self.folder, run_dir)
@@ -120,6 +121,8 @@ class Checkpoints:
             arrays.save_state(self._saver, self.folder / f"{step}{SAVING}", state)
         except Exception as error:
             raise self._explain(error, step, size) from error
+        if eval_loss is not None:
+            self._known_losses()[step] = eval_loss
         record = {"step": step, "eval_loss": eval_loss, "jaxdpo": __version__, **meta}
         shapes = arrays.shapes_of(state)
         self._pending = self._pool.submit(self._finish, step, record, shapes, size, then)
@@ -151,6 +154,27 @@ class Checkpoints:
                     then()
         except Exception as error:
             raise self._explain(error, step, size) from error
+
+    def is_best(self, eval_loss: float) -> bool:
+        """Whether a validation loss is among the `keep_best` lowest of those that are saved: its
+        step is to be saved, too."""
+        lower = [loss for loss in self._known_losses().values() if loss <= eval_loss]
+        return math.isfinite(eval_loss) and len(lower) < self._keep_best
+
+    def measured(self, step: int, eval_loss: float) -> None:
+        """Note the validation loss of a step that was saved before it was known."""
+        if step in self._known_losses() or not math.isfinite(eval_loss):
+            return
+        self._known_losses()[step] = eval_loss
+        if processes.is_first():
+            note_loss(self.folder, step, eval_loss)
+
+    def _known_losses(self) -> dict[int, float]:
+        """Validation losses of the saved steps, and of the one that is being saved."""
+        if self._losses is None:
+            found = saved_losses(self.folder) if processes.is_first() else {}
+            self._losses = dict(processes.from_first(list(found.items())))
+        return self._losses
 
     def prove(self) -> None:
         """Save a small state here, as a checkpoint is saved, and restore it: before a run has
@@ -220,11 +244,8 @@ class Checkpoints:
         That is read from the disk itself, not from the cache of the operating system.
         """
         steps = complete_steps(self.folder)
-        losses = {step: read_meta(self.folder, step)["eval_loss"] for step in steps}
-        evaluated = [
-            step for step in steps if losses[step] is not None and math.isfinite(losses[step])
-        ]
-        best = sorted(evaluated, key=lambda step: (losses[step], step))[: self._keep_best]
+        losses = saved_losses(self.folder)
+        best = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
         kept = {*steps[-self._keep :], *best}
         old = [step for step in steps if step not in kept]
         if not old:

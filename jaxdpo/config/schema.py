@@ -16,7 +16,7 @@ from jaxdpo.config.sections import section as _section
 
 DEFAULT_EVAL_EVERY = 100
 """eval.every where it is automatic and there are validation pairs: that of checkpoint.save_every,
-so that checkpoint.keep_best knows a validation loss for each checkpoint."""
+so that a new best costs no further save."""
 
 MAX_BATCH_SIZE = 2**20
 """Of pairs a step: beyond any training, and arrays of that size are still made in no time."""
@@ -252,12 +252,13 @@ class CheckpointSection:
     """Which checkpoints are stored, so that the same command resumes."""
 
     save_every: int = 100
-    """Save after every so many steps; the last step is always saved. 0: the last only."""
+    """Save after every so many steps; also always the last one, and each new best (keep_best). 0:
+    only those."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
     keep_best: int = 1
-    """Number of further checkpoints to keep, by lowest validation loss (needs eval.every). 0:
-    none."""
+    """Number of further checkpoints to keep, by lowest validation loss (needs eval.every). A step
+    whose loss is among the lowest is saved when it is measured. 0: none."""
 
     def __post_init__(self) -> None:
         refuse(self._problems())

@@ -6,7 +6,7 @@ The loop owns every side effect, in a fixed order. For each step:
 2. the step is dispatched; the metrics of the step before are logged while it runs
 3. SIGTERM (preemption) or a request for a checkpoint, agreed on by all processes
 4. evaluation, if due
-5. checkpoint, if due or wanted, or if the run stops
+5. checkpoint, if due or wanted, for a new best validation loss, or if the run stops
 
 Step k describes update k, its loss taken before that update.
 """
@@ -134,9 +134,11 @@ def loop(run: Run, watchdog: Watchdog) -> bool:
         # The starting policy, or a state whose evaluation a signal cut off.
         if not run.evaluated and _evaluation_due(run.step, total, eval_every):
             try:
-                _evaluate(run, watchdog)
+                eval_loss = _evaluate(run, watchdog)
             except Interrupted:
                 return False
+            if run.step > 0:
+                run.checkpoints.measured(run.step, eval_loss)
 
         batches = run.trainer.loader.stream(run.step + 1, total)
         run.logged_at = time.perf_counter()
@@ -167,7 +169,8 @@ def loop(run: Run, watchdog: Watchdog) -> bool:
                     stopping = True
 
             # 5. Checkpoint.
-            if is_last or stopping or save_wanted or is_due(step, save_every):
+            is_best = eval_loss is not None and run.checkpoints.is_best(eval_loss)
+            if is_last or stopping or save_wanted or is_best or is_due(step, save_every):
                 then = watchdog.saved if save_wanted else None
                 with watchdog.paused("save"):
                     run.save(eval_loss, then)
