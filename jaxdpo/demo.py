@@ -39,8 +39,8 @@ from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.sampling import generate
 from jaxdpo.training.loop import train
-from jaxdpo.training.preemption import REQUEUE
 from jaxdpo.utils.console import show_table
+from jaxdpo.utils.early_signals import REQUEUE
 
 VERBS = (
     "bake", "boil", "clean", "cook", "draw", "fix", "fold", "grow", "hang", "lift", "mend",

@@ -12,6 +12,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from jaxdpo.utils.early_signals import REQUEUE, exit_on_signals
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds.
+    exit_on_signals()
+
 import jax
 
 from jaxdpo import demo
@@ -20,7 +26,6 @@ from jaxdpo.config.schema import Config
 from jaxdpo.distributed import processes
 from jaxdpo.training.dry_run import dry_run
 from jaxdpo.training.loop import train
-from jaxdpo.training.preemption import REQUEUE
 from jaxdpo.training.resolve import validate
 from jaxdpo.training.startup_checks import Fault
 from jaxdpo.training.trainer import Trainer
@@ -42,6 +47,8 @@ def main(argv: Sequence[str], leave: Callable[[int], object] | None = None) -> i
     try:
         # First of all: JAX must know the other processes before anything touches a device.
         processes.connect()
+        if leave is not None:
+            exit_on_signals()  # again: JAX has installed handlers of its own for several processes
         if not argv:
             return demo.main([])
         config, given = cli.load(Config, argv, command="train", checks=[validate], flags=FLAGS)

@@ -14,10 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from jaxdpo.distributed import processes
-
-REQUEUE = 75
-"""Exit status of a run that a signal stopped (EX_TEMPFAIL): the same command resumes it."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from jaxdpo.utils.early_signals import REQUEUE, SIGNALS
 
 
 class Interrupted(Exception):
