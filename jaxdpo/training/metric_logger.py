@@ -95,7 +95,7 @@ class JsonLines:
 
     def sync(self) -> None:
         """Return when every row is on the disk, safe from a power failure."""
-        if self._on:
+        if self._on and "_file" in self.__dict__:
             os.fsync(self._file.fileno())
 
     def rows(self) -> list[dict[str, Any]]:

@@ -183,9 +183,11 @@ class Run:
             eval_loss: the validation loss of this state; None: it was not evaluated.
             then: called when the checkpoint is on disk.
         """
-        # First the metrics: a resumed run continues their file, so a checkpoint must not be ahead.
+        # First the rows: a resumed run continues their files, so a checkpoint must not be ahead.
         self.flush()
         self.logger.flush()
+        self.samples.sync()
+        self.skipped.sync()
         synced = self.frozen.reference if self.config.loss.ref_sync_every else None
         # The position in the data is not saved: it follows from the step and the config.
         meta = {
