@@ -38,7 +38,8 @@ class ModelSection:
     learning rates."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Mixed precision: dtype of the inputs of matrix multiplications; they accumulate in float32
-    always. auto: float32 on CPU, bfloat16 on GPU and TPU."""
+    always. float32 is exact, without TF32 or bfloat16 passes, and slow on GPUs and TPUs. auto:
+    float32 on CPU, bfloat16 on GPU and TPU."""
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     """Gradient checkpointing: what the backward pass recomputes to save activation memory. none:
     nothing. dots: all but matrix multiplications and attention. full: all but attention. auto:

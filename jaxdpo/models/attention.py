@@ -25,7 +25,7 @@ from jaxdpo.distributed.sharding import activation_spec, on_each_device
 from jaxdpo.models.attention_blocks import blocks
 from jaxdpo.models.attention_inputs import MASK_VALUE, Inputs, Window
 from jaxdpo.models.attention_tpu import splash
-from jaxdpo.models.matmul import soft_cap
+from jaxdpo.models.matmul import einsum, soft_cap
 
 
 def attention(
@@ -106,9 +106,7 @@ def dense(scale: float, cap: float | None, inputs: Inputs) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
+    scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH)
     scores_BKGTS = soft_cap(scores_BKGTS * scale, cap)
     index_11S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None, :]
     allowed_BTS = (index_11S >= k_start_BT[..., None]) & (index_11S < k_end_BT[..., None])
@@ -119,12 +117,7 @@ def dense(scale: float, cap: float | None, inputs: Inputs) -> jax.Array:
     weights_BKGTS = _softmax(
         jnp.where(allowed_BTS[:, None, None], scores_BKGTS, MASK_VALUE), sinks_N
     )
-    out_BTKGH = jnp.einsum(
-        "BKGTS,BSKH->BTKGH",
-        weights_BKGTS.astype(v_BSKH.dtype),
-        v_BSKH,
-        preferred_element_type=jnp.float32,
-    )
+    out_BTKGH = einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
     return out_BTKGH.reshape(B, T, N, H)
 
 
@@ -159,13 +152,11 @@ def attend_to_cache(
     B, N, H = q_BNH.shape
     K = k_BKSH.shape[1]
     q_BKGH = q_BNH.reshape(B, K, N // K, H)
-    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGS = einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH)
     scores_BKGS = soft_cap(scores_BKGS * scale, cap)
     scores_BKGS = jnp.where(allowed_BS[:, None, None], scores_BKGS, MASK_VALUE)
     weights_BKGS = _softmax(scores_BKGS[:, :, :, None], sinks_N)[:, :, :, 0].astype(v_BKSH.dtype)
-    out_BKGH = jnp.einsum(
-        "BKGS,BKSH->BKGH", weights_BKGS, v_BKSH, preferred_element_type=jnp.float32
-    )
+    out_BKGH = einsum("BKGS,BKSH->BKGH", weights_BKGS, v_BKSH)
     return out_BKGH.reshape(B, N, H)
 
 

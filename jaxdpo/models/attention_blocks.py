@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxdpo.models.attention_inputs import MASK_VALUE, Inputs
-from jaxdpo.models.matmul import soft_cap, soft_cap_slope
+from jaxdpo.models.matmul import einsum, soft_cap, soft_cap_slope
 
 BLOCK = 64
 """Tokens of a block: few next to the hundreds of a pair, so that few masked scores are computed."""
@@ -129,7 +129,7 @@ def _scores(
         q_positions = jax.lax.dynamic_slice_in_dim(positions_T, block.start, BLOCK)
         k_positions = jax.lax.dynamic_slice_in_dim(key_positions_S, key_start, BLOCK)
         allowed_qk &= q_positions[:, None] - k_positions[None, :] < visible.window
-    scores_KGqk = jnp.einsum("KGqH,KkH->KGqk", q_KGbH, k_KbH, preferred_element_type=jnp.float32)
+    scores_KGqk = einsum("KGqH,KkH->KGqk", q_KGbH, k_KbH)
     scores_KGqk = soft_cap(scores_KGqk, cap)
     masked_KGqk = jnp.where(allowed_qk[None, None], scores_KGqk, MASK_VALUE)
     return masked_KGqk, soft_cap_slope(scores_KGqk, cap)
@@ -179,11 +179,8 @@ def _attend_sequence_fwd(
             new_max = jnp.maximum(old_max, scores.max(-1))
             weights = jnp.exp(scores - new_max[..., None])
             rescale = jnp.exp(old_max - new_max)
-            new = jnp.einsum(
-                "KGqk,KkH->KGqH",
-                weights.astype(v_KSH.dtype),
-                _slice_block(v_KSH, j * BLOCK),
-                preferred_element_type=jnp.float32,
+            new = einsum(
+                "KGqk,KkH->KGqH", weights.astype(v_KSH.dtype), _slice_block(v_KSH, j * BLOCK)
             )
             return new_max, total * rescale + weights.sum(-1), out * rescale[..., None] + new
 
@@ -230,16 +227,14 @@ def _attend_sequence_bwd(cap: float | None, saved: tuple, d_out_KGTH: jax.Array)
             k, v = _slice_block(k_KSH, j * BLOCK), _slice_block(v_KSH, j * BLOCK)
             scores, slope = _scores(q, k, block, j * BLOCK, visible, cap)
             weights = jnp.exp(scores - lse)
-            d_weights = jnp.einsum("KGqH,KkH->KGqk", d_out, v, preferred_element_type=jnp.float32)
+            d_weights = einsum("KGqH,KkH->KGqk", d_out, v)
             d_scores = weights * (d_weights - delta)
             if slope is not None:
                 d_scores = d_scores * slope
             d_scores = d_scores.astype(dtype)
-            d_v = jnp.einsum(
-                "KGqk,KGqH->KkH", weights.astype(dtype), d_out, preferred_element_type=jnp.float32
-            )
-            d_k = jnp.einsum("KGqk,KGqH->KkH", d_scores, q, preferred_element_type=jnp.float32)
-            d_q += jnp.einsum("KGqk,KkH->KGqH", d_scores, k, preferred_element_type=jnp.float32)
+            d_v = einsum("KGqk,KGqH->KkH", weights.astype(dtype), d_out)
+            d_k = einsum("KGqk,KGqH->KkH", d_scores, q)
+            d_q += einsum("KGqk,KkH->KGqH", d_scores, k)
             return d_q, _add_block(d_k_KSH, d_k, j * BLOCK), _add_block(d_v_KSH, d_v, j * BLOCK)
 
         start = (jnp.zeros(q.shape, jnp.float32), d_k_KSH, d_v_KSH)

@@ -24,6 +24,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from jaxdpo.models.attention_inputs import MASK_VALUE
+from jaxdpo.models.matmul import exact_products
 
 LANES = 128
 """Lanes of a TPU's vector unit: the kernel takes multiples of it."""
@@ -74,7 +75,8 @@ def splash(
     def attend(sequence: tuple) -> jax.Array:
         return _attend_sequence(cap, interpret, sinks_N, *sequence)
 
-    out = jax.lax.map(attend, (q, k, v, start_BT, end_BT))
+    with exact_products(q.dtype):
+        out = jax.lax.map(attend, (q, k, v, start_BT, end_BT))
     return out.transpose(0, 2, 1, 3)[:, :T, :, :H].astype(jnp.float32)
 
 

@@ -18,7 +18,7 @@ from jaxdpo.models.attention_inputs import Window
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.decoder import Attend, ForwardOptions, Rope
 from jaxdpo.models.layers import embedding_lookup, rope_tables, round_to
-from jaxdpo.models.matmul import soft_cap
+from jaxdpo.models.matmul import einsum, soft_cap
 from jaxdpo.models.moe import RouterLoad
 from jaxdpo.models.params import Params, bind
 
@@ -240,7 +240,5 @@ def logits(
 ) -> jax.Array:
     """Logits of hidden states [..., D]: float32 [..., V]."""
     head_VD = head_weight(params).astype(options.dtype)
-    scores = jnp.einsum(
-        "...D,VD->...V", hidden.astype(options.dtype), head_VD, preferred_element_type=jnp.float32
-    )
+    scores = einsum("...D,VD->...V", hidden.astype(options.dtype), head_VD)
     return soft_cap(scores, config.logit_softcap)

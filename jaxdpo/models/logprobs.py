@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdpo.models.matmul import soft_cap, soft_cap_slope, weight_gradient
+from jaxdpo.models.matmul import einsum, soft_cap, soft_cap_slope, weight_gradient
 from jaxdpo.models.vocab_parallel import Kind, MeshAxes, on_mesh
 
 CHUNK_LOGITS_CPU = 1 << 23
@@ -205,9 +205,7 @@ def _gradients_local(
         if slope_BCV is not None:
             d_logits_BCV = d_logits_BCV * slope_BCV
         d_logits_BCV = d_logits_BCV.astype(options.dtype)
-        d_hidden_BCD = jnp.einsum(
-            "BCV,VD->BCD", d_logits_BCV, head_VD, preferred_element_type=jnp.float32
-        )
+        d_hidden_BCD = einsum("BCV,VD->BCD", d_logits_BCV, head_VD)
         hidden_BCD = _chunk(hidden_BSD, start, chunk)
         d_head_DV += weight_gradient(hidden_BCD.reshape(-1, D), d_logits_BCV.reshape(-1, V))
         d_hidden_BSD = jax.lax.dynamic_update_slice_in_dim(
@@ -304,7 +302,7 @@ def sum_by_completion(values_BS: jax.Array, completion_BS: jax.Array, max_pairs:
         float32 [B, P, 2] (chosen, rejected).
     """
     owner_BSQ = jax.nn.one_hot(completion_BS, 2 * max_pairs, dtype=jnp.float32)
-    sums_BQ = jnp.einsum("BS,BSQ->BQ", values_BS, owner_BSQ, precision=jax.lax.Precision.HIGHEST)
+    sums_BQ = einsum("BS,BSQ->BQ", values_BS, owner_BSQ)
     return sums_BQ.reshape(values_BS.shape[0], max_pairs, 2)
 
 
@@ -340,5 +338,5 @@ def _logits(
 ) -> jax.Array:
     """float32 [B, C, V] logits of the chunk that begins at token `start`."""
     hidden_BCD = _chunk(hidden_BSD, start, options.chunk)
-    logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+    logits_BCV = einsum("BCD,VD->BCV", hidden_BCD, head_VD)
     return soft_cap(logits_BCV, options.cap)

@@ -1,14 +1,45 @@
 """Matrix multiplications in the compute dtype with float32 accumulation (mixed precision).
 
+Float32 is float32: without a precision, GPUs multiply float32 matrices in TF32 (10 bits) and TPUs
+in bfloat16 (7 bits). Every matmul of the package is `einsum` here, or says its precision itself.
+
 Also the logit soft-capping that attention and LM head share.
 
 Shape suffixes: R rows (tokens), I inputs, O outputs.
 """
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
+
+
+def precision_of(*arrays: jax.Array) -> jax.lax.Precision | None:
+    """The precision at which a matmul of these arrays keeps their bits: HIGHEST for float32.
+
+    None for bfloat16, whose products every platform computes exactly.
+    """
+    if any(x.dtype == jnp.float32 for x in arrays):
+        return jax.lax.Precision.HIGHEST
+    return None
+
+
+def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """jnp.einsum with products as exact as its inputs, and float32 accumulation; float32."""
+    return jnp.einsum(
+        equation, x, y, precision=precision_of(x, y), preferred_element_type=jnp.float32
+    )
+
+
+def exact_products(compute_dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+    """While this is entered, matmuls that say no precision are traced as `einsum` would.
+
+    For code that is not ours: the splash attention kernel.
+    """
+    if compute_dtype == jnp.float32:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -36,12 +67,7 @@ def matmul(equation: str, compute_dtype: jnp.dtype, x: jax.Array, weight: jax.Ar
         x_dims = x_dims[:-num_contracted] + first
         weight_dims = first + weight_dims[num_contracted:]
         equation = f"{x_dims},{weight_dims}->{y_dims}"
-    return jnp.einsum(
-        equation,
-        x.astype(compute_dtype),
-        weight.astype(compute_dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return einsum(equation, x.astype(compute_dtype), weight.astype(compute_dtype))
 
 
 def _matmul_fwd(equation: str, compute_dtype: jnp.dtype, x: jax.Array, weight: jax.Array) -> tuple:
@@ -53,12 +79,7 @@ def _matmul_bwd(equation: str, compute_dtype: jnp.dtype, saved: tuple, d_y: jax.
     x, weight = saved
     x_dims, weight_dims, y_dims = equation.replace("->", ",").split(",")
     d_y = d_y.astype(compute_dtype)
-    d_x = jnp.einsum(
-        f"{y_dims},{weight_dims}->{x_dims}",
-        d_y,
-        weight.astype(compute_dtype),
-        preferred_element_type=jnp.float32,
-    )
+    d_x = einsum(f"{y_dims},{weight_dims}->{x_dims}", d_y, weight.astype(compute_dtype))
     num_rows = x.shape[0] * x.shape[1]
     d_weight = weight_gradient(x.reshape(num_rows, -1), d_y.reshape(num_rows, -1))
     return d_x, d_weight.reshape(weight.shape).astype(weight.dtype)
@@ -79,11 +100,11 @@ def weight_gradient(x_RI: jax.Array, d_y_RO: jax.Array) -> jax.Array:
 def _transpose_first(x_RI: jax.Array, d_y_RO: jax.Array) -> jax.Array:
     # Without the barrier, XLA merges the transpose into the matmul again.
     x_IR = jax.lax.optimization_barrier(x_RI.T)
-    return jnp.einsum("IR,RO->IO", x_IR, d_y_RO, preferred_element_type=jnp.float32)
+    return einsum("IR,RO->IO", x_IR, d_y_RO)
 
 
 def _contract_rows(x_RI: jax.Array, d_y_RO: jax.Array) -> jax.Array:
-    return jnp.einsum("RI,RO->IO", x_RI, d_y_RO, preferred_element_type=jnp.float32)
+    return einsum("RI,RO->IO", x_RI, d_y_RO)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

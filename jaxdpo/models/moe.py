@@ -24,6 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxdpo.distributed.sharding import activation_spec, on_each_device
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.layers import constant_if, gated_activation, linear, param, round_to
+from jaxdpo.models.matmul import einsum, precision_of
 
 
 class RouterLoad(NamedTuple):
@@ -131,8 +132,8 @@ def _router_load(
     if token_mask_BT is None:
         token_mask_BT = jnp.ones(probs_BTE.shape[:2], bool)
     counts_BTE = jnp.sum(jax.nn.one_hot(chosen_BTC, E, dtype=jnp.float32), axis=2)
-    chosen_E = jnp.einsum("BTE,BT->E", counts_BTE, token_mask_BT.astype(jnp.float32))
-    probs_E = jnp.einsum("BTE,BT->E", probs_BTE, token_mask_BT.astype(jnp.float32))
+    chosen_E = einsum("BTE,BT->E", counts_BTE, token_mask_BT.astype(jnp.float32))
+    probs_E = einsum("BTE,BT->E", probs_BTE, token_mask_BT.astype(jnp.float32))
     return RouterLoad(chosen_E, probs_E, jnp.sum(token_mask_BT).astype(jnp.float32))
 
 
@@ -163,7 +164,7 @@ def grouped_matmul(
         float32 [R, O]; gradients are float32 for x and of the weight's dtype for the weight.
     """
     x_RI, weight_EIO = x_RI.astype(compute_dtype), weight_EIO.astype(compute_dtype)
-    y_RO = jax.lax.ragged_dot(x_RI, weight_EIO, sizes_E, preferred_element_type=jnp.float32)
+    y_RO = _ragged_dot(x_RI, weight_EIO, sizes_E)
     return _zero_outside_groups(y_RO, sizes_E)
 
 
@@ -178,9 +179,14 @@ def _grouped_matmul_bwd(compute_dtype: jnp.dtype, saved: tuple, d_y_RO: jax.Arra
     x_RI, weight_EIO, sizes_E = saved
     d_y_RO = d_y_RO.astype(compute_dtype)
     weight_EOI = weight_EIO.astype(compute_dtype).swapaxes(1, 2)
-    d_x_RI = jax.lax.ragged_dot(d_y_RO, weight_EOI, sizes_E, preferred_element_type=jnp.float32)
+    d_x_RI = _ragged_dot(d_y_RO, weight_EOI, sizes_E)
     d_weight_EIO = jax.lax.ragged_dot_general(
-        x_RI, d_y_RO, sizes_E, _CONTRACT_ROWS_BY_GROUP, preferred_element_type=jnp.float32
+        x_RI,
+        d_y_RO,
+        sizes_E,
+        _CONTRACT_ROWS_BY_GROUP,
+        precision=precision_of(x_RI, d_y_RO),
+        preferred_element_type=jnp.float32,
     )
     return _zero_outside_groups(d_x_RI, sizes_E), d_weight_EIO.astype(weight_EIO.dtype), None
 
@@ -193,6 +199,16 @@ _CONTRACT_ROWS_BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
     lhs_ragged_dimensions=[0],
     rhs_group_dimensions=[],
 )
+
+
+def _ragged_dot(x_RI: jax.Array, weight_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(
+        x_RI,
+        weight_EIO,
+        sizes_E,
+        precision=precision_of(x_RI, weight_EIO),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _zero_outside_groups(y_RO: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -277,4 +293,4 @@ def _apply_experts(
     # argsort of a permutation is its inverse: back to the order of the tokens.
     out = jnp.where(local_RC[:, None], out[jnp.argsort(order_RC)], 0.0)
     out_RCD = out.reshape(-1, C, x_RD.shape[-1])
-    return jnp.einsum("RCD,RC->RD", out_RCD, weights_BTC.reshape(-1, C)).reshape(x_BTD.shape)
+    return einsum("RCD,RC->RD", out_RCD, weights_BTC.reshape(-1, C)).reshape(x_BTD.shape)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxdpo.data.packing import Batch
 from jaxdpo.distributed.sharding import replicated, rows, summed_over_data
 from jaxdpo.losses import registry
+from jaxdpo.models.matmul import exact_products
 from jaxdpo.models.params import Params
 from jaxdpo.training import optim
 from jaxdpo.training.completion_logps import (
@@ -102,7 +103,7 @@ def loss_and_grads(
         sums[PAIR_LOGPS] = jax.lax.stop_gradient(logps_of_pairs(policy, ref_logps, micro))
         if coupled:
             # Not the loss, but a value with the same gradient by the weights (chain rule).
-            terms = jax.tree.map(jnp.vdot, cotangents, policy)
+            terms = jax.tree.map(lambda d, x: jnp.sum(d * x), cotangents, policy)
             return jax.tree.reduce(jnp.add, terms), sums
         # loss_sums takes batches: this one has a single microbatch.
         policy, ref_logps, micro = jax.tree.map(lambda x: x[None], (policy, ref_logps, micro))
@@ -115,7 +116,9 @@ def loss_and_grads(
         if ref_weights is not None and not coupled:
             ref_logps = completion_logps(ref_weights, micro, options).logps
         loss_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
-        (_, sums), micro_grads = loss_and_grad(params, micro, ref_logps, cotangents)
+        # Entered here too, where splash attention's backward kernels are traced.
+        with exact_products(options.forward.dtype):
+            (_, sums), micro_grads = loss_and_grad(params, micro, ref_logps, cotangents)
         # In float32: a sum of many small gradients would be rounded away in bfloat16.
         grads = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), grads, micro_grads)
         return grads, sums

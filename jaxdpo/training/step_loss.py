@@ -66,7 +66,7 @@ def loss_sums(
     if policy.balance is not None:
         # One value a microbatch; weighted with its tokens, it becomes a sum like the others.
         tokens_M = jnp.sum(token_mask(batch), axis=(1, 2)).astype(jnp.float32)
-        balance = jnp.vdot(policy.balance, tokens_M)
+        balance = jnp.sum(policy.balance * tokens_M)
         sums["router/balance"] = balance
         sums["loss_router"] = (section.router_aux_coef or 0.0) * balance
     return sums | loss_divisors(batch)
