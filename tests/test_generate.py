@@ -15,11 +15,13 @@ from jaxdpo.checkpoints.checkpoint import Checkpoints
 from jaxdpo.config import cli
 from jaxdpo.config.schema import LoraSection
 from jaxdpo.inference.model import Answer, LoadedModel, Sampling, Source
+from jaxdpo.inference.options import GenerateConfig
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.lora import adapter_shapes
 from jaxdpo.models.sampling import generate as generate_ids
+from jaxdpo.training.trainer import Trainer
 from tests.inference.models import STOP, greedy, words, write_chat_model
 from tests.tiny import config, mesh, model, params, write_model, write_rows
 
@@ -294,3 +296,69 @@ def test_ctrl_c_between_batches_is_exit_code_130(
 
     monkeypatch.setattr("jaxdpo.inference.model.generate", interrupted)
     assert command(f"model.path={base}", "prompts=[w5]") == (130, [])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "places"),
+    [
+        ([{"prompt": "w5 w64 w3"}], (":1",)),
+        ([{"prompt": "w5"}, {"prompt": "w64"}, {"prompt": "w6 w65"}], (":2", ":3")),
+    ],
+)
+def test_prompts_with_ids_beyond_the_embedding_are_refused(
+    base: Path,
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    prompts: list[dict[str, str]],
+    places: tuple[str, ...],
+) -> None:
+    folder = tmp_path / "short"
+    shutil.copytree(base, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {"w64": 64, "w65": 65}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    path = write_rows(tmp_path / "prompts.jsonl", prompts)
+    status, _ = command(f"model.path={folder}", f"prompts={path}")
+    error = capsys.readouterr().err
+    assert status == 1 and "but the model's vocab_size is 64" in error
+    assert all(f"{path}{place}" in error or place[1:] in error for place in places), error
+    assert error.count("vocab_size") == len(places)
+    fine = write_rows(tmp_path / "fine.jsonl", [{"prompt": "w5 w63"}])
+    assert command(f"model.path={folder}", f"prompts={fine}")[0] == 0
+
+
+def test_a_folder_of_full_weights_and_an_adapter_is_refused(
+    base: Path, lora_run: tuple[Path, list[int]], command: Command, tmp_path: Path
+) -> None:
+    """As a merge leaves it that is written over its adapter: as model, and as an adapter's base."""
+    adapter, mixed, over_mixed = (tmp_path / name for name in ("adapter", "mixed", "over"))
+    export.main([f"run_dir={lora_run[0]}", f"out={adapter}"])
+    shutil.copytree(base, mixed)
+    for file in adapter.glob("adapter_*"):
+        shutil.copy(file, mixed)
+    shutil.copytree(adapter, over_mixed)
+    settings = json.loads((over_mixed / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(mixed)
+    (over_mixed / "adapter_config.json").write_text(json.dumps(settings))
+    path = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "w5"}])
+    told = r"has full weights \(model.safetensors\) and an adapter .* move the adapter_\* files"
+    for folder in (mixed, over_mixed):
+        options, _ = cli.validate(
+            GenerateConfig,
+            {"model": {"path": str(folder)}, "prompts": path, "out": str(tmp_path / "o.jsonl")},
+        )
+        assert options is not None
+        with pytest.raises(ValueError, match=told):
+            generate.generate(options)
+    with pytest.raises(ValueError, match=told):
+        Trainer.open(config(tmp_path, model__path=str(mixed)))
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=told):
+        export.export_run(
+            export.ExportConfig(
+                run_dir=str(lora_run[0]), out=str(out), form="merged", base=str(mixed)
+            )
+        )
+    (mixed / "adapter_config.json").unlink()
+    assert command(f"model.path={mixed}", f"prompts={path}")[0] == 0

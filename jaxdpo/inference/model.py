@@ -24,7 +24,7 @@ from jaxdpo.checkpoints.run_dir import (
 from jaxdpo.data.chat_template import read_template
 from jaxdpo.data.detokenize import decode_answer
 from jaxdpo.data.formats.preference import Dropped, Message
-from jaxdpo.data.tokenize import EncodedPrompt, Encoder, load_tokenizer
+from jaxdpo.data.tokenize import EncodedPrompt, Encoder, check_vocabulary, load_tokenizer
 from jaxdpo.distributed import sharding
 from jaxdpo.inference.prompts import Prompt
 from jaxdpo.models.config import ModelConfig
@@ -35,6 +35,7 @@ from jaxdpo.models.hf.hub import fetch_model
 from jaxdpo.models.hf.load_weights import load_weights
 from jaxdpo.models.hf.peft import CONFIG as ADAPTER_CONFIG
 from jaxdpo.models.hf.peft import read_peft
+from jaxdpo.models.hf.weight_files import refuse_two_models
 from jaxdpo.models.kv_cache import for_decoding
 from jaxdpo.models.params import Params
 from jaxdpo.models.sampling import generate
@@ -166,7 +167,8 @@ class LoadedModel:
             report: called after each batch with the number of prompts answered so far.
 
         Raises:
-            ValueError: some prompts are refused by the tokenizer or the template; names each.
+            ValueError: some prompts are refused by the tokenizer or the template, or have tokens
+                that the model has no embedding for; names each.
         """
         encoded = self._encode(prompts)
         sampling: dict[str, Any] = dataclasses.asdict(self.sampling)
@@ -195,8 +197,14 @@ class LoadedModel:
             found = self.encoder.encode_prompt(text)
             if isinstance(found, Dropped):
                 problems.append(f"{prompt.place}: {found.reason}")
-            else:
-                encoded.append(found)
+                continue
+            try:
+                largest = int(found.ids.max())
+                check_vocabulary(largest, self.encoder.tokenizer, self.model.vocab_size)
+            except ValueError as error:
+                problems.append(f"{prompt.place}: {error}")
+                continue
+            encoded.append(found)
         if problems:
             raise ValueError("\n".join(problems))
         return encoded
@@ -231,6 +239,7 @@ def _find_files(source: Source) -> _Files:
     if source.kind == "run":
         return _run_files(source)
     if source.kind == "adapter":
+        refuse_two_models(folder)
         base = _adapter_base(source)
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
         return _Files(base, folder if has_tokenizer else base, source.chat_template)

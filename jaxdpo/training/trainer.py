@@ -21,6 +21,7 @@ from jaxdpo.models.hf.config_json import load_model_config, read_config_json
 from jaxdpo.models.hf.folder import end_ids
 from jaxdpo.models.hf.hub import fetch_model
 from jaxdpo.models.hf.peft import PeftAdapter
+from jaxdpo.models.hf.weight_files import refuse_two_models
 from jaxdpo.models.params import Params
 from jaxdpo.training import optim
 from jaxdpo.training.completion_logps import reference_logps
@@ -219,12 +220,13 @@ def model_folder(config: Config) -> Path:
     """The local folder of model.path; a hub id is fetched first.
 
     Raises:
-        ValueError: there is no such folder and no such model on the hub.
+        ValueError: there is no such folder and no such model on the hub, or it is two models.
     """
-    path = Path(config.model.path or "").expanduser()
-    if path.is_dir():
-        return path
-    return fetch_model(config.model.path or "", config.model.revision)
+    folder = Path(config.model.path or "").expanduser()
+    if not folder.is_dir():
+        folder = fetch_model(config.model.path or "", config.model.revision)
+    refuse_two_models(folder)
+    return folder
 
 
 def _notes(config: Config, weights: PolicyWeights) -> Iterator[str]:

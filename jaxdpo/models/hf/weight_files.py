@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from jaxdpo.models.hf.folder import write_json
+from jaxdpo.models.hf.peft_config import CONFIG as ADAPTER_CONFIG
 from jaxdpo.models.hf.safetensors_io import TensorInfo, read_header, write_file
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -64,6 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
             ambiguous.
     """
     folder = Path(folder)
+    refuse_two_models(folder)
     index, single = folder / _INDEX, folder / _SINGLE
     if not index.is_file():
         if not single.is_file():
@@ -82,6 +84,25 @@ def weight_files(folder: Path) -> list[Path]:
             "Download the folder again"
         )
     return [folder / name for name in names]
+
+
+def refuse_two_models(folder: Path) -> None:
+    """Refuse a folder that is two models: full weights, and an adapter over some base.
+
+    Which of them is meant is not known: transformers would load base and adapter, others the full
+    weights. Such folders are left by a merge that was written over its adapter.
+
+    Raises:
+        ValueError: the folder has the files of both.
+    """
+    found = [name for name in (_SINGLE, _INDEX) if (folder / name).is_file()]
+    if found and (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"model.path={folder}: has full weights ({found[0]}) and an adapter "
+            f"({ADAPTER_CONFIG}), which are two models. If the weights are what you mean, such as "
+            "a base into which the adapter was merged, move the adapter_* files out of the folder; "
+            "if the adapter is, move its files into a folder of their own"
+        )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
