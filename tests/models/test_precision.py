@@ -39,7 +39,9 @@ def products(lowered: Any) -> list[str]:
     lines = lowered.as_text().splitlines()
     found = []
     for line in lines:
-        if re.search(r"= \"?(stablehlo|chlo|mhlo)\.(dot|dot_general|ragged_dot|convolution)\b", line):
+        if re.search(
+            r"= \"?(stablehlo|chlo|mhlo)\.(dot|dot_general|ragged_dot|convolution)\b", line
+        ):
             found.append(line)
     return found
 
@@ -68,9 +70,7 @@ def shapes_of(batch: Batch) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
 
 
-def lowered_step(
-    config: ModelConfig, loss: LossSection, lora: bool = False, **forward: Any
-) -> Any:
+def lowered_step(config: ModelConfig, loss: LossSection, lora: bool = False, **forward: Any) -> Any:
     """The train step, forward and backward, with a frozen reference."""
     options = options_of(config, loss, **forward)
     params = abstract_params(config, "float32")

@@ -69,7 +69,8 @@ def trainer_of(section: LossSection, reference: np.ndarray, dtype: str = "float3
 
 def start(section: LossSection, reference: np.ndarray, dtype: str = "float32") -> list | None:
     trainer = trainer_of(section, reference, dtype)
-    return check_start(trainer, None, FrozenState(), BATCH)[1]  # type: ignore[arg-type]
+    state: Any = None
+    return check_start(trainer, state, FrozenState(), BATCH)[1]
 
 
 @pytest.mark.parametrize("first", LOSSES)
@@ -121,7 +122,7 @@ def test_rounding_passes_and_more_of_it_in_bfloat16() -> None:
     with pytest.raises(Fault, match="rounding in float32"):
         start(LossSection(), coarse)
     assert start(LossSection(), coarse, "bfloat16") is not None
-    assert tolerance(np.float32(-40), np.int64(9), "bfloat16") < 0.19
+    assert tolerance(np.array(-40.0), np.array(9), "bfloat16") < 0.19
 
 
 def test_a_loss_that_is_not_what_it_must_be_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,16 +134,16 @@ def test_a_loss_that_is_not_what_it_must_be_fails(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("size", [0.19, np.nan])
 def test_a_resume_refuses_another_reference(size: float) -> None:
     trainer = trainer_of(LossSection(), LOGPS + np.float32(1.0))
-    arguments: Any = (None, FrozenState(), BATCH)
-    check_resume(trainer, *arguments, (LOGPS + np.float32(1.0)).tolist())
+    state: Any = None
+    check_resume(trainer, state, FrozenState(), BATCH, (LOGPS + np.float32(1.0)).tolist())
     off = LOGPS + np.float32(1.0)
     off[2, 1] += np.float32(size)
     with pytest.raises(Fault, match=r"not the one that this run started with: the rejected answer"):
-        check_resume(trainer, *arguments, off.tolist())
+        check_resume(trainer, state, FrozenState(), BATCH, off.tolist())
     # Nothing to compare: a loss without a reference, or one that moves.
-    check_resume(trainer, *arguments, None)
+    check_resume(trainer, state, FrozenState(), BATCH, None)
     moving = trainer_of(LossSection(ref_sync_every=1), LOGPS)
-    check_resume(moving, *arguments, off.tolist())
+    check_resume(moving, state, FrozenState(), BATCH, off.tolist())
 
 
 @pytest.mark.slow
