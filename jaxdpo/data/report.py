@@ -28,7 +28,8 @@ class DataReport:
     """Pairs of plain strings, to which no chat template applies."""
     repeats_prompt: int = 0
     """Pairs whose two answers begin with the prompt."""
-    ignored_columns: tuple[str, ...] = ()
+    ignored_columns: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Columns that are not read, and in how many rows each has content."""
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of invalid pairs per reason."""
     filtered: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -63,7 +64,7 @@ class DataReport:
             "repeats_prompt": self.repeats_prompt,
             "dropped": self._reasons(self.dropped),
             "filtered": self._reasons(self.filtered),
-            "ignored_columns": list(self.ignored_columns),
+            "ignored_columns": dict(sorted(self.ignored_columns.items())),
         }
 
     def _reasons(self, counts: Mapping[str, int]) -> dict[str, Any]:
@@ -82,8 +83,16 @@ def describe_counts(report: Mapping[str, Any]) -> str:
     text += _describe_reasons("dropped", report["dropped"])
     text += _describe_reasons("filtered", report["filtered"])
     if report["ignored_columns"]:
-        text += f"; columns not used: {printable(', '.join(report['ignored_columns']))}"
+        text += f"; columns not used: {describe_ignored(report['ignored_columns'])}"
     return text
+
+
+def describe_ignored(columns: Mapping[str, int]) -> str:
+    """Columns that are not read, with the number of rows in which each has content."""
+    parts = []
+    for name, count in columns.items():
+        parts.append(f"{printable(name)} ({count:,} {'row' if count == 1 else 'rows'})")
+    return ", ".join(parts)
 
 
 def _describe_reasons(verb: str, reasons: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ and the set to HUB_SETS, add a fixture test (docs/data.md).
 """
 
 import collections
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -19,7 +20,7 @@ import datasets.exceptions
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats import ab, hh_rlhf, oasst, ranked, shp, trl
-from jaxdpo.data.formats.common import EMPTY, IDENTICAL, OPTIONAL, Parser, Row
+from jaxdpo.data.formats.common import EMPTY, IDENTICAL, Parser, Row, Unread, media_column
 from jaxdpo.data.formats.preference import Dropped, Preference
 from jaxdpo.data.readers import file_hash, file_kind, read_rows
 from jaxdpo.data.report import DataReport
@@ -53,8 +54,8 @@ class Format:
     """One format of rows."""
 
     parse: Parser
-    columns: tuple[str, ...]
-    """Columns that the parser reads; others are reported as ignored."""
+    unread: Unread
+    """The columns with content that the parser does not read: they are counted and reported."""
     detect: Callable[[Row], bool]
     """Whether a row looks like it."""
     gather: Callable[[NamedRows], NamedRows] | None = None
@@ -64,12 +65,14 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "hh-rlhf": Format(hh_rlhf.parse_hh, hh_rlhf.COLUMNS, hh_rlhf.is_hh),
-    "shp": Format(shp.parse_shp, shp.COLUMNS, shp.is_shp, pairs_per_prompt=shp.PAIRS_PER_POST),
-    "oasst": Format(oasst.parse_oasst, oasst.COLUMNS, oasst.is_oasst, gather=oasst.gather_trees),
-    "ranked": Format(ranked.parse_ranked, ranked.COLUMNS, ranked.is_ranked),
-    "ab": Format(ab.parse_ab, ab.COLUMNS, ab.is_ab),
-    "preference": Format(trl.parse_preference, trl.COLUMNS, lambda row: True),
+    "hh-rlhf": Format(hh_rlhf.parse_hh, hh_rlhf.unread_hh, hh_rlhf.is_hh),
+    "shp": Format(shp.parse_shp, shp.unread_shp, shp.is_shp, pairs_per_prompt=shp.PAIRS_PER_POST),
+    "oasst": Format(
+        oasst.parse_oasst, oasst.unread_oasst, oasst.is_oasst, gather=oasst.gather_trees
+    ),
+    "ranked": Format(ranked.parse_ranked, ranked.unread_ranked, ranked.is_ranked),
+    "ab": Format(ab.parse_ab, ab.unread_ab, ab.is_ab),
+    "preference": Format(trl.parse_preference, trl.unread_preference, lambda row: True),
 }
 """Formats by their name in data.format; the first that fits the first rows of a set is taken."""
 
@@ -242,9 +245,7 @@ def read_set(
     name, how = _choose_format(spec, section, [row for _, row in head])
     logger.info("%s: format %s (%s)", spec.place, name, how)
     form = FORMATS[name]
-    columns = dict.fromkeys(itertools.chain.from_iterable(row for _, row in head))
-    ignored = tuple(str(column) for column in columns if column not in (*form.columns, *OPTIONAL))
-    report = DataReport(text, name, ignored_columns=ignored)
+    report = DataReport(text, name)
     records = _records(itertools.chain(head, rows), form, section, report, spec.place)
     limit = section.max_pairs_per_prompt
     if limit is None:
@@ -326,7 +327,7 @@ def _records(
     rows: NamedRows, form: Format, section: DataSection, report: DataReport, place: str
 ) -> Iterator[Preference]:
     try:
-        named_rows = _counted(rows, report)
+        named_rows = _counted(rows, form, section, report)
         if form.gather is not None:
             named_rows = form.gather(named_rows)
         for where, row in named_rows:
@@ -355,15 +356,23 @@ def _check_allowed(dropped: Dropped, section: DataSection, name: str) -> None:
             raise ValueError(f"{printable(name)}: {reason}. Repair it, or set data.{option}=drop")
 
 
-def _counted(rows: NamedRows, report: DataReport) -> NamedRows:
+def _counted(rows: NamedRows, form: Format, section: DataSection, report: DataReport) -> NamedRows:
+    """The rows; counts them, and in how many each column has content that is not read."""
     for where, row in rows:
         report.rows_read += 1
+        with contextlib.suppress(ValueError):  # the parser says what is wrong with the row
+            for column in set(form.unread(row, section)):
+                report.ignored_columns[column] = report.ignored_columns.get(column, 0) + 1
         yield where, row
 
 
 def _parsed(
     parse: Parser, row: Row, section: DataSection, where: str
 ) -> Iterator[Preference | Dropped]:
+    media = media_column(row)
+    if media is not None:
+        yield Dropped(f"column {printable(media)} holds media, and only text is read")
+        return
     try:
         yield from parse(row, section)
     except ValueError as error:

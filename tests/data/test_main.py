@@ -237,8 +237,10 @@ def test_the_page_holds_what_the_terminal_shows(write: Write, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("how", ["near=0", "near=1", "show=0"])
-def test_sets_of_one_pair_with_an_empty_prompt(write: Write, tmp_path: Path, how: str) -> None:
-    path = write("a.jsonl", [{"prompt": "", "chosen": "a", "rejected": "b"}])
+def test_sets_of_one_pair_with_a_prompt_without_words(
+    write: Write, tmp_path: Path, how: str
+) -> None:
+    path = write("a.jsonl", [{"prompt": "?", "chosen": "a", "rejected": "b"}])
     assert main([f"data.train=[{path}]", f"page={tmp_path / 'page.html'}", how]) == 0
     assert ("Near-duplicates" in (tmp_path / "page.html").read_text()) == (how != "near=0")
 

@@ -6,6 +6,7 @@ import pytest
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.preference import Preference
+from jaxdpo.data.report import describe_counts
 from jaxdpo.data.sources import FORMATS, HUB_SETS, parse_spec
 from tests.data.rows import Write, collect, hh
 
@@ -118,7 +119,7 @@ def test_the_format_is_found_from_the_rows_and_logged(
     )
     assert (report.format, report.ignored_columns, pairs) == (
         "preference",
-        ("score",),
+        {"score": 1},
         [Preference("q", "a", "b", id="p.jsonl:1")],
     )
     assert "hh.jsonl: format hh-rlhf (found from its rows)" in caplog.text
@@ -204,3 +205,89 @@ def test_pairs_of_one_row_have_names_of_their_own(write: Write) -> None:
         write("a.jsonl", [{"prompt": "q", "completions": ["a", "b", "c"]}]), pairing="adjacent"
     )
     assert [record.id for record in records] == ["a.jsonl:1", "a.jsonl:1/2"]
+
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("images", ["photos/0.jpg"]),
+        ("image", {"bytes": "aGk=", "path": None}),
+        ("image_url", "https://example.org/0.jpg"),
+        ("video", "clip.mp4"),
+        ("videos", [["a.mp4"]]),
+        ("audio", {"array": [0.0, 0.5], "sampling_rate": 16000}),
+        ("Audio_Path", "a.wav"),
+        ("pixel_values", [[0.1]]),
+    ],
+)
+def test_rows_with_media_are_invalid_with_the_column(
+    write: Write, column: str, value: object
+) -> None:
+    report, records = collect(write("a.jsonl", [{**PAIR, column: value}, PAIR]))
+    assert report.dropped == {f"column {column} holds media, and only text is read": 1}
+    assert len(records) == 1
+    labelled = {"question": "q", "answers": ["a", "b"], column: value}
+    report, _ = collect(write("b.jsonl", [labelled]))
+    assert sum(report.dropped.values()) == 1
+
+
+@pytest.mark.parametrize("value", [None, [], "", [None], {"bytes": None, "path": None}, False])
+def test_an_empty_media_column_is_none(write: Write, value: object) -> None:
+    report, records = collect(write("a.jsonl", [{**PAIR, "images": value}]))
+    assert len(records) == 1 and report.dropped == {}
+
+
+def test_columns_that_are_not_read_are_counted_in_all_rows(write: Write) -> None:
+    rows = [dict(PAIR) for _ in range(30)]
+    rows[3]["note"] = "only here"
+    rows[29]["late"] = "after the rows that detect the format"
+    for row in rows:
+        row["source"] = "forum"
+        row["empty"] = ""
+    report, _ = collect(write("a.jsonl", rows))
+    assert report.ignored_columns == {"note": 1, "late": 1, "source": 30}
+    assert describe_counts(report.to_json()).endswith(
+        "columns not used: late (1 row), note (1 row), source (30 rows)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        (
+            {
+                "question": "q",
+                "output": "the label decides",
+                "response_a": "a",
+                "response_b": "b",
+                "label": "a",
+                "preferred": "by far",
+            },
+            {"output", "preferred"},
+        ),
+        (
+            {
+                "instruction": "q",
+                "completions": [
+                    {"response": "a", "score": 2, "critique": "good"},
+                    {"response": "b", "score": 1, "critique": ""},
+                ],
+                "responses": ["x", "y"],
+            },
+            {"completions.critique", "responses"},
+        ),
+        (hh(" a", " b") | {"source": "x", "weight": 2}, {"source"}),
+        ({**PAIR, "id": 3.5}, {"id"}),
+        ({"prompt": "q", "instruction": "q", "chosen": "a", "rejected": "b"}, {"instruction"}),
+        ({**PAIR, "chosen_response": "c", "rejected_response": "d"},
+         {"chosen_response", "rejected_response"}),
+    ],
+)  # fmt: skip
+def test_what_a_format_does_not_read_is_named(
+    write: Write, row: dict[str, object], unread: set[str]
+) -> None:
+    report, records = collect(write("a.jsonl", [row]))
+    assert len(records) == 1 and report.ignored_columns == dict.fromkeys(unread, 1)

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.formats.common import PROMPTS, TIE, Outcome, Row, shown_columns
+from jaxdpo.data.formats.common import TIE, Outcome, Row, shown_columns, unread
 from jaxdpo.data.formats.labels import FailedLabel, read_label
 from jaxdpo.data.formats.preference import Dropped
-from jaxdpo.data.formats.trl import pair
+from jaxdpo.data.formats.prompt import prompt_columns, unfold, unfolded
+from jaxdpo.data.formats.trl import has_answers, pair
 
 # Names that data sets on the hub give these columns; the first that a row has is read.
 LABELS = (
@@ -46,7 +47,6 @@ def _all_sides() -> Iterator[Sides]:
 
 SIDES = tuple(_all_sides())
 """Names of the columns of two answers."""
-COLUMNS = (*PROMPTS, *LABELS, *(name for sides in SIDES for name in sides.columns))
 
 
 def parse_ab(row: Row, section: DataSection) -> Iterator[Outcome]:
@@ -85,9 +85,19 @@ def parse_ab(row: Row, section: DataSection) -> Iterator[Outcome]:
     yield pair(row, row[chosen], row[rejected], chosen, rejected)
 
 
+def unread_ab(row: Row, section: DataSection) -> Iterator[str]:
+    """Columns of a row that are not read."""
+    sides = find_sides(row)
+    if sides is not None:
+        labels = [name for name in label_columns(row) if row[name] is not None]
+        prompt = prompt_columns(unfold(row))
+        yield from unread(row, (*sides.columns, *labels[:1], *prompt))
+        yield from unfolded(row)
+
+
 def is_ab(row: Row) -> bool:
     """Whether a row has two answers and a label, and no chosen answer."""
-    return row.get("chosen") is None and find_sides(row) is not None and bool(label_columns(row))
+    return not has_answers(row) and find_sides(row) is not None and bool(label_columns(row))
 
 
 def find_sides(row: Row) -> Sides | None:

@@ -13,16 +13,26 @@ What each format drops or filters beyond make_preference is listed at the top of
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.config.impossible import MAX_FLOAT
-from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text, Turns, read_text
+from jaxdpo.data.formats.preference import (
+    Dropped,
+    Message,
+    Preference,
+    Text,
+    Turns,
+    strings,
+)
 from jaxdpo.utils.text import is_unicode, printable
 
 Row = Mapping[str, Any]
 Outcome = Preference | Dropped
+Unread = Callable[[Row, DataSection], Iterable[str]]
+"""Names the columns (and fields, as column.field) of a row that have content and are not read."""
 Parser = Callable[[Row, DataSection], Iterable[Outcome]]
 """Reads one row: yields its pairs, and Dropped for each that is not used. Raises ValueError for a
 row of another format."""
@@ -30,12 +40,26 @@ row of another format."""
 EMPTY = "empty answer"
 IDENTICAL = "identical answers"
 TIE = "tie"
-OPTIONAL = ("system", "tools", "weight", "margin", "id")
+EMPTY_PROMPT = "empty prompt"
+SYSTEMS = ("system", "system_prompt", "system_message")
+"""Columns with a system prompt."""
+OPTIONAL = (*SYSTEMS, "tools", "weight", "margin", "id")
 """Columns that rows of every format may have."""
-QUESTIONS = ("question", "instruction", "conversations")
+QUESTIONS = (
+    "question", "query", "instruction", "conversations", "conversation", "messages", "trajectory",
+    "input",
+)  # fmt: skip
 """Other names of the prompt. A string in them is a user's message; one named prompt is verbatim."""
-PROMPTS = ("prompt", *QUESTIONS, "input")
-"""Columns that read_prompt reads."""
+PROMPTS = ("prompt", *QUESTIONS)
+"""Columns that read_prompt (formats/prompt.py) reads, the first that has content."""
+ROW_NUMBERS = re.compile(r"id|index|qid|uid|seed|.*_(id|idx|index|uid)|idx", re.IGNORECASE)
+"""Names of columns that only number the rows or name their source."""
+_MEDIA = re.compile(
+    r"(image|img|picture|photo|video|audio|speech|pixel_value)s?"
+    r"(_?(path|file|filename|url|uri|bytes|base64|b64|list|data)s?)?",
+    re.IGNORECASE,
+)
+"""Names of columns with something other than text."""
 
 
 # --- columns ---
@@ -54,6 +78,28 @@ def has_content(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(has_content(item) for item in value)
     return value is not None
+
+
+def unread(row: Row, read: Iterable[str]) -> Iterator[str]:
+    """The columns with content that are neither read nor optional columns of the right type.
+
+    Args:
+        read: the columns that the row's parser reads.
+    """
+    known = {*read, *OPTIONAL}
+    if not isinstance(row.get("id"), str | int):
+        known.discard("id")
+    for name, value in row.items():
+        if name not in known and has_content(value):
+            yield str(name)
+
+
+def media_column(row: Row) -> str | None:
+    """A column of images, video or audio that is not empty: the row's text alone would mislead."""
+    for name, value in row.items():
+        if _MEDIA.fullmatch(str(name)) and value is not False and has_content(value):
+            return str(name)
+    return None
 
 
 def require(row: Row, *names: str) -> None:
@@ -123,38 +169,30 @@ def one_turn(role: str, text: str) -> Turns:
     return (Message(role, text),)
 
 
-def read_prompt(row: Row) -> Text | None:
-    """The prompt, under one of its names, after the system prompt if the row has a column for one.
-
-    A string is used verbatim only if it is named prompt and the row has neither a column for a
-    system prompt nor tools: those exist in conversations only. None if there is no prompt.
-    """
-    name = next((name for name in ("prompt", *QUESTIONS) if row.get(name) is not None), None)
-    if name is None:
-        return None
-    prompt = read_text(row[name], name)
-    if isinstance(prompt, str):
-        if name == "instruction" and row.get("input"):  # Alpaca's pair of columns
-            prompt = f"{prompt}\n{string(row, 'input')}"
-        if name == "prompt" and "system" not in row and not row.get("tools"):
-            return prompt
-        prompt = one_turn("user", prompt)
-    return with_system(row, prompt)
-
-
 def with_system(row: Row, prompt: Turns) -> Turns:
     """The prompt after the system prompt of the row's column for it, if that is not empty.
 
     Raises:
-        ValueError: the prompt begins with another system message.
+        ValueError: the prompt begins with another system message, or two columns hold different
+            system prompts.
     """
-    if not row.get("system"):
+    texts = {}
+    for column in SYSTEMS:
+        if row.get(column):
+            texts.setdefault(string(row, column), column)
+    if not texts:
         return prompt
-    system = one_turn("system", string(row, "system"))
+    if len(texts) > 1:
+        raise ValueError(
+            f"columns {' and '.join(map(repr, texts.values()))} hold different system prompts: "
+            "keep one"
+        )
+    ((text, column),) = texts.items()
+    system = one_turn("system", text)
     if prompt and prompt[0].role == "system":
         if prompt[:1] != system:
             raise ValueError(
-                "column 'system' and the system message of the prompt differ: keep one"
+                f"column {column!r} and the system message of the prompt differ: keep one"
             )
         return prompt
     return system + prompt
@@ -196,9 +234,9 @@ def make_preference(row: Row, prompt: Text, chosen: Text, rejected: Text, **more
 def _reason_to_drop(prompt: Text, chosen: Text, rejected: Text) -> str | None:
     """Why a pair is dropped whatever its other columns hold; None if it is not."""
     answers = (chosen, rejected)
+    if not has_content(strings(prompt)):
+        return EMPTY_PROMPT if prompt else "no shared prompt"
     if not isinstance(prompt, str):
-        if not prompt:
-            return "no shared prompt"
         if prompt[-1].role == "assistant":
             return "prompt ends with an assistant turn"
         if not all(_is_answer(answer) for answer in answers):

@@ -18,6 +18,7 @@ from jaxdpo.data.formats.common import (
     one_turn,
     require,
     string,
+    unread,
     with_system,
 )
 from jaxdpo.data.formats.preference import Dropped, Message, Turns, shared_length
@@ -36,6 +37,11 @@ def parse_hh(row: Row, section: DataSection) -> Iterator[Outcome]:
     """
     require(row, *COLUMNS)
     yield _pair(row, string(row, "chosen"), string(row, "rejected"))
+
+
+def unread_hh(row: Row, section: DataSection) -> Iterator[str]:
+    """Columns of a row that are not read."""
+    return unread(row, COLUMNS)
 
 
 def is_hh(row: Row) -> bool:

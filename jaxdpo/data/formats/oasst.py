@@ -20,6 +20,7 @@ from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import (
     Outcome,
     Row,
+    has_content,
     make_preference,
     number,
     one_turn,
@@ -51,6 +52,13 @@ def parse_oasst(row: Row, section: DataSection) -> Iterator[Outcome]:
         yield Dropped("the parent message is missing")
     if row.get("prompt") is not None:
         yield from _pairs_below(row["prompt"], (), section)
+
+
+def unread_oasst(row: Row, section: DataSection) -> Iterator[str]:
+    """Columns of a row that are not read: all but those of the set, also weight, system and id."""
+    for name, value in row.items():
+        if name not in COLUMNS and has_content(value):
+            yield str(name)
 
 
 def is_oasst(row: Row) -> bool:

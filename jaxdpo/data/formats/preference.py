@@ -11,15 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxdpo.data.formats.listed_text import messages_in
+from jaxdpo.data.formats.roles import ROLES, read_role
 from jaxdpo.utils.text import printable
-
-_ROLES_OF_FROM = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
-    **dict.fromkeys(("tool", "function_response", "observation"), "tool"),
-    "system": "system",
-}
-"""Roles of messages that are written {from, value}: the names that ShareGPT's data sets use."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,14 +39,17 @@ def read_text(value: Any, column: str) -> Text:
     """A string or messages, as JSON gives them.
 
     Args:
-        value: a string, a list of {role, content} or {from, value}, or one such message.
+        value: a string, a list of {role, content} or {from, value}, or one such message; also as
+            text that is such a list for certain.
         column: where it is from, for messages.
 
     Raises:
         ValueError: it is something else.
     """
     if isinstance(value, str):
-        return value
+        value = messages_in(value, column)
+        if isinstance(value, str):
+            return value
     if isinstance(value, dict):
         return (_message(value, f"column {column!r}"),)
     if not isinstance(value, list):
@@ -69,9 +66,7 @@ def _message(item: Any, where: str) -> Message:
     keys: Mapping[str, Any] = item if isinstance(item, dict) else {}
     role, content = keys.get("role"), keys.get("content")
     if "from" in keys:
-        content = keys.get("value")
-        if isinstance(keys["from"], str):
-            role = _ROLES_OF_FROM.get(keys["from"])
+        role, content = keys["from"], keys.get("value")
     content = _content(content, where)
     if not isinstance(role, str) or content is None:
         shown: Any = type(item).__name__
@@ -80,12 +75,18 @@ def _message(item: Any, where: str) -> Message:
         raise ValueError(
             f"{where} must be {{'role': string, 'content': string}}, is {printable(str(shown))}"
         )
+    known = read_role(role)
+    if known is None:
+        raise ValueError(
+            f"{where} has the role {printable(repr(role))}, which is none of "
+            f"{', '.join(ROLES)}. Rename it"
+        )
     if keys.get("tool_calls"):
         raise ValueError(
             f"{where} calls a tool in tool_calls, which is not read. "
             "Write the call into the content, or leave such rows out"
         )
-    return Message(role, content)
+    return Message(known, content)
 
 
 def _content(value: Any, where: str) -> str | None:

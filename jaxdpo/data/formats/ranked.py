@@ -8,23 +8,26 @@ two ranked answers.
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from jaxdpo.config.data_options import ORDER, DataSection
 from jaxdpo.data.formats.common import (
     OPTIONAL,
     PROMPTS,
+    ROW_NUMBERS,
     TIE,
     Outcome,
     Row,
     has_content,
     number,
     shown_columns,
+    unread,
 )
 from jaxdpo.data.formats.listed_text import read_list
 from jaxdpo.data.formats.preference import Dropped
-from jaxdpo.data.formats.trl import pair
+from jaxdpo.data.formats.prompt import prompt_columns, unfold, unfolded
+from jaxdpo.data.formats.trl import has_answers, pair
 from jaxdpo.utils.text import printable
 
 T = TypeVar("T")
@@ -34,7 +37,6 @@ LISTS = ("completions", "responses", "outputs", "output", "answers", "candidates
 TEXTS = ("text", "response", "completion", "output", "answer")
 RANKS = ("rank", "ranks", "ranking")
 SCORES = ("score", "scores", "rating", "ratings", "overall_score")
-COLUMNS = (*PROMPTS, *LISTS, *RANKS, *SCORES)
 
 _MESSAGE = ("role", "content", "from", "value")
 _SAYS_WHICH = frozenset(
@@ -47,8 +49,6 @@ _SAYS_WHICH = frozenset(
     }
 )  # fmt: skip
 """Words in the name of a column beside a list of answers that may say which of them is better."""
-_NUMBERS_ROWS = re.compile(r"(id|idx|index|qid|uid|seed|(.*_)?(id|idx|index|uid))", re.IGNORECASE)
-"""Names of columns whose numbers only number the rows."""
 
 
 # --- pairs of a row ---
@@ -73,11 +73,12 @@ def parse_ranked(row: Row, section: DataSection) -> Iterator[Outcome]:
         )
     answers = read_list(row[column]) or []
     ranked = []
+    ranks = (*RANKS, *SCORES, section.score or "")
     for rank, answer in zip(_ranks(row, column, answers, section.score), answers, strict=True):
         if rank is not None:
             ranked.append((rank, answer))
     for better, worse in choose_pairs(ranked, section.pairing):
-        yield pair(row, _text(better), _text(worse), column, column)
+        yield pair(row, _text(better, ranks), _text(worse, ranks), column, column)
     reason = no_pair(ranked)
     if reason is not None:
         yield reason
@@ -88,9 +89,32 @@ def list_column(row: Row) -> str | None:
     return next((name for name in LISTS if read_list(row.get(name)) is not None), None)
 
 
+def unread_ranked(row: Row, section: DataSection) -> Iterator[str]:
+    """Columns of a row, and fields of its answers, that are not read."""
+    column = list_column(row)
+    if column is None:
+        return
+    answers = read_list(row[column]) or []
+    found: list[Ranking] = []
+    if section.score != ORDER:
+        found = rankings(row, column, answers, section.score)[:1]
+    read = [column, *prompt_columns(unfold(row))]
+    read += [ranking.name for ranking in found if ranking.in_row]
+    yield from unread(row, read)
+    yield from unfolded(row)
+    in_answers = [ranking.name for ranking in found if not ranking.in_row]
+    for name in _fields(answers):
+        for answer in answers:
+            if _text_field(answer) in (None, name) or name in in_answers:
+                continue
+            if has_content(answer.get(name)):
+                yield f"{column}.{name}"
+                break
+
+
 def is_ranked(row: Row) -> bool:
     """Whether a row has a list of answers and no chosen one."""
-    return row.get("chosen") is None and list_column(row) is not None
+    return not has_answers(row) and list_column(row) is not None
 
 
 def choose_pairs(ranked: Sequence[tuple[float, T]], rule: str) -> Iterator[tuple[T, T]]:
@@ -120,10 +144,18 @@ def no_pair(ranked: Sequence[tuple[float, Any]]) -> Dropped | None:
     return Dropped(TIE, filtered=True) if len(ranks) == 1 else None
 
 
-def _text(answer: Any) -> Any:
-    """An answer's text or messages: the item itself, or that of an object with other fields."""
+def _text(answer: Any, ranks: Collection[str]) -> Any:
+    """An answer's text or messages: the item itself, or that of an object with other fields.
+
+    Args:
+        ranks: the names of ranks and scores.
+    """
     name = _text_field(answer)
-    return answer if name is None else answer[name]
+    if name is not None:
+        return answer[name]
+    if isinstance(answer, dict):  # a message, beside what ranks it
+        return {key: item for key, item in answer.items() if key not in ranks}
+    return answer
 
 
 def _text_field(answer: Any) -> str | None:
@@ -264,7 +296,7 @@ def _unsure_columns(row: Row, column: str, count: int) -> Iterator[str]:
                 isinstance(item, bool | int | float) for item in values
             )
         else:
-            is_unsure = isinstance(value, bool | int | float) and not _NUMBERS_ROWS.fullmatch(
+            is_unsure = isinstance(value, bool | int | float) and not ROW_NUMBERS.fullmatch(
                 str(name)
             )
         if is_unsure:

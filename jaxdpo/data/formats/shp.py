@@ -19,6 +19,7 @@ from jaxdpo.data.formats.common import (
     one_turn,
     require,
     string,
+    unread,
     with_system,
 )
 from jaxdpo.data.formats.preference import Dropped
@@ -58,6 +59,11 @@ def parse_shp(row: Row, section: DataSection) -> Iterator[Outcome]:
         chosen = one_turn("assistant", string(row, f"human_ref_{better}"))
         rejected = one_turn("assistant", string(row, f"human_ref_{worse}"))
         yield make_preference(row, prompt, chosen, rejected)
+
+
+def unread_shp(row: Row, section: DataSection) -> Iterator[str]:
+    """Columns of a row that are not read."""
+    return unread(row, COLUMNS)
 
 
 def is_shp(row: Row) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxdpo.data.inspect.near_duplicates import Matches, NearDuplicates
 from jaxdpo.data.inspect.survey import Odd, Part, Survey, cuts
 from jaxdpo.data.pair_table import LENGTHS
+from jaxdpo.data.report import describe_ignored
 from jaxdpo.utils.html_report import Table
 from jaxdpo.utils.text import printable
 
@@ -87,7 +88,7 @@ def _rows(item: Mapping[str, Any]) -> Table:
             rows.append([f"{verb}: {printable(reason)}", f"{count:,}", names])
     notes = []
     if item["ignored_columns"]:
-        unused = printable(", ".join(item["ignored_columns"]))
+        unused = describe_ignored(item["ignored_columns"])
         notes.append(f"Columns that are not used: {unused}.")
     title = f"Rows of {printable(item['name'])} (format {item['format']})"
     return Table(title, ["", "number", "first ids"], rows, notes)

@@ -63,7 +63,7 @@ def test_the_root_decides_the_side_of_a_split() -> None:
 
 def test_report_counts_each_reason_and_keeps_five_examples() -> None:
     report = DataReport(
-        "set", "preference", rows_read=20, parsed=12, kept=12, ignored_columns=("score",)
+        "set", "preference", rows_read=20, parsed=12, kept=12, ignored_columns={"score": 19}
     )
     for row in range(7):
         report.drop(Dropped("empty answer"), f"f:{row}")
@@ -79,7 +79,7 @@ def test_report_counts_each_reason_and_keeps_five_examples() -> None:
     assert found["filtered"] == {"tie": {"count": 1, "examples": ["f:10"]}}
     line = describe_counts(found)
     assert "20 rows read, 12 parsed, 12 kept; dropped 8 (7 empty answer, 1 identical" in line
-    assert "answers); filtered 1 (1 tie); columns not used: score" in line
+    assert "answers); filtered 1 (1 tie); columns not used: score (19 rows)" in line
 
 
 def test_printable_defuses_terminal_escapes_and_reordering() -> None:
