@@ -61,12 +61,13 @@ def deduplicate(
 def remove_overlap(
     held_out: PairTable, train: PairTable, section: DataSection, reports: Sequence[DataReport]
 ) -> PairTable:
-    """The validation pairs without those whose prompt is trained on, as data.overlap says.
+    """The validation pairs without those whose prompt or group is trained on, as data.overlap says.
 
     Raises:
         ValueError: there are some, and the option says error.
     """
     mask = np.isin(held_out.prompt_keys, train.prompt_keys)
+    mask |= np.isin(held_out.group_keys, train.group_keys)
     reason = "prompt is in the training sets"
     return _apply(section.overlap, "data.overlap", held_out, mask, reason, "data.eval", reports)
 

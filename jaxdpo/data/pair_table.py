@@ -46,6 +46,8 @@ class EncodedPair:
     ended_rejected: bool = False
     prompt_key: int = 0
     """64-bit hash of the prompt before it was encoded (Preference.prompt_key)."""
+    group_key: int = 0
+    """64-bit hash of what the pair belongs to (Preference.group_key)."""
     pair_key: tuple[int, bool] = (0, False)
     """64-bit hash of the prompt and both answers before, and their order (Preference.pair_key)."""
     source: int = 0
@@ -81,6 +83,7 @@ COLUMNS: dict[str, Any] = {
     "margins": np.float32,
     "flags": np.uint8,
     "prompt_keys": np.uint64,
+    "group_keys": np.uint64,
     "pair_keys": np.uint64,
     "orders": np.bool_,
     "sources": np.int32,
@@ -113,6 +116,7 @@ def to_columns(pairs: Iterable[EncodedPair]) -> dict[str, np.ndarray]:
         lists["margins"].append(pair.margin)
         lists["flags"].append(sum(getattr(pair, flag) << bit for bit, flag in enumerate(FLAGS)))
         lists["prompt_keys"].append(pair.prompt_key)
+        lists["group_keys"].append(pair.group_key)
         lists["pair_keys"].append(pair_key)
         lists["orders"].append(order)
         lists["sources"].append(pair.source)
@@ -185,6 +189,7 @@ class PairTable:
     weights = _column("weights", "float32 [N].")
     margins = _column("margins", "float32 [N].")
     prompt_keys = _column("prompt_keys", "uint64 [N]: hashes of the prompts before encoding.")
+    group_keys = _column("group_keys", "uint64 [N]: hashes of what the pairs belong to.")
     pair_keys = _column("pair_keys", "uint64 [N]: equal for a pair and its contradiction.")
     orders = _column("orders", "bool [N]: differs between a pair and its contradiction.")
     sources = _column("sources", "int32 [N]: which of the data sets each pair comes from.")
@@ -218,6 +223,7 @@ class PairTable:
             weight=float(columns["weights"][index]),
             margin=float(columns["margins"][index]),
             prompt_key=int(columns["prompt_keys"][index]),
+            group_key=int(columns["group_keys"][index]),
             pair_key=(int(columns["pair_keys"][index]), bool(columns["orders"][index])),
             source=int(columns["sources"][index]),
             **{name: bool(flags >> bit & 1) for bit, name in enumerate(FLAGS)},

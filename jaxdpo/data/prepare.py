@@ -17,7 +17,7 @@ from jaxdpo.data.disk_cache import TableWriter, load_or_make
 from jaxdpo.data.pair_table import PairTable
 from jaxdpo.data.report import DataReport, describe_counts
 from jaxdpo.data.sources import READING_OPTIONS, check_score, read_set, set_identity
-from jaxdpo.data.splits import split_by_prompt
+from jaxdpo.data.splits import joined_keys, split_by_prompt
 from jaxdpo.data.tokenize import Encoder, Tokenizer, check_vocabulary
 from jaxdpo.data.tokenize_parallel import encode_records
 
@@ -59,7 +59,8 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
         for item in eval_reports:
             _check_kept(item, "data.eval")
     else:
-        mask = split_by_prompt(train.prompt_keys, section.eval_fraction)
+        keys = joined_keys(train.prompt_keys, train.group_keys)
+        mask = split_by_prompt(keys, section.eval_fraction)
         train, held_out = train.take(~mask), train.take(mask)
         eval_reports, eval_repeats = [], {}
     check_score(section, [*train_reports, *eval_reports])

@@ -36,6 +36,37 @@ def split_by_prompt(prompt_keys: np.ndarray, fraction: float) -> np.ndarray:
     return prompt_keys < limit
 
 
+def joined_keys(prompt_keys: np.ndarray, group_keys: np.ndarray) -> np.ndarray:
+    """Keys by which pairs are split, so that neither a prompt nor a group is on both sides.
+
+    Args:
+        prompt_keys: uint64 [N], hashes of the prompts.
+        group_keys: uint64 [N], hashes of what the pairs belong to; the prompt's for those that
+            belong to nothing.
+
+    Returns:
+        uint64 [N], equal for pairs that share a prompt or a group, also through other pairs: the
+        smallest of their group keys.
+    """
+    if np.array_equal(prompt_keys, group_keys):
+        return prompt_keys
+    of_prompt = np.unique(prompt_keys, return_inverse=True)[1]
+    of_group = np.unique(group_keys, return_inverse=True)[1]
+    labels = group_keys
+    while True:
+        spread = _smallest(_smallest(labels, of_prompt), of_group)
+        if np.array_equal(spread, labels):
+            return labels
+        labels = spread
+
+
+def _smallest(labels: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """For each item the smallest label in its part, the parts being numbered from 0."""
+    found = np.full(int(parts.max(initial=-1)) + 1, np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(found, parts, labels)
+    return found[parts]
+
+
 def split_files(folder: Path, split: str | None, usual: Sequence[str]) -> list[Path]:
     """The files with the rows of a split, in order.
 

@@ -220,6 +220,7 @@ class Encoder:
             ended_chosen=self.special.end(chosen.ids),
             ended_rejected=self.special.end(rejected.ids),
             prompt_key=record.prompt_key,
+            group_key=record.group_key,
             pair_key=record.pair_key,
         )
 

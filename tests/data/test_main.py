@@ -59,8 +59,10 @@ def test_any_source_becomes_our_json_lines(
     assert main([f"data.train=[{path}]", f"out={out}", "show=1"]) == 0
     before, after = collect(path)[1], collect(str(out))[1]
     assert [
-        (r.prompt, r.chosen, r.rejected, r.weight, r.margin, r.tools, r.id) for r in before
-    ] == [(r.prompt, r.chosen, r.rejected, r.weight, r.margin, r.tools, r.id) for r in after]
+        (r.prompt, r.chosen, r.rejected, r.weight, r.margin, r.tools, r.id, r.group) for r in before
+    ] == [
+        (r.prompt, r.chosen, r.rejected, r.weight, r.margin, r.tools, r.id, r.group) for r in after
+    ]
     with pytest.raises(SystemExit):
         main([f"data.train=[{path}]", f"out={out}"])
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdpo.data.splits import split_by_prompt, split_files
+from jaxdpo.data.splits import joined_keys, split_by_prompt, split_files
 from tests.data.rows import assistant, collect, user
 
 ROWS = [
@@ -135,3 +135,26 @@ def test_split_by_prompt_moves_no_prompt_when_rows_are_added() -> None:
     assert 150 < mask.sum() < 250
     assert (split_by_prompt(keys[:500], 0.05) == mask[:500]).all()
     assert (split_by_prompt(keys[::-1], 0.05) == mask[::-1]).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
+def test_neither_a_prompt_nor_a_group_is_on_both_sides(pairs: list[tuple[int, int]]) -> None:
+    """Equal keys for pairs that share a prompt or a group, also through others; else different."""
+    prompts = np.array([prompt for prompt, _ in pairs], np.uint64)
+    groups = np.array([group + 100 for _, group in pairs], np.uint64)
+    keys = joined_keys(prompts, groups)
+    parts = [{number} for number in range(len(pairs))]
+    for _ in pairs:  # join what shares something until nothing changes
+        for a, b in np.ndindex(len(pairs), len(pairs)):
+            if prompts[a] == prompts[b] or groups[a] == groups[b]:
+                joined = parts[a] | parts[b]
+                for number in joined:
+                    parts[number] = joined
+    for a, b in np.ndindex(len(pairs), len(pairs)):
+        assert (keys[a] == keys[b]) == (b in parts[a])
+    assert set(keys.tolist()) <= set(groups.tolist())
+
+
+def test_pairs_without_groups_are_split_by_their_prompts() -> None:
+    prompts = np.array([5, 3, 5], np.uint64)
+    assert joined_keys(prompts, prompts).tolist() == [5, 3, 5]

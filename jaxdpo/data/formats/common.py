@@ -43,7 +43,7 @@ TIE = "tie"
 EMPTY_PROMPT = "empty prompt"
 SYSTEMS = ("system", "system_prompt", "system_message")
 """Columns with a system prompt."""
-OPTIONAL = (*SYSTEMS, "tools", "weight", "margin", "id")
+OPTIONAL = (*SYSTEMS, "tools", "weight", "margin", "id", "group")
 """Columns that rows of every format may have."""
 QUESTIONS = (
     "question", "query", "instruction", "conversations", "conversation", "messages", "trajectory",
@@ -225,8 +225,15 @@ def make_preference(row: Row, prompt: Text, chosen: Text, rejected: Text, **more
         fields["margin"] = number(row["margin"], "margin")
     if isinstance(row.get("id"), str | int):
         fields["id"] = str(row["id"])
-    record = Preference(prompt, chosen, rejected, **{**fields, **more})
-    if not all(map(is_unicode, record.texts)):
+    if row.get("group") is not None:
+        if not isinstance(row["group"], str | int) or isinstance(row["group"], bool):
+            raise ValueError(
+                f"column 'group' is {printable(repr(row['group']))}, must be a name or a whole "
+                "number: what the pair belongs to. Rename the column if it is something else"
+            )
+        fields["group"] = str(row["group"])
+    record = Preference(prompt, chosen, rejected, **{**more, **fields})
+    if not all(map(is_unicode, (*record.texts, record.group))):
         return Dropped("text is not valid Unicode")
     return record
 

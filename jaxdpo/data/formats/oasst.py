@@ -51,7 +51,8 @@ def parse_oasst(row: Row, section: DataSection) -> Iterator[Outcome]:
     for _ in row.get("orphans") or ():
         yield Dropped("the parent message is missing")
     if row.get("prompt") is not None:
-        yield from _pairs_below(row["prompt"], (), section)
+        tree = str(row.get("message_tree_id") or row["prompt"].get("message_id") or "")
+        yield from _pairs_below(row["prompt"], (), tree, section)
 
 
 def unread_oasst(row: Row, section: DataSection) -> Iterator[str]:
@@ -90,12 +91,12 @@ def gather_trees(rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         trees.setdefault(tree, []).append((place, {**row, "replies": []}))
-    for placed in trees.values():
+    for tree, placed in trees.items():
         first_place, _ = placed[0]
-        yield first_place, _build_tree([node for _, node in placed])
+        yield first_place, _build_tree(tree, [node for _, node in placed])
 
 
-def _build_tree(messages: list[Node]) -> Row:
+def _build_tree(tree: str, messages: list[Node]) -> Row:
     """One tree from its messages, each with an empty list of replies."""
     nodes = {node["message_id"]: node for node in messages}
     root, orphans = None, []
@@ -107,13 +108,16 @@ def _build_tree(messages: list[Node]) -> Row:
             nodes[parent]["replies"].append(node)
         else:
             orphans.append(node)
-    return {"prompt": root, "orphans": orphans}
+    return {"message_tree_id": tree, "prompt": root, "orphans": orphans}
 
 
-def _pairs_below(node: Node, before: Turns, section: DataSection) -> Iterator[Outcome]:
+def _pairs_below(node: Node, before: Turns, tree: str, section: DataSection) -> Iterator[Outcome]:
     """The pairs of a message's replies, and of every message below it.
 
     Each reply is part of the prompt of the messages that follow it.
+
+    Args:
+        tree: the id of the tree, which all of its pairs keep as their group.
     """
     role = ROLES.get(string(node, "role"))
     if role is None:
@@ -126,12 +130,14 @@ def _pairs_below(node: Node, before: Turns, section: DataSection) -> Iterator[Ou
             yield reason
         return
     if role == "user":
-        yield from _pairs_of(replies, turns, section)
+        yield from _pairs_of(replies, turns, tree, section)
     for reply in replies:
-        yield from _pairs_below(reply, turns, section)
+        yield from _pairs_below(reply, turns, tree, section)
 
 
-def _pairs_of(replies: list[Node], prompt: Turns, section: DataSection) -> Iterator[Outcome]:
+def _pairs_of(
+    replies: list[Node], prompt: Turns, tree: str, section: DataSection
+) -> Iterator[Outcome]:
     """The pairs of the replies to one message of a user."""
     ranked = []
     for rank, reply in _ranked(replies):
@@ -141,7 +147,7 @@ def _pairs_of(replies: list[Node], prompt: Turns, section: DataSection) -> Itera
         chosen = one_turn("assistant", string(better, "text"))
         rejected = one_turn("assistant", string(worse, "text"))
         name = f"{better.get('message_id')}>{worse.get('message_id')}"
-        yield make_preference({"id": name}, prompt, chosen, rejected, root=prompt[:1])
+        yield make_preference({"id": name, "group": tree}, prompt, chosen, rejected)
     nothing = no_pair(ranked)
     if replies and nothing is not None:
         yield nothing

@@ -127,9 +127,9 @@ class Preference:
     """By how much the chosen answer should win, in nats (units of the logit)."""
     tools: str = ""
     """JSON list of the tools that the chat template is given."""
-    root: Text | None = None
-    """The beginning of the prompt, where a split into train and eval goes by it, so that all pairs
-    of a tree of messages are on one side. None: a split goes by the complete prompt."""
+    group: str = ""
+    """What the pair belongs to, e.g. a tree of messages or a post: all of a group are on one side
+    of a split into train and eval. Empty: a split goes by the prompt alone."""
 
     @property
     def texts(self) -> list[str]:
@@ -154,8 +154,15 @@ class Preference:
 
     @functools.cached_property
     def prompt_key(self) -> int:
-        """64-bit hash of the prompt (or of its root), by which pairs are split and grouped."""
-        return _hash(_plain(self.prompt if self.root is None else self.root))
+        """64-bit hash of the prompt, by which pairs are split and counted."""
+        return _hash(_plain(self.prompt))
+
+    @functools.cached_property
+    def group_key(self) -> int:
+        """64-bit hash of the group; the prompt's where there is none."""
+        if not self.group:
+            return self.prompt_key
+        return _hash(f"group {self.group}")
 
     @functools.cached_property
     def pair_key(self) -> tuple[int, bool]:

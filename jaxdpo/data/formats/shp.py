@@ -58,12 +58,14 @@ def parse_shp(row: Row, section: DataSection) -> Iterator[Outcome]:
         prompt = with_system(row, one_turn("user", string(row, "history")))
         chosen = one_turn("assistant", string(row, f"human_ref_{better}"))
         rejected = one_turn("assistant", string(row, f"human_ref_{worse}"))
-        yield make_preference(row, prompt, chosen, rejected)
+        post = row.get("post_id")
+        group = post if isinstance(post, str) else ""
+        yield make_preference(row, prompt, chosen, rejected, group=group)
 
 
 def unread_shp(row: Row, section: DataSection) -> Iterator[str]:
     """Columns of a row that are not read."""
-    return unread(row, COLUMNS)
+    return unread(row, (*COLUMNS, "post_id"))
 
 
 def is_shp(row: Row) -> bool:

@@ -7,7 +7,7 @@ from jaxdpo.data.formats.preference import Preference, Text
 
 
 def to_row(record: Preference) -> dict[str, Any]:
-    """A record as JSON values; row format `preference` reads them back, except its root."""
+    """A record as JSON values, which row format `preference` reads back."""
     row: dict[str, Any] = {
         "prompt": _plain(record.prompt),
         "chosen": _plain(record.chosen),
@@ -19,6 +19,8 @@ def to_row(record: Preference) -> dict[str, Any]:
     if record.margin:
         row["margin"] = record.margin
     row["id"] = record.id
+    if record.group:
+        row["group"] = record.group
     return row
 
 

@@ -40,7 +40,8 @@ class DataConfig:
     was written before."""
     out: str | None = None
     """File to write the pairs of data.train to, as JSON lines of {prompt, chosen, rejected, weight,
-    id}. It must not exist."""
+    id, group}: group is the tree or post of a pair, which stays on one side of a split. It must not
+    exist."""
 
 
 def check(config: DataConfig) -> list[str]:

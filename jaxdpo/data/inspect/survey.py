@@ -19,7 +19,7 @@ from jaxdpo.data.inspect.near_duplicates import (
 )
 from jaxdpo.data.prepare import Prepared
 from jaxdpo.data.sources import check_score, read_set
-from jaxdpo.data.splits import split_by_prompt
+from jaxdpo.data.splits import joined_keys, split_by_prompt
 from jaxdpo.data.truncate import prompt_limit
 
 NEARLY_EQUAL = 0.8
@@ -103,6 +103,7 @@ class Texts:
         self._similarity = array.array("f")
         self._special = array.array("B")
         self._prompt_keys = array.array("Q")
+        self._group_keys = array.array("Q")
         self._pair_keys = array.array("Q")
         self._orders = array.array("B")
 
@@ -115,6 +116,7 @@ class Texts:
         self._similarity.append(jaccard(chosen, rejected))
         self._special.append(self._spells_special is not None and self._spells_special(record))
         self._prompt_keys.append(record.prompt_key)
+        self._group_keys.append(record.group_key)
         pair_key, order = record.pair_key
         self._pair_keys.append(pair_key)
         self._orders.append(order)
@@ -130,7 +132,9 @@ class Texts:
         """bool [N]: validation pairs, where the first `num_train` pairs are those of data.train."""
         if section.eval:
             return np.arange(len(self.ids)) >= num_train
-        return split_by_prompt(np.array(self._prompt_keys, np.uint64), section.eval_fraction)
+        prompt_keys = np.array(self._prompt_keys, np.uint64)
+        keys = joined_keys(prompt_keys, np.array(self._group_keys, np.uint64))
+        return split_by_prompt(keys, section.eval_fraction)
 
     def parts(self, held_out: np.ndarray) -> list[Part]:
         """Training and validation pairs, with lengths in characters."""

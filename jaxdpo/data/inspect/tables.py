@@ -98,7 +98,7 @@ def _pairs(survey: Survey) -> Table:
     parts = survey.parts
     rows = [
         ["pairs", *(f"{len(part.lengths):,}" for part in parts)],
-        ["prompts (oasst: trees)", *(f"{part.prompts:,}" for part in parts)],
+        ["prompts", *(f"{part.prompts:,}" for part in parts)],
         ["the chosen answer is the longer one", *(f"{_longer(part):.1%}" for part in parts)],
         ["both answers are of equal length", *(f"{_equal(part):.1%}" for part in parts)],
     ]

@@ -100,8 +100,7 @@ def test_ranked_siblings_are_paired(rule: str, expected: list[str]) -> None:
         "user",
     ]
     assert (
-        first.chosen == (Message("assistant", "text of a0"),)
-        and last.prompt_key == first.prompt_key
+        first.chosen == (Message("assistant", "text of a0"),) and last.group == first.group == "r"
     ), "a tree stays together"
 
 
@@ -188,5 +187,5 @@ def test_real_trees_and_the_same_as_rows(real_data: Path, rule: str, count: int)
     )
     assert nested[1] == flat[1] and len(flat[1]) == count
     assert (nested[0].rows_read, flat[0].rows_read) == (100, 1167) and len(
-        {pair.prompt_key for pair in flat[1]}
+        {pair.group for pair in flat[1]}
     ) <= 100

@@ -51,14 +51,13 @@ def test_a_pair_and_its_contradiction_share_a_key() -> None:
     )
 
 
-def test_the_root_decides_the_side_of_a_split() -> None:
-    root = (Message("user", "Why?"),)
-    long = Preference((*root, Message("assistant", "a"), Message("user", "So?")), "a", "b")
-    assert (
-        replace(long, root=root).prompt_key
-        == Preference(root, "a", "b").prompt_key
-        != long.prompt_key
-    )
+def test_the_group_is_the_prompt_where_there_is_none() -> None:
+    pair = Preference("Why?", "a", "b")
+    other = Preference("How?", "a", "b")
+    assert pair.group_key == pair.prompt_key != other.group_key
+    grouped = replace(pair, group="t"), replace(other, group="t")
+    assert grouped[0].group_key == grouped[1].group_key
+    assert grouped[0].prompt_key == pair.prompt_key, "the prompt is what it was"
 
 
 def test_report_counts_each_reason_and_keeps_five_examples() -> None:
