@@ -35,7 +35,7 @@ import numpy as np
 from versus.machine import commit, hardware, tell
 
 from jaxdpo.config.schema import MeshSection
-from jaxdpo.data.tokenize import load_tokenizer
+from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.distributed import sharding
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.forward import forward, logits

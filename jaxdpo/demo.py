@@ -33,7 +33,7 @@ from jaxdpo.config.schema import (
 )
 from jaxdpo.config.sections import section
 from jaxdpo.data.prepare import prepare
-from jaxdpo.data.tokenize import load_tokenizer
+from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.export import ExportConfig, export_run
 from jaxdpo.models.decoder import ForwardOptions
 from jaxdpo.models.hf.config_json import load_model_config

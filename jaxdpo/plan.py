@@ -17,7 +17,7 @@ from jaxdpo.config.schema import Config
 from jaxdpo.config.sections import require, section
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.prepare import prepare
-from jaxdpo.data.tokenize import load_tokenizer
+from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.distributed.sharding import num_row_shards
 from jaxdpo.models.hf.config_json import read_config_json
 from jaxdpo.models.hf.folder import read_json

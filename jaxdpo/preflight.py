@@ -23,7 +23,7 @@ from jaxdpo.checkpoints.run_lock import RunLock
 from jaxdpo.config import cli
 from jaxdpo.config.schema import Config
 from jaxdpo.data.sources import read_set
-from jaxdpo.data.tokenize import load_tokenizer
+from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.distributed import processes
 from jaxdpo.models.hf.config_json import load_model_config, read_config_json
 from jaxdpo.models.hf.load_save import open_weights

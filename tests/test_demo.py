@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxdpo import demo
-from jaxdpo.data.tokenize import load_tokenizer
+from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.models.hf.config_json import load_model_config
 
 

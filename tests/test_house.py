@@ -34,7 +34,7 @@ HEAVY = {
     "rich": "utils.console",
     "optax": "training.optim",
     "safetensors": "models.hf.safetensors_io",
-    "transformers": "data.tokenize",
+    "transformers": "data.tokenizer_json",
     "datasets": "data.sources",
     "grain": "data.loader",
     "matplotlib": "utils.html_report",

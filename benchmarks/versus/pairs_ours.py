@@ -4,7 +4,7 @@ import time
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.prepare import prepare
-from jaxdpo.data.tokenize import load_tokenizer
+from jaxdpo.data.tokenizer_json import load_tokenizer
 
 from .pairs import arguments, print_measured
 

@@ -28,7 +28,8 @@ from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.preference import Dropped, Preference
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.sources import read_set
-from jaxdpo.data.tokenize import Encoder, load_tokenizer
+from jaxdpo.data.tokenize import Encoder
+from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.models.hf.config_json import load_model_config
 from jaxdpo.models.hf.load_save import save_params
 from jaxdpo.models.params import init_params

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokenize import Tokenizer
+from jaxdpo.data.tokenizer_json import Tokenizer
 from jaxdpo.utils.text import printable
 
 

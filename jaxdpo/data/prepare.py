@@ -18,8 +18,9 @@ from jaxdpo.data.pair_table import PairTable
 from jaxdpo.data.report import DataReport, describe_counts
 from jaxdpo.data.sources import READING_OPTIONS, check_score, read_set, set_identity
 from jaxdpo.data.splits import joined_keys, split_by_prompt
-from jaxdpo.data.tokenize import Encoder, Tokenizer, check_vocabulary
+from jaxdpo.data.tokenize import Encoder, check_vocabulary
 from jaxdpo.data.tokenize_parallel import encode_records
+from jaxdpo.data.tokenizer_json import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -15,50 +15,20 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-# transformers advises to install PyTorch, which nothing here needs.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.chat_template import AnswerText, Layout, PairText, read_template
 from jaxdpo.data.formats.preference import Dropped, Preference, Text, shared_length
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.special_tokens import SpecialTokens
+from jaxdpo.data.tokenizer_json import Tokenizer
 from jaxdpo.data.truncate import prompt_limit, truncate_completion, truncate_prompt
 from jaxdpo.data.word_cache import Ids, Texts, WordCache
 from jaxdpo.utils.text import printable
-
-Tokenizer = PreTrainedTokenizerBase
-
-
-def load_tokenizer(path: str, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder or hub id. Code that comes with a model is never run.
-
-    Raises:
-        ValueError: there is none, or it needs such code.
-    """
-    folder = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) and not folder.is_dir():
-        raise ValueError(f"model.path={path}: no such folder")
-    if folder.is_dir():
-        path = str(folder)
-    try:
-        return AutoTokenizer.from_pretrained(
-            path, revision=revision or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = printable(str(error)).strip().split("\n")[0]
-        raise ValueError(
-            f"model.path={path}: its tokenizer could not be loaded ({reason}). "
-            "The folder needs tokenizer.json"
-        ) from None
 
 
 def check_vocabulary(largest: int, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -24,7 +24,8 @@ from jaxdpo.checkpoints.run_dir import (
 from jaxdpo.data.chat_template import read_template
 from jaxdpo.data.detokenize import decode_answer
 from jaxdpo.data.formats.preference import Dropped, Message
-from jaxdpo.data.tokenize import EncodedPrompt, Encoder, check_vocabulary, load_tokenizer
+from jaxdpo.data.tokenize import EncodedPrompt, Encoder, check_vocabulary
+from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.distributed import sharding
 from jaxdpo.inference.prompts import Prompt
 from jaxdpo.models.config import ModelConfig

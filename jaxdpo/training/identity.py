@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxdpo.config.schema import Config
 from jaxdpo.data.loader import Loader
 from jaxdpo.data.pair_table import PairTable
-from jaxdpo.data.tokenize import Tokenizer
+from jaxdpo.data.tokenizer_json import Tokenizer
 from jaxdpo.losses import rules
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.peft import adapter_fingerprint

@@ -14,7 +14,8 @@ from jaxdpo.data.loader import Loader
 from jaxdpo.data.packing import Batch
 from jaxdpo.data.pair_table import PairTable
 from jaxdpo.data.prepare import Prepared, prepare
-from jaxdpo.data.tokenize import Encoder, Tokenizer, load_tokenizer
+from jaxdpo.data.tokenize import Encoder
+from jaxdpo.data.tokenizer_json import Tokenizer, load_tokenizer
 from jaxdpo.distributed import sharding
 from jaxdpo.models.flops import peak_flops, step_flops
 from jaxdpo.models.hf.config_json import load_model_config, read_config_json

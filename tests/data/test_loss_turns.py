@@ -12,7 +12,8 @@ from jaxdpo.data.detokenize import answer_pieces, describe_pair
 from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.formats.trl import parse_preference
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokenize import Encoder, Tokenizer, load_tokenizer
+from jaxdpo.data.tokenize import Encoder
+from jaxdpo.data.tokenizer_json import Tokenizer, load_tokenizer
 
 USER, ASSISTANT = (lambda text, role=role: Message(role, text) for role in ("user", "assistant"))
 PROMPT = (USER("Which colour is the sky?"),)

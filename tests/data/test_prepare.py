@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.prepare import code_hash, prepare, summary
-from jaxdpo.data.tokenize import load_tokenizer
+from jaxdpo.data.tokenizer_json import load_tokenizer
 
 Write = Callable[..., str]
 

@@ -14,7 +14,8 @@ from jaxdpo.data.detokenize import decode_answer
 from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.sources import read_set
-from jaxdpo.data.tokenize import Encoder, Tokenizer, load_tokenizer
+from jaxdpo.data.tokenize import Encoder
+from jaxdpo.data.tokenizer_json import Tokenizer, load_tokenizer
 from jaxdpo.data.word_cache import WordCache
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from jaxdpo.data.detokenize import decode_answer
 from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokenize import check_vocabulary, load_tokenizer
+from jaxdpo.data.tokenize import check_vocabulary
+from jaxdpo.data.tokenizer_json import load_tokenizer
 from tests.data.encoding import (
     KINDS,
     answers,

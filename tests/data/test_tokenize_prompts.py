@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from jaxdpo.data.chat_template import read_template
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokenize import EncodedPrompt, Encoder, load_tokenizer
+from jaxdpo.data.tokenize import EncodedPrompt, Encoder
+from jaxdpo.data.tokenizer_json import load_tokenizer
 
 KINDS = ("byte_tokenizer", "metaspace_tokenizer", "chat_tokenizer")
 TURNS = (

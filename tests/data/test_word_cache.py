@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxdpo.data import word_cache
-from jaxdpo.data.tokenize import load_tokenizer
+from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.data.word_cache import PATTERNS, UNCOMMON, WordCache
 
 TEXT = st.text(st.sampled_from("aAz \n\r\t'.:1é́中🙂<|end|>sH’ªØßž½²…—÷§ſ\x1c\x85\xa0"), max_size=12)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxdpo.data.detokenize import answer_pieces, decode_answer
 from jaxdpo.data.formats.preference import Preference, Text, strings
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.tokenize import Tokenizer
+from jaxdpo.data.tokenizer_json import Tokenizer
 from jaxdpo.utils.console import Console, is_coloured, say_parts
 from jaxdpo.utils.html_report import Example, Passage
 from jaxdpo.utils.text import printable

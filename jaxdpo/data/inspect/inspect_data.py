@@ -15,7 +15,8 @@ from jaxdpo.data.inspect.survey import Survey, Texts, read_texts, survey_tokens
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.prepare import Prepared, prepare
 from jaxdpo.data.sources import read_set
-from jaxdpo.data.tokenize import Encoder, Tokenizer, load_tokenizer
+from jaxdpo.data.tokenize import Encoder
+from jaxdpo.data.tokenizer_json import Tokenizer, load_tokenizer
 from jaxdpo.utils.console import stdout
 from jaxdpo.utils.files import atomic_write
 from jaxdpo.utils.html_report import Example

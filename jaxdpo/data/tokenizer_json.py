@@ -1,0 +1,159 @@
+"""Loading a tokenizer: tokenizer.json is the tokenizer, whatever class transformers makes of it.
+
+transformers builds the tokenizers of some model types by a class of its own that takes only the
+vocabulary from tokenizer.json: its pre-tokenizer and its model are the class's (Qwen2Tokenizer
+with the tokenizer of a Llama gives other ids, and makes BPE of a word-level vocabulary). A model
+was trained with the file, so ids are compared on texts of many scripts, and the file decides.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FileTokenizer
+
+# transformers advises to install PyTorch, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from jaxdpo.utils.text import printable
+
+logger = logging.getLogger(__name__)
+
+Tokenizer = PreTrainedTokenizerBase
+
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+PROBES = (
+    "a",
+    " The quick brown fox doesn't jump;  he'll WALK 12,345.678 miles (100%)!\r\n\n\tx = y[0]\n",
+    "def f(x): return x**2 # https://example.com/?q=a+b&c=%20_id \\n {{}} <tag/> a@b.org",
+    "1 22 333 4444 ２３ ½ ٣٤ ௧௨ Ⅷ",
+    "Grüße, naïve façade, Łódź, İstanbul ıI ßẞ ﬁ ﬀ Å Å é é",
+    "Съешь же ещё этих булок. Ξεσκεπάζω την ψυχοφθόρα. Բարև ձեզ გამარჯობა",
+    "שָׁלוֹם עוֹלָם مرحبا بالعالم ‏نص‏ سلام دنیا",
+    "नमस्ते दुनिया বাংলা தமிழ் తెలుగు ไทยภาษา ລາວ မြန်မာ ភាសាខ្មែរ ሰላም",
+    "你好，世界。繁體字 こんにちは カタカナ ｶﾀｶﾅ 안녕하세요 한글　全角",
+    "🙂👩‍👩‍👧🏽🇪🇺 ∑∫√≠ →…“quotes”—‘x’ ™ № ␣ \u200b\u00a0\ufeff \ue000",
+    "▁Ġ ## the ##ing ab <0x41> aaaaaaaaaaaaaaaaa \x00\x07",
+)
+"""Scripts, numbers, white space, contractions, code, and what normalizers change."""
+MAX_SPELLED = 256
+"""Added tokens whose spelling is probed: more than any chat template has."""
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder or hub id. Code that comes with a model is never run.
+
+    Raises:
+        ValueError: there is none, it needs such code, or its files contradict each other.
+    """
+    folder = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) and not folder.is_dir():
+        raise ValueError(f"model.path={path}: no such folder")
+    if folder.is_dir():
+        path = str(folder)
+    revision = revision or "main"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = printable(str(error)).strip().split("\n")[0]
+        raise ValueError(
+            f"model.path={path}: its tokenizer could not be loaded ({reason}). "
+            "The folder needs tokenizer.json"
+        ) from None
+    return as_in_file(tokenizer, path, revision)
+
+
+def as_in_file(tokenizer: Tokenizer, path: str, revision: str) -> Tokenizer:
+    """The tokenizer, or that of its tokenizer.json where the two give other ids.
+
+    Args:
+        tokenizer: as transformers loads it from `path`.
+        path: Hugging Face folder or hub id.
+        revision: of a hub id.
+
+    Raises:
+        ValueError: tokenizer_config.json adds tokens with which the ids are not the file's.
+    """
+    file, settings = (_find(path, revision, name) for name in (FILE, SETTINGS))
+    if file is None:
+        return tokenizer
+    own = FileTokenizer.from_file(str(file))
+    # A file may ask for truncation and padding, which are never the tokenizer's business here.
+    own.no_truncation()
+    own.no_padding()
+    named: dict[str, Any] = {}
+    if settings is not None:
+        named = json.loads(settings.read_text(encoding="utf-8"))
+    probes = _probes(own)
+    text = first_difference(tokenizer, own, probes, named)
+    if text is None:
+        return tokenizer
+    logger.warning(
+        "model.path=%s: transformers' %s gives other ids than the folder's %s, e.g. for %r: "
+        "the file's are used",
+        path,
+        type(tokenizer).__name__,
+        FILE,
+        printable(text[:40]),
+    )
+    names = {}
+    for name in _NAMES:  # those that the class names by default, if the file has such tokens
+        token = getattr(tokenizer, name)
+        if token is not None and name not in named and own.token_to_id(str(token)) is not None:
+            names[name] = str(token)
+    replacement = PreTrainedTokenizerFast.from_pretrained(
+        path, revision=revision, trust_remote_code=False, **names
+    )
+    text = first_difference(replacement, own, probes, named)
+    if text is not None:
+        raise ValueError(
+            f"model.path={path}: {SETTINGS} changes what {FILE} makes of "
+            f"{printable(repr(text[:40]))} (added tokens that differ). Make the two files agree"
+        )
+    return replacement
+
+
+def first_difference(
+    tokenizer: Tokenizer,
+    own: FileTokenizer,
+    probes: Sequence[str],
+    named: dict[str, Any],
+) -> str | None:
+    """The first of some texts whose ids differ from those of tokenizer.json; None if there is none.
+
+    Args:
+        named: tokenizer_config.json. If it says whether bos and eos are added, this holds.
+    """
+    adds = "add_bos_token" in named or "add_eos_token" in named
+    for number, text in enumerate(probes):
+        with_special = number == 0 and not adds
+        try:
+            found = list(tokenizer(text, add_special_tokens=with_special)["input_ids"])
+        except Exception:  # tokenizers raises no class of its own, e.g. for a missing unk token
+            found = None
+        if found != own.encode(text, add_special_tokens=with_special).ids:
+            return text
+    return None
+
+
+def _probes(own: FileTokenizer) -> list[str]:
+    """Texts of many scripts, and one with the spelling of the file's added tokens."""
+    spelled = ""
+    for _, token in sorted(own.get_added_tokens_decoder().items())[:MAX_SPELLED]:
+        spelled += f"x{token.content} y\n"
+    return [*PROBES, spelled]
+
+
+def _find(path: str, revision: str, name: str) -> Path | None:
+    folder = Path(path)
+    if folder.is_dir():
+        file = folder / name
+        return file if file.is_file() else None
+    found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
