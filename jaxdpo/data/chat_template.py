@@ -15,6 +15,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text, Turns, strings
+from jaxdpo.data.left_out import left_out
 from jaxdpo.utils.text import printable
 
 FIXED_DATE = """{%- macro strftime_now(format) -%}
@@ -83,6 +84,8 @@ class PairText:
     rejected: AnswerText
     templated: bool
     """Written by a chat template: the text spells bos, eos and the other special tokens."""
+    left_out: frozenset[str] = frozenset()
+    """What the chat template leaves out of the record, named for the report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,9 @@ class Layout:
             return self._render_strings(record.prompt, str(record.chosen), str(record.rejected))
         prompt, chosen, rejected = record.prompt, _turns(record.chosen), _turns(record.rejected)
         if self.template is None:
+            for turn in (*prompt, *chosen, *rejected):
+                if turn.extra:
+                    return _no_field(turn)
             return self._render_plain(prompt, chosen, rejected)
         if self.spell_special(record.texts):
             return SPELLS_SPECIAL
@@ -211,15 +217,21 @@ class Layout:
             before = self._before_answer(prompt, start, tools)
             if all(text.startswith(before) for text in texts):
                 start = before
-        sides = []
+        sides, missing = [], set()
         for text, answer in zip(texts, answers, strict=True):
+            found = left_out(
+                lambda turns: self._template(turns, tools), prompt, answer, start, text
+            )
+            if isinstance(found, Dropped):
+                return found
+            missing |= found
             spans = None
             if max(len(chosen), len(rejected)) > 1:
                 spans = self._loss_spans(tools, prompt, answer, text)
                 if spans is None:
                     return NOT_FOUND
             sides.append(AnswerText(text, spans))
-        return PairText(start, sides[0], sides[1], templated=True)
+        return PairText(start, sides[0], sides[1], templated=True, left_out=frozenset(missing))
 
     def _loss_spans(self, tools: str, prompt: Turns, answer: Turns, text: str) -> Spans | None:
         """Where the answer's assistant turns are in the text, each with its end marker.
@@ -237,19 +249,47 @@ class Layout:
             is_last = number == len(answer) - 1
             if turn.role != "assistant" or not (is_last or self.all_turns):
                 continue
-            sentinel = Message("assistant", SENTINEL)
-            marked = (*prompt, *answer[:number], sentinel, *answer[number + 1 :])
-            before, found, after = self._template(marked, tools).partition(SENTINEL)
-            if not found or not text.startswith(before) or not text.endswith(after):
+            edges = self._edges(tools, (*prompt, *answer), len(prompt) + number, text)
+            if edges is None:
                 return None
-            if len(before) + len(after) > len(text):  # they overlap
-                return None
+            before, after = edges
             end = len(text) - len(after)
             marker = after if is_last else self.after_answer
             if after.startswith(marker):
                 end += len(marker)
             spans.append((len(before), end))
         return tuple(spans)
+
+    def _edges(self, tools: str, turns: Turns, number: int, text: str) -> tuple[str, str] | None:
+        """What the text has before and after a turn, each as short as a sentinel shows it.
+
+        The sentinel stands for the complete turn, and for its content and each field of text:
+        thoughts are written before the content, tool calls behind it.
+        """
+        turn = turns[number]
+        marked = [Message("assistant", SENTINEL)]
+        if turn.extra:
+            marked.append(
+                dataclasses.replace(turn, content=SENTINEL, extra=_content_of(turn.extra))
+            )
+            for name, value in json.loads(turn.extra).items():
+                if isinstance(value, str):
+                    extra = {**json.loads(turn.extra), name: SENTINEL}
+                    marked.append(dataclasses.replace(turn, extra=json.dumps(extra)))
+        befores, afters = [], []
+        for sentinel in marked:
+            conversation = (*turns[:number], sentinel, *turns[number + 1 :])
+            before, found, after = self._template(conversation, tools).partition(SENTINEL)
+            if found and text.startswith(before):
+                befores.append(before)
+            if found and text.endswith(after):
+                afters.append(after)
+        if not befores or not afters:
+            return None
+        before, after = min(befores, key=len), min(afters, key=len)
+        if len(before) + len(after) > len(text):  # they overlap
+            return None
+        return before, after
 
     def _before_answer(self, prompt: Turns, start: str, tools: str = "") -> str:
         """`start` and what the template writes between it and an answer, which is not the answer's.
@@ -267,7 +307,7 @@ class Layout:
         if tools:
             options["tools"] = json.loads(tools)
         text = self.tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in messages],
+            [turn.fields for turn in messages],
             chat_template=self.template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -285,9 +325,24 @@ class Layout:
 
 def plain_prompt(prompt: Turns) -> str | Dropped:
     """Turns as Human: / Assistant: text that an answer is put behind."""
+    for turn in prompt:
+        if turn.extra:
+            return _no_field(turn)
     if any(turn.role not in PLAIN_TURNS for turn in prompt):
         return NO_PLAIN_ROLE
     return "".join(PLAIN_TURNS[turn.role] + turn.content for turn in prompt) + PLAIN_ANSWER
+
+
+def _content_of(extra: str) -> str:
+    """The other fields of a message that has content after all."""
+    fields = json.loads(extra)
+    fields.pop("content", None)
+    return json.dumps(fields)
+
+
+def _no_field(turn: Message) -> Dropped:
+    names = [name for name in turn.fields if name not in ("role", "content")]
+    return Dropped(f"plain text has no form for the message field {names[0]!r}")
 
 
 def _refused(error: Exception) -> Dropped:

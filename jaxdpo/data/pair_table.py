@@ -52,6 +52,8 @@ class EncodedPair:
     """64-bit hash of the prompt and both answers before, and their order (Preference.pair_key)."""
     source: int = 0
     """Which of the data sets it comes from."""
+    left_out: frozenset[str] = frozenset()
+    """What the chat template left out of it (data/left_out.py); the table does not keep it."""
 
     def __len__(self) -> int:
         """Tokens of prompt + chosen + rejected."""

@@ -14,6 +14,7 @@ import numpy as np
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.dedup import deduplicate, remove_overlap
 from jaxdpo.data.disk_cache import TableWriter, load_or_make
+from jaxdpo.data.left_out import ANSWER_TEXT, PROMPT_TEXT
 from jaxdpo.data.pair_table import PairTable
 from jaxdpo.data.report import DataReport, describe_counts
 from jaxdpo.data.sources import READING_OPTIONS, check_score, read_set, set_identity
@@ -235,6 +236,19 @@ def _warnings(report: dict[str, Any], encoder: Encoder) -> Iterator[str]:
                 f"{item['name']}: both answers of {item['repeats_prompt']} of {item['parsed']} "
                 "pairs begin with their prompt, which the model then learns to repeat. If they "
                 "are generated text, cut the prompt off"
+            )
+        if ANSWER_TEXT in item["left_out"]:
+            yield (
+                f"{item['name']}: the chat template leaves out text of the answers of "
+                f"{item['left_out'][ANSWER_TEXT]} pairs, which is not learned (templates of "
+                "reasoning models cut all before </think>). Name a template that keeps it in "
+                "data.chat_template, or shorten the answers"
+            )
+        if PROMPT_TEXT in item["left_out"]:
+            yield (
+                f"{item['name']}: the chat template leaves out text of the prompts of "
+                f"{item['left_out'][PROMPT_TEXT]} pairs (system messages, or thoughts of earlier "
+                "turns). If it matters, name a template that keeps it in data.chat_template"
             )
         if item["verbatim"] and encoder.template is not None:
             yield (

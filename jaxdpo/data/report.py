@@ -28,6 +28,8 @@ class DataReport:
     """Pairs of plain strings, to which no chat template applies."""
     repeats_prompt: int = 0
     """Pairs whose two answers begin with the prompt."""
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What the chat template left out of pairs that are kept, and of how many of them."""
     ignored_columns: dict[str, int] = dataclasses.field(default_factory=dict)
     """Columns that are not read, and in how many rows each has content."""
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -64,6 +66,7 @@ class DataReport:
             "repeats_prompt": self.repeats_prompt,
             "dropped": self._reasons(self.dropped),
             "filtered": self._reasons(self.filtered),
+            "left_out": dict(sorted(self.left_out.items())),
             "ignored_columns": dict(sorted(self.ignored_columns.items())),
         }
 
@@ -82,6 +85,9 @@ def describe_counts(report: Mapping[str, Any]) -> str:
     )
     text += _describe_reasons("dropped", report["dropped"])
     text += _describe_reasons("filtered", report["filtered"])
+    if report["left_out"]:
+        each = ", ".join(f"{printable(what)} ({n:,})" for what, n in report["left_out"].items())
+        text += f"; left out by the chat template: {each}"
     if report["ignored_columns"]:
         text += f"; columns not used: {describe_ignored(report['ignored_columns'])}"
     return text

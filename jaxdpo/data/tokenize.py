@@ -192,6 +192,7 @@ class Encoder:
             prompt_key=record.prompt_key,
             group_key=record.group_key,
             pair_key=record.pair_key,
+            left_out=text.left_out,
         )
 
     def _completion(

@@ -70,23 +70,29 @@ class EncodedChunk:
     """Records of plain strings."""
     repeats_prompt: int
     """Records whose two answers begin with the prompt."""
+    left_out: dict[str, int]
+    """What the chat template left out, and of how many pairs."""
 
 
 def encode_chunk(encoder: Encodes, records: list[Preference], source: int) -> EncodedChunk:
     """Encode some records of one set."""
     pairs, dropped = [], []
     special_text = verbatim = repeats_prompt = 0
+    missing: collections.Counter[str] = collections.Counter()
     for record, result in zip(records, encoder.encode(records), strict=True):
         if isinstance(result, Dropped):
             dropped.append((result, record.id))
         else:
             pairs.append(result)
+            missing.update(result.left_out)
         special_text += encoder.spells_special(record)
         verbatim += isinstance(record.prompt, str)
         repeats_prompt += record.repeats_prompt
     columns = to_columns(pairs)
     columns["sources"] = np.full(len(pairs), source, np.int32)
-    return EncodedChunk(columns, len(pairs), dropped, special_text, verbatim, repeats_prompt)
+    return EncodedChunk(
+        columns, len(pairs), dropped, special_text, verbatim, repeats_prompt, dict(missing)
+    )
 
 
 def encode_records(
@@ -107,6 +113,8 @@ def encode_records(
             report.special_text += chunk.special_text
             report.verbatim += chunk.verbatim
             report.repeats_prompt += chunk.repeats_prompt
+            for name, count in chunk.left_out.items():
+                report.left_out[name] = report.left_out.get(name, 0) + count
             for dropped, name in chunk.dropped:
                 report.drop(dropped, name)
             yield chunk.columns

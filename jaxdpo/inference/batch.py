@@ -1,6 +1,5 @@
 """Many prompts answered by several models, one in memory at a time; answers as rows and as text."""
 
-import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -69,7 +68,7 @@ def to_row(prompt: Prompt, answers: Mapping[str, Answer]) -> dict[str, Any]:
     if isinstance(prompt.text, str):
         row["prompt"] = prompt.text
     else:
-        row["prompt"] = [dataclasses.asdict(turn) for turn in prompt.text]
+        row["prompt"] = [turn.fields for turn in prompt.text]
     for key in Answer._fields:
         values = {name: getattr(answer, key) for name, answer in answers.items()}
         row[key] = values if len(values) > 1 else next(iter(values.values()))

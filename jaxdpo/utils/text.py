@@ -8,10 +8,27 @@ spoil emoji and the joiners of Persian or Hindi.
 
 import re
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # C0 and C1 controls but tab and newline, and what changes a line's direction.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def has_content(value: Any) -> bool:
+    """Whether a value says something: not null, no empty or blank text, nothing made of such.
+
+    >>> has_content([{"bytes": None, "path": ""}]), has_content(0), has_content(False)
+    (False, True, True)
+    """
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(has_content(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(has_content(item) for item in value)
+    return value is not None
 
 
 def is_unicode(text: str) -> bool:

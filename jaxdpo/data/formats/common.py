@@ -27,7 +27,7 @@ from jaxdpo.data.formats.preference import (
     Turns,
     strings,
 )
-from jaxdpo.utils.text import is_unicode, printable
+from jaxdpo.utils.text import has_content, is_unicode, printable
 
 Row = Mapping[str, Any]
 Outcome = Preference | Dropped
@@ -63,21 +63,6 @@ _MEDIA = re.compile(
 
 
 # --- columns ---
-
-
-def has_content(value: Any) -> bool:
-    """Whether a value says something: not null, no empty or blank text, nothing made of such.
-
-    >>> has_content([{"bytes": None, "path": ""}]), has_content(0), has_content(False)
-    (False, True, True)
-    """
-    if isinstance(value, str):
-        return bool(value.strip())
-    if isinstance(value, Mapping):
-        return any(has_content(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return any(has_content(item) for item in value)
-    return value is not None
 
 
 def unread(row: Row, read: Iterable[str]) -> Iterator[str]:
@@ -249,8 +234,7 @@ def _reason_to_drop(prompt: Text, chosen: Text, rejected: Text) -> str | None:
         if not all(_is_answer(answer) for answer in answers):
             return "answer does not begin and end with an assistant turn"
     for answer in answers:
-        text = answer if isinstance(answer, str) else answer[-1].content
-        if not text.strip():
+        if not has_content(answer if isinstance(answer, str) else strings(answer[-1:])):
             return EMPTY
     return IDENTICAL if chosen == rejected else None
 

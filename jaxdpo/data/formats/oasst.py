@@ -20,7 +20,6 @@ from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import (
     Outcome,
     Row,
-    has_content,
     make_preference,
     number,
     one_turn,
@@ -29,6 +28,7 @@ from jaxdpo.data.formats.common import (
 )
 from jaxdpo.data.formats.preference import Dropped, Turns
 from jaxdpo.data.formats.ranked import choose_pairs, no_pair
+from jaxdpo.utils.text import has_content
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 COLUMNS = (

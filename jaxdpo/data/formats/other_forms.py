@@ -1,6 +1,7 @@
 """Rows that hold no pair, and forms that are not read: what they are, and what to do."""
 
-from jaxdpo.data.formats.common import Row, has_content
+from jaxdpo.data.formats.common import Row
+from jaxdpo.utils.text import has_content
 
 _FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (

@@ -13,7 +13,8 @@ from typing import Any
 
 from jaxdpo.data.formats.listed_text import messages_in
 from jaxdpo.data.formats.roles import ROLES, read_role
-from jaxdpo.utils.text import printable
+from jaxdpo.data.formats.tool_calls import CALL_ROLES, calls_in, read_calls
+from jaxdpo.utils.text import has_content, printable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,6 +24,15 @@ class Message:
     role: str
     """system, user, assistant or tool."""
     content: str
+    extra: str = ""
+    """The other fields, as the JSON text of an object: tool_calls, reasoning_content, name, ...;
+    "content": null where the row has no content. Empty: none. Chat templates are given all."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The message as a chat template is given it."""
+        own = {"role": self.role, "content": self.content}
+        return {**own, **json.loads(self.extra)} if self.extra else own
 
 
 Turns = tuple[Message, ...]
@@ -31,8 +41,15 @@ Text = str | Turns
 
 
 def strings(text: Text) -> list[str]:
-    """The text itself in a list, or the content of each message."""
-    return [text] if isinstance(text, str) else [turn.content for turn in text]
+    """The text itself in a list, or the content (and the other fields) of each message."""
+    if isinstance(text, str):
+        return [text]
+    found = []
+    for turn in text:
+        found.append(turn.content)
+        if turn.extra:
+            found.append(turn.extra)
+    return found
 
 
 def read_text(value: Any, column: str) -> Text:
@@ -64,11 +81,16 @@ def read_text(value: Any, column: str) -> Text:
 
 def _message(item: Any, where: str) -> Message:
     keys: Mapping[str, Any] = item if isinstance(item, dict) else {}
-    role, content = keys.get("role"), keys.get("content")
-    if "from" in keys:
-        role, content = keys["from"], keys.get("value")
-    content = _content(content, where)
-    if not isinstance(role, str) or content is None:
+    own = ("from", "value") if "from" in keys else ("role", "content")
+    role, content = keys.get(own[0]), keys.get(own[1])
+    extra = _other_fields(keys, own, where)
+    if isinstance(role, str) and role.strip().lower() in CALL_ROLES:
+        extra["tool_calls"] = calls_in(content, where) + extra.get("tool_calls", [])
+        role, content = "assistant", None
+    text = _content(content, where)
+    if content is None and extra:
+        text, extra["content"] = "", None
+    if not isinstance(role, str) or text is None:
         shown: Any = type(item).__name__
         if isinstance(item, dict):
             shown = {key: type(value).__name__ for key, value in item.items()}
@@ -81,12 +103,28 @@ def _message(item: Any, where: str) -> Message:
             f"{where} has the role {printable(repr(role))}, which is none of "
             f"{', '.join(ROLES)}. Rename it"
         )
-    if keys.get("tool_calls"):
-        raise ValueError(
-            f"{where} calls a tool in tool_calls, which is not read. "
-            "Write the call into the content, or leave such rows out"
-        )
-    return Message(known, content)
+    if not extra:
+        return Message(known, text)
+    # What JSON cannot hold (the bytes of an image) is named, so that it is refused by its field.
+    return Message(
+        known,
+        text,
+        json.dumps(extra, ensure_ascii=False, default=lambda value: type(value).__name__),
+    )
+
+
+def _other_fields(keys: Mapping[str, Any], own: tuple[str, str], where: str) -> dict[str, Any]:
+    """The fields of a message beside role and content; tables fill absent ones with null."""
+    extra = {}
+    for name, value in keys.items():
+        if name in own or not has_content(value):
+            continue
+        if name in ("role", "content"):
+            raise ValueError(f"{where} has both {own[0]!r} and {name!r}. Keep one form")
+        if name == "tool_calls":
+            value = read_calls(value, where)
+        extra[str(name)] = value
+    return extra
 
 
 def _content(value: Any, where: str) -> str | None:
@@ -103,6 +141,14 @@ def _content(value: Any, where: str) -> str | None:
             raise ValueError(
                 f"{where}: block {number} of its content is {printable(repr(kind))}; "
                 "only blocks of text can be read"
+            )
+        more = [
+            str(key) for key in block if key not in ("type", "text") and has_content(block[key])
+        ]
+        if more:
+            raise ValueError(
+                f"{where}: block {number} of its content has {', '.join(map(repr, more))}, which "
+                "is not read. Remove it"
             )
         texts.append(text)
     return "".join(texts)
@@ -179,7 +225,13 @@ class Preference:
 def _plain(text: Text) -> str:
     if isinstance(text, str):
         return text
-    return json.dumps([[turn.role, turn.content] for turn in text])
+    turns = []
+    for turn in text:
+        fields = [turn.role, turn.content]
+        if turn.extra:
+            fields.append(turn.extra)
+        turns.append(fields)
+    return json.dumps(turns)
 
 
 def _hash(text: str) -> int:

@@ -15,14 +15,13 @@ from jaxdpo.data.formats.common import (
     ROW_NUMBERS,
     SYSTEMS,
     Row,
-    has_content,
     one_turn,
     string,
     with_system,
 )
 from jaxdpo.data.formats.listed_text import messages_in, read_list
 from jaxdpo.data.formats.preference import Message, Text, Turns, read_text
-from jaxdpo.utils.text import printable
+from jaxdpo.utils.text import has_content, printable
 
 HISTORY = "history"
 """Column of the turns before the prompt, in LLaMA-Factory's alpaca rows."""

@@ -19,7 +19,6 @@ from jaxdpo.data.formats.common import (
     TIE,
     Outcome,
     Row,
-    has_content,
     number,
     shown_columns,
     unread,
@@ -28,7 +27,7 @@ from jaxdpo.data.formats.listed_text import read_list
 from jaxdpo.data.formats.preference import Dropped
 from jaxdpo.data.formats.prompt import prompt_columns, unfold, unfolded
 from jaxdpo.data.formats.trl import has_answers, pair
-from jaxdpo.utils.text import printable
+from jaxdpo.utils.text import has_content, printable
 
 T = TypeVar("T")
 
@@ -73,7 +72,9 @@ def parse_ranked(row: Row, section: DataSection) -> Iterator[Outcome]:
         )
     answers = read_list(row[column]) or []
     ranked = []
-    ranks = (*RANKS, *SCORES, section.score or "")
+    ranks = [*RANKS, *SCORES, section.score or ""]
+    if section.score == ORDER:  # which says that numbers beside the answers do not rank them
+        ranks += [name.partition(".")[2] for name in _unsure_fields(answers, column)]
     for rank, answer in zip(_ranks(row, column, answers, section.score), answers, strict=True):
         if rank is not None:
             ranked.append((rank, answer))

@@ -1,15 +1,17 @@
 """Roles of messages, as data sets spell them: Human, USER, gpt, bot, prompter."""
 
+from jaxdpo.data.formats.tool_calls import CALL_ROLES
+
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant"),
-    **dict.fromkeys(("tool", "function_response", "observation"), "tool"),
+    **dict.fromkeys(("tool", "tool_response", "function_response", "observation"), "tool"),
     "system": "system",
 }
 """What the spellings mean to chat templates; letter case does not count."""
 OWN_ROLES = frozenset({"developer", "function", "ipython", "document", "documents", "control"})
 """Roles that some chat templates know beside the four: they are handed to the template."""
-KNOWN_ROLES = ROLES.keys() | OWN_ROLES
+KNOWN_ROLES = ROLES.keys() | OWN_ROLES | CALL_ROLES
 
 
 def read_role(role: str) -> str | None:

@@ -20,7 +20,6 @@ from jaxdpo.data.formats.common import (
     PROMPTS,
     Outcome,
     Row,
-    has_content,
     make_preference,
     one_turn,
     shown_columns,
@@ -38,6 +37,7 @@ from jaxdpo.data.formats.prompt import (
     unfold,
     unfolded,
 )
+from jaxdpo.utils.text import has_content
 
 ANSWERS = (
     ("chosen", "rejected"),  # TRL, axolotl, LLaMA-Factory

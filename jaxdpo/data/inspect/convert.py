@@ -27,4 +27,4 @@ def to_row(record: Preference) -> dict[str, Any]:
 def _plain(text: Text) -> Any:
     if isinstance(text, str):
         return text
-    return [{"role": turn.role, "content": turn.content} for turn in text]
+    return [turn.fields for turn in text]

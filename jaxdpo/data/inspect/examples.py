@@ -116,7 +116,7 @@ def _turns(text: Text, first_turn: int | None) -> Spans:
         if first_turn is None or len(text) > 1:  # the usual answer needs no role
             spans.append((f"{turn.role}: ", False))
         counted = first_turn is not None and number >= first_turn and turn.role == "assistant"
-        spans.append((turn.content, counted))
+        spans.append((" ".join(filter(None, strings((turn,)))), counted))
     return _printable(spans)
 
 

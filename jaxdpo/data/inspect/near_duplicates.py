@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from jaxdpo.data.formats.preference import Preference, Text
+from jaxdpo.data.formats.preference import Preference, Text, strings
 
 NUM_BANDS, BAND_SIZE = 24, 5
 """A pair of index s shares a band with probability 1 - (1 - s^5)^24: half at 0.5, 99.99% at 0.8."""
@@ -96,7 +96,7 @@ def content(text: Text) -> str:
     """The text without system prompts: one that all rows share would make them all alike."""
     if isinstance(text, str):
         return text
-    return "\n".join(turn.content for turn in text if turn.role != "system")
+    return "\n".join(strings(tuple(turn for turn in text if turn.role != "system")))
 
 
 def shingles(text: str) -> np.ndarray:

@@ -87,6 +87,9 @@ def _rows(item: Mapping[str, Any]) -> Table:
             names = _names(found["examples"], count)
             rows.append([f"{verb}: {printable(reason)}", f"{count:,}", names])
     notes = []
+    if item["left_out"]:
+        each = ", ".join(f"{what} ({n:,})" for what, n in item["left_out"].items())
+        notes.append(f"Left out by the chat template: {printable(each)}.")
     if item["ignored_columns"]:
         unused = describe_ignored(item["ignored_columns"])
         notes.append(f"Columns that are not used: {unused}.")

@@ -242,8 +242,8 @@ def test_a_column_of_system_prompts_and_one_of_tools_make_a_row_a_chat(row: dict
             "block 1 of its content is 'image'; only blocks of text",
         ),
         (
-            {"chosen": [{**assistant("a"), "tool_calls": [{}]}], "rejected": [assistant("b")]},
-            "calls a tool in tool_calls",
+            {"chosen": [{**assistant("a"), "tool_calls": [7]}], "rejected": [assistant("b")]},
+            "7 is no tool call",
         ),
     ],
 )
