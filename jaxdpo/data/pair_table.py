@@ -214,7 +214,10 @@ class PairTable:
         start, chosen, rejected, end = itertools.accumulate(
             map(int, sizes), initial=int(self.token_starts[index])
         )
-        flags = int(columns["flags"][index])
+        bits = int(columns["flags"][index])
+        flags: dict[str, Any] = {}
+        for bit, name in enumerate(FLAGS):
+            flags[name] = bool(bits >> bit & 1)
         return EncodedPair(
             prompt_ids=tokens[start:chosen],
             chosen_ids=tokens[chosen:rejected],
@@ -228,7 +231,7 @@ class PairTable:
             group_key=int(columns["group_keys"][index]),
             pair_key=(int(columns["pair_keys"][index]), bool(columns["orders"][index])),
             source=int(columns["sources"][index]),
-            **{name: bool(flags >> bit & 1) for bit, name in enumerate(FLAGS)},
+            **flags,
         )
 
     def take(self, index: np.ndarray) -> "PairTable":
