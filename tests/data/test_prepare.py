@@ -52,6 +52,18 @@ def test_read_split_encode_report(write: Write, byte_tokenizer: PreTrainedTokeni
     )
 
 
+def test_the_console_names_the_columns_that_are_not_used(
+    write: Write, tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Also where the pairs come from the cache."""
+    marked = [{**row, "source": "forum", "score_chosen": 3} for row in rows(10)]
+    path = write("a.jsonl", [*marked, *rows(10, 10)])
+    section = options(train=[path], cache=str(tmp_path / "cache"))
+    for _ in range(2):
+        line = summary(prepare(section, byte_tokenizer, 1000).report)[0]
+        assert line.endswith("columns not used: score_chosen (10 rows), source (10 rows)")
+
+
 def test_the_same_rows_give_the_same_tables(
     write: Write, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -22,6 +22,8 @@ _BEGINS = re.compile(
 _HAS_ROLE = re.compile(
     r"""["'](?:role|from)\\?["']{1,2}\s*:\s*\\?["']{1,2}(\w+)\\?["']""", re.IGNORECASE
 )
+_SAYS = ("content", "tool_calls", "parts")
+"""Fields of which a message with a role has one."""
 REMEDY = (
     "Write the column as a list of messages in JSON lines or Parquet "
     "(pandas: df.to_json(file, orient='records', lines=True), or df.to_parquet)"
@@ -52,10 +54,12 @@ def messages_in(text: str, column: str) -> Any:
     found = _parse(text)
     if isinstance(found, str):  # JSON text of JSON text
         found = _parse(found)
-    if _are_messages(found):
+    items = _items(found)
+    are_messages = [_is_message(item) for item in items]
+    if items and all(are_messages):
         return found
     roles = {role.lower() for role in _HAS_ROLE.findall(text)}
-    if found is None and roles & KNOWN_ROLES:
+    if any(are_messages) or (found is None and roles & KNOWN_ROLES):
         raise ValueError(
             f"column {column!r} is text that begins like a list of messages and cannot be read as "
             f"one. {REMEDY}"
@@ -63,21 +67,22 @@ def messages_in(text: str, column: str) -> Any:
     return text
 
 
-def _are_messages(value: Any) -> bool:
-    """Whether a value is a message, a list of them, or an object with such a list."""
+def _items(value: Any) -> list[Any]:
+    """What may be messages: the items of a list, of an object with one, or the object itself."""
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         value = value["messages"]
     if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not value:
+        return [value]
+    return value if isinstance(value, list) else []
+
+
+def _is_message(item: Any) -> bool:
+    """Whether an item is a message, of whatever role; {"from": "Paris", "to": "Rome"} is none."""
+    if not isinstance(item, dict):
         return False
-    for item in value:
-        if not isinstance(item, dict):
-            return False
-        role = item.get("role", item.get("from"))
-        if not isinstance(role, str) or role.strip().lower() not in KNOWN_ROLES:
-            return False
-    return True
+    if "from" in item:
+        return isinstance(item["from"], str) and "value" in item
+    return isinstance(item.get("role"), str) and not item.keys().isdisjoint(_SAYS)
 
 
 def _parse(text: str) -> Any:

@@ -31,9 +31,10 @@ from jaxdpo.data.formats.ranked import choose_pairs, no_pair
 from jaxdpo.utils.text import has_content
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
-COLUMNS = (
-    "message_tree_id", "prompt", "message_id", "parent_id", "text", "role", "lang", "rank",
-    "deleted", "synthetic",
+TREE_COLUMNS = ("message_tree_id", "prompt")
+MESSAGE_COLUMNS = (
+    "message_tree_id", "message_id", "parent_id", "text", "role", "lang", "rank", "deleted",
+    "synthetic",
 )  # fmt: skip
 
 Node = dict[str, Any]
@@ -57,8 +58,9 @@ def parse_oasst(row: Row, section: DataSection) -> Iterator[Outcome]:
 
 def unread_oasst(row: Row, section: DataSection) -> Iterator[str]:
     """Columns of a row that are not read: all but those of the set, also weight, system and id."""
+    read = TREE_COLUMNS if isinstance(row.get("prompt"), dict) else MESSAGE_COLUMNS
     for name, value in row.items():
-        if name not in COLUMNS and has_content(value):
+        if name not in read and has_content(value):
             yield str(name)
 
 

@@ -29,6 +29,14 @@ def test_text_that_is_a_list_of_messages_is_read(text: str) -> None:
     assert messages_in(text, "prompt") == TURNS
 
 
+def test_messages_of_any_role_are_messages() -> None:
+    """Which roles are read is decided where messages are, and not by training on them as text."""
+    for role in ("function_call", "elf"):
+        turns = [{"from": "human", "value": "q"}, {"from": role, "value": "x"}]
+        assert messages_in(str(turns), "prompt") == turns
+        assert messages_in(json.dumps(turns[1]), "prompt") == turns[1]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -37,6 +45,8 @@ def test_text_that_is_a_list_of_messages_is_read(text: str) -> None:
         '[{"value": 3}]',
         '{"content": "a list of books"}',
         "{'role': 'wizard', 'hp': 3}",
+        '{"role": "user", "rights": "all"}',
+        '{"from": "user", "to": "admin"}',
         "[{role: user}]",
         "Use [{'role': 'user', 'content': 'q'}] for a chat.",
         '[{"name": "add", "arguments": {}}]',
@@ -60,6 +70,7 @@ def test_other_text_stays_text(text: str) -> None:
         '[{""role"": ""user"", ""content"": ""q""}]',
         "[{'from': 'human', 'value': nan}]",
         "[{'role': 'user', 'content': 'q'}] and more",
+        "[{'role': 'user', 'content': 'q'}, 'and more']",
     ],
 )
 def test_text_that_only_begins_like_messages_is_refused(text: str) -> None:
