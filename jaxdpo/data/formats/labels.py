@@ -103,6 +103,7 @@ def _plain(value: Any) -> str:
     text = str(value).strip()
     while found := _BRACKETS.fullmatch(text):
         text = next(group for group in found.groups() if group is not None).strip()
+    text = re.sub(r"(?<=\d)\.0\Z", "", text)  # a number that went through a column of floats
     return _spaced(text.lower())
 
 

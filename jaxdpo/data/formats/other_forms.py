@@ -1,5 +1,7 @@
 """Rows that hold no pair, and forms that are not read: what they are, and what to do."""
 
+import re
+
 from jaxdpo.data.formats.common import Row
 from jaxdpo.utils.text import has_content
 
@@ -17,6 +19,11 @@ _FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
         ("overall_preference",),
         "HelpSteer's rows: make a column label with 1 or 2, or the columns chosen and rejected, "
         "from the sign of overall_preference",
+    ),
+    (
+        ("winner_model_a", "winner_model_b"),
+        "Chatbot Arena's rows with one column for each verdict: make a column winner with model_a, "
+        "model_b or tie of them",
     ),
     (
         ("completion", "label"),
@@ -39,6 +46,8 @@ _PAIRS = (
     ("answer_chosen", "answer_rejected"), ("response_chosen", "response_rejected"),
 )  # fmt: skip
 """Names of two answers whose meaning is clear to a person; they are not guessed."""
+_NEXT = {"a": "b", "A": "B", "0": "1", "1": "2"}
+"""Endings of the names of two answers."""
 _ONE_ANSWER = (
     ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"),
     ("instruction", "response"), ("question", "answer"), ("query", "response"), ("messages",),
@@ -55,6 +64,13 @@ def remedy(row: Row) -> str:
     for columns, text in _FORMS:
         if set(columns) <= names:
             return f"These look like {text}"
+    for name in names:
+        found = re.fullmatch(r"(.*?_?)(a|A|0|1)", str(name))
+        if found and f"{found[1]}{_NEXT[found[2]]}" in names:
+            return (
+                f"The answers {name} and {found[1]}{_NEXT[found[2]]} need a column label that says "
+                f"which is better: {found[2]}, {_NEXT[found[2]]} or tie"
+            )
     for name in ("chosen", "rejected"):
         if name in row:
             return "A pair needs both answers, chosen and rejected, to one prompt"

@@ -44,7 +44,8 @@ _SAYS_WHICH = frozenset(
         "gold", "label", "labels", "score", "scores", "rank", "ranks", "ranking", "rating",
         "ratings", "reward", "rewards", "vote", "votes", "upvotes", "grade", "grades", "quality",
         "preference", "preferences", "preferred", "annotation", "annotations", "feedback",
-        "judgment", "judgments", "judgement", "verdict", "rejected",
+        "judgment", "judgments", "judgement", "judge", "verdict", "rejected", "evaluation",
+        "comparison", "order", "ordering", "choice", "picked", "favorite", "favourite",
     }
 )  # fmt: skip
 """Words in the name of a column beside a list of answers that may say which of them is better."""
@@ -293,9 +294,7 @@ def _unsure_columns(row: Row, column: str, count: int) -> Iterator[str]:
         if not _SAYS_WHICH.isdisjoint(word.lower() for word in words):
             is_unsure = isinstance(value, bool | int | float) or has_content(value)
         elif values is not None:
-            is_unsure = len(values) == count and any(
-                isinstance(item, bool | int | float) for item in values
-            )
+            is_unsure = len(values) == count and not all(isinstance(item, str) for item in values)
         else:
             is_unsure = isinstance(value, bool | int | float) and not ROW_NUMBERS.fullmatch(
                 str(name)

@@ -152,8 +152,8 @@ def _from_strings(
     row: Row, prompt: Text | None, chosen: str, rejected: str, columns: tuple[str, ...]
 ) -> Outcome:
     if isinstance(prompt, tuple):
-        answers = one_turn("assistant", chosen), one_turn("assistant", rejected)
-        return make_preference(row, prompt, *answers)
+        better, worse = one_turn("assistant", chosen), one_turn("assistant", rejected)
+        return make_preference(row, _without_answer(prompt, better, worse), better, worse)
     if prompt is not None:
         return make_preference(row, prompt, chosen, rejected)
     if any(name in row for name in PROMPTS):
@@ -185,6 +185,7 @@ def _from_messages(
         prompt = with_system(row, chosen[:shared])
         return make_preference(row, prompt, chosen[shared:], rejected[shared:])
     turns = one_turn("user", prompt) if isinstance(prompt, str) else prompt
+    turns = _without_answer(turns, chosen, rejected)
     without_system = turns
     if [turn.role for turn in turns[:1]] == ["system"]:
         without_system = turns[1:]
@@ -193,6 +194,14 @@ def _from_messages(
         if chosen[:size] == repeated == rejected[:size]:
             return make_preference(row, turns, chosen[size:], rejected[size:])
     return make_preference(row, turns, chosen, rejected)
+
+
+def _without_answer(prompt: Turns, chosen: Turns, rejected: Turns) -> Turns:
+    """The prompt without the answer at its end: a column messages may be the chosen dialogue."""
+    for answer in (chosen, rejected):
+        if prompt[-1].role == "assistant" and prompt[-1:] == answer[-1:]:
+            return prompt[:-1]
+    return prompt
 
 
 def _begin_with_user(chosen: Turns, rejected: Turns) -> bool:

@@ -147,5 +147,6 @@ def test_numbers_are_those_of_the_columns() -> None:
     one_two = {"question": "q", "answer1": "a", "answer2": "b"}
     assert one(parse_ab, {**one_two, "preference": "1>2"}) == Preference(Q, A, B)
     assert one(parse_ab, {**one_two, "preference": 2.0}) == Preference(Q, B, A)
+    assert one(parse_ab, {**one_two, "preference": "2.0"}) == Preference(Q, B, A)
     with pytest.raises(ValueError, match="column 'preference' is 0, must be 1 or 2"):
         one(parse_ab, {**one_two, "preference": 0})

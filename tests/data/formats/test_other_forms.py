@@ -151,7 +151,21 @@ def test_unknown_roles_are_refused_with_their_place() -> None:
             {"contents": [{"role": "user", "parts": [{"text": "q"}]}], "completions": "x"},
             "Gemini's rows: write contents as messages",
         ),
-        ({"a": "q", "b": "x"}, "Rename the columns to prompt, chosen and rejected"),
+        (
+            {"prompt": "q", "response_a": "a", "response_b": "b", "model_a": "x"},
+            "The answers response_a and response_b need a column label .* a, b or tie",
+        ),
+        (
+            {
+                "prompt": "q",
+                "response_a": "a",
+                "response_b": "b",
+                "winner_model_a": 1,
+                "winner_model_b": 0,
+            },
+            "Chatbot Arena's rows .* make a column winner",
+        ),
+        ({"q": "q", "x": "x"}, "Rename the columns to prompt, chosen and rejected"),
     ],
 )
 def test_forms_that_are_not_read_name_the_remedy(row: dict[str, Any], message: str) -> None:

@@ -152,6 +152,18 @@ def test_a_prompt_column_that_the_dialogues_do_not_hold_is_counted() -> None:
     assert isinstance(found.chosen, tuple) and len(found.chosen) == 3
 
 
+def test_messages_that_are_one_of_the_dialogues_are_their_beginning() -> None:
+    for answer in ("a", "b"):
+        row: dict[str, Any] = {"messages": [user("q"), assistant(answer)]}
+        dialogues = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
+        assert one(parse_preference, {**row, **dialogues}) == Preference(Q, A, B)
+        assert one(parse_preference, {**row, **PAIR}) == Preference(Q, A, B)
+        last = {"chosen": assistant("a"), "rejected": assistant("b")}
+        assert one(parse_preference, {**row, **last}) == Preference(Q, A, B)
+    other = {"messages": [user("q"), assistant("c")], **PAIR}
+    assert one(parse_preference, other) == Dropped("prompt ends with an assistant turn")
+
+
 def test_names_of_the_system_prompt() -> None:
     expected = Preference((Message("system", "s"), *Q), A, B)
     for column in ("system", "system_prompt", "system_message"):

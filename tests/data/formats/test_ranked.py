@@ -115,6 +115,7 @@ SCORED = {
         ({"question": "q", "answers": ["b", "a"], "labels": [False, True]}, "labels may say so"),
         ({"question": "q", "answers": ["b", "a"], "votes": [0, 7]}, "votes may say so"),
         ({"question": "q", "answers": ["b", "a"], "v": [0, 7]}, "v may say so"),
+        ({"question": "q", "answers": ["b", "a"], "v": [{"s": 0}, {"s": 7}]}, "v may say so"),
         ({"question": "q", "answers": ["b", "a"], "best_index": 1}, "best_index may say so"),
         ({"question": "q", "answers": ["b", "a"], "preferred": "second"}, "preferred may say so"),
         ({"question": "q", "answers": ["b", "a"], "scores": {"b": 1}}, "scores may say so"),
