@@ -6,7 +6,7 @@
 {"input": {"messages": [...], "tools": [...]}}               OpenAI's preference rows
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from jaxdpo.data.formats.common import (
@@ -37,7 +37,7 @@ def unfold(row: Row) -> Row:
         value = row.get(name)
         if isinstance(value, str):
             value = messages_in(value, name)
-        if not isinstance(value, Mapping) or not isinstance(value.get("messages"), list):
+        if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
             continue
         row = {**row, name: value["messages"]}
         if value.get("tools"):
@@ -53,7 +53,7 @@ def unfolded(row: Row) -> Iterator[str]:
     """Fields beside the messages and tools of a column that `unfold` takes apart: column.field."""
     for name in PROMPTS:
         value = row.get(name)
-        if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
+        if isinstance(value, dict) and isinstance(value.get("messages"), list):
             for field, item in value.items():
                 if field not in ("messages", "tools") and has_content(item):
                     yield f"{name}.{field}"
@@ -163,10 +163,14 @@ def _refuse_other_prompts(row: Row, columns: tuple[str, ...], answers: tuple[Any
             others.append(name)
     if not others:
         return
-    known = " ".join(_words([*(row[name] for name in columns), *answers]))
+    known = "\n".join(_texts([*(row[name] for name in columns), *answers]))
+    words = ""
     for name in others:
-        for text in _words(row[name]):
-            if text not in known:
+        for text in _texts(row[name]):
+            if text in known:
+                continue
+            words = words or " ".join(known.split())  # white space apart, where it comes to that
+            if " ".join(text.split()) not in words:
                 raise ValueError(
                     f"columns {columns[0]!r} and {name!r} both hold a prompt, and they differ. "
                     "Join them in one column, or remove or rename the one that is none"
@@ -175,21 +179,15 @@ def _refuse_other_prompts(row: Row, columns: tuple[str, ...], answers: tuple[Any
 
 def contains(text: str, turns: Turns) -> bool:
     """Whether messages hold a text, white space apart."""
-    known = " ".join(_words([turn.content for turn in turns]))
-    return " ".join(text.split()) in known
-
-
-def _words(value: Any) -> Iterator[str]:
-    """Every text of a value, with single spaces."""
-    for text in _texts(value):
-        yield " ".join(text.split())
+    known = "\n".join(turn.content for turn in turns)
+    return text in known or " ".join(text.split()) in " ".join(known.split())
 
 
 def _texts(value: Any) -> Iterator[str]:
     """Every text of a value; of a message its content."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):
         for name, item in value.items():
             if name not in ("role", "from", "type"):
                 yield from _texts(item)
