@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.ab import LABELS
-from jaxdpo.data.formats.common import OPTIONAL, PROMPTS, has_content
+from jaxdpo.data.formats.common import OPTIONAL, PROMPTS
 from jaxdpo.data.formats.preference import Preference
 from jaxdpo.data.formats.ranked import LISTS, RANKS, SCORES
 from jaxdpo.data.formats.trl import ANSWERS
 from jaxdpo.data.report import DataReport
 from jaxdpo.data.sources import read_set
+from jaxdpo.utils.text import has_content
 from tests.data.formats.test_oasst import thread, tree
 from tests.data.formats.test_shp import shp
 from tests.data.rows import assistant, hh, user
@@ -146,7 +147,6 @@ def test_every_column_is_used_refused_or_named(path: Path, form: str, more: dict
         assert is_used, f"{column}={value!r} is neither used nor named"
 
 
-@pytest.mark.xfail(strict=False, reason="fields of messages beside role and content are not read")
 @pytest.mark.parametrize("form", ["messages", "dialogues", "openai", "ms-swift"])
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
