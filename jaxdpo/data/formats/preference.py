@@ -136,15 +136,16 @@ def _content(value: Any, where: str) -> str | None:
     texts = []
     for number, block in enumerate(value, start=1):
         kind = block.get("type") if isinstance(block, dict) else type(block).__name__
-        text = block.get("text") if kind == "text" and isinstance(block, dict) else None
+        field = "text"
+        if isinstance(block, dict) and block.get("text") is None and "value" in block:
+            field = "value"  # LLaMA-Factory v1
+        text = block.get(field) if kind == "text" and isinstance(block, dict) else None
         if not isinstance(text, str):
             raise ValueError(
                 f"{where}: block {number} of its content is {printable(repr(kind))}; "
                 "only blocks of text can be read"
             )
-        more = [
-            str(key) for key in block if key not in ("type", "text") and has_content(block[key])
-        ]
+        more = [str(key) for key in block if key not in ("type", field) and has_content(block[key])]
         if more:
             raise ValueError(
                 f"{where}: block {number} of its content has {', '.join(map(repr, more))}, which "

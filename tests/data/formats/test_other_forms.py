@@ -12,6 +12,11 @@ from tests.data.rows import A, B, Q, Write, assistant, collect, one, user
 SYSTEM = {"role": "system", "content": "s"}
 
 
+def block(role: str, text: str) -> dict[str, Any]:
+    """A message of LLaMA-Factory v1."""
+    return {"role": role, "content": [{"type": "text", "value": text}]}
+
+
 @pytest.mark.parametrize(
     ("form", "row"),
     [
@@ -49,6 +54,13 @@ SYSTEM = {"role": "system", "content": "s"}
             {
                 "chosen_messages": [user("q"), assistant("a")],
                 "rejected_messages": [user("q"), assistant("b")],
+            },
+        ),
+        (
+            "LLaMA-Factory v1, blocks",
+            {
+                "chosen_messages": [block("user", "q"), block("assistant", "a")],
+                "rejected_messages": [block("user", "q"), block("assistant", "b")],
             },
         ),
         ("ms-swift", {"messages": [user("q"), assistant("a")], "rejected_response": "b"}),
