@@ -245,6 +245,11 @@ class PairTable:
         return Names(columns["names"], self.name_starts, columns["name_sizes"], self.indices)
 
     @property
+    def num_prompts(self) -> int:
+        """Number of different prompts."""
+        return len(np.unique(self.prompt_keys))
+
+    @property
     def lengths(self) -> np.ndarray:
         """int32 [N, 3]: tokens of each pair's prompt, chosen and rejected."""
         return self.columns["sizes"].reshape(-1, len(LENGTHS))[self.indices]
@@ -268,7 +273,7 @@ class PairTable:
             length[name] = _quantiles(lengths[:, number])
         return {
             "pairs": len(self),
-            "prompts": len(np.unique(self.prompt_keys)),
+            "prompts": self.num_prompts,
             "tokens": int(lengths.sum()),
             "truncated": truncated,
             "length": length,

@@ -50,6 +50,7 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
             for a token id.
     """
     encoder = Encoder.create(tokenizer, section)
+    notes = []
     train, train_reports, train_repeats = _read_sets(
         section, "data.train", section.train, encoder, vocab_size
     )
@@ -63,12 +64,18 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
     else:
         keys = joined_keys(train.prompt_keys, train.group_keys)
         mask = split_by_prompt(keys, section.eval_fraction)
+        if section.eval_fraction > 0 and len(np.unique(keys)) == 1 < train.num_prompts:
+            notes.append(
+                f"all {train.num_prompts} prompts belong to one group (column group), so none is "
+                "held out for validation. Name data.eval, or rename the column"
+            )
         train, held_out = train.take(~mask), train.take(mask)
         eval_reports, eval_repeats = [], {}
     check_score(section, [*train_reports, *eval_reports])
     sets = {"train": train_reports, "eval": eval_reports}
     report = _report(train, held_out, sets, encoder)
     report["repeats"] = {"train": train_repeats, "eval": eval_repeats}
+    report["warnings"] += notes
     _check_eos(report["train"], section)
     for warning in report["warnings"]:
         logger.warning("data: %s", warning)

@@ -64,6 +64,18 @@ def test_the_console_names_the_columns_that_are_not_used(
         assert line.endswith("columns not used: score_chosen (10 rows), source (10 rows)")
 
 
+def test_a_group_that_holds_every_prompt_is_told(
+    write: Write, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A column group may be something else: without a word, nothing would be held out."""
+    path = write("a.jsonl", [{**row, "group": "all"} for row in rows(10)])
+    done = prepare(options(train=[path], cache=None), byte_tokenizer, 1000)
+    assert len(done.eval) == 0
+    assert "all 5 prompts belong to one group (column group)" in done.report["warnings"][0]
+    one = prepare(options(train=[path + ":2"], cache=None), byte_tokenizer, 1000)
+    assert one.report["warnings"] == []
+
+
 def test_the_same_rows_give_the_same_tables(
     write: Write, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -55,7 +55,7 @@ PROMPTS = ("prompt", *QUESTIONS)
 ROW_NUMBERS = re.compile(r"id|index|qid|uid|seed|.*_(id|idx|index|uid)|idx", re.IGNORECASE)
 """Names of columns that only number the rows or name their source."""
 _MEDIA = re.compile(
-    r"(image|img|picture|photo|video|audio|speech|pixel_value)s?"
+    r"(image|img|picture|photo|video|audio|pixel_value)s?"
     r"(_?(path|file|filename|url|uri|bytes|base64|b64|list|data)s?)?",
     re.IGNORECASE,
 )

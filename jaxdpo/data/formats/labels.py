@@ -80,7 +80,7 @@ def read_label(value: Any, columns: tuple[str, str], endings: tuple[str, str]) -
             if better is not None and (other is None or _side(other, names) == 1 - better):
                 return better
     raise ValueError(
-        f"{printable(repr(value))}, must be {endings[0]} or {endings[1]} "
+        f"{printable(repr(value)[:80])}, must be {endings[0]} or {endings[1]} "
         f"(the better of {columns[0]} and {columns[1]}) or tie"
     )
 
