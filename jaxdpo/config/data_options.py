@@ -100,6 +100,11 @@ class DataSection:
     chat_template: str | None = None
     """Path of a Jinja chat template. Default: the tokenizer's own, or plain text (Human: /
     Assistant:) if it has none."""
+    strings: Literal["verbatim", "message", "templated"] | None = None
+    """What a prompt and answers that are strings are. verbatim: text to continue, in which special
+    tokens are the characters that spell them; message: a user's message and its answers, for the
+    chat template; templated: what a chat template wrote, in which special tokens are read as such.
+    Default: verbatim, and an error if they spell special tokens."""
     loss_turns: Literal["all", "last"] = "all"
     """Which assistant turns are in the loss where the two conversations differ before their last
     turn: all from there on, or the last only. Tokens of other roles are never in the loss."""

@@ -83,7 +83,9 @@ class PairText:
     chosen: AnswerText
     rejected: AnswerText
     templated: bool
-    """Written by a chat template: the text spells bos, eos and the other special tokens."""
+    """Written by a chat template: the text spells eos and the other special tokens."""
+    writes_bos: bool
+    """The text spells bos too, if there is to be one."""
     left_out: frozenset[str] = frozenset()
     """What the chat template leaves out of the record, named for the report."""
 
@@ -100,9 +102,12 @@ class Layout:
     """Spellings of the tokenizer's special tokens."""
     all_turns: bool = True
     """Loss on every assistant turn of an answer of several turns, not only on the last."""
+    strings: str | None = None
+    """data.strings."""
 
     def render(self, record: Preference) -> PairText | Dropped:
         """Write a record: strings verbatim, messages by the chat template or as plain turns."""
+        record = self.as_messages(record)
         if record.tools and (isinstance(record.prompt, str) or self.template is None):
             return Dropped("plain text has no form for tools")
         if isinstance(record.prompt, str):
@@ -119,6 +124,19 @@ class Layout:
             return self._render_template(record.tools, prompt, chosen, rejected)
         except (TemplateError, TypeError) as error:
             return _refused(error)
+
+    def as_messages(self, record: Preference) -> Preference:
+        """The record, with messages in place of strings if data.strings says so."""
+        texts = (record.prompt, record.chosen, record.rejected)
+        if self.strings != "message" or not isinstance(record.prompt, str):
+            return record
+        prompt, chosen, rejected = map(str, texts)
+        return dataclasses.replace(
+            record,
+            prompt=(Message("user", prompt),),
+            chosen=(Message("assistant", chosen),),
+            rejected=(Message("assistant", rejected),),
+        )
 
     def prompt(self, prompt: Turns) -> str | Dropped:
         """The text that an answer to these turns is put behind."""
@@ -143,6 +161,16 @@ class Layout:
         except (TemplateError, TypeError):
             return ""
 
+    def strings_spell_special(self, record: Preference) -> bool:
+        """Whether strings spell special tokens, so that they may be what a chat template wrote.
+
+        An eos at the end of an answer does not count: it can mean nothing else.
+        """
+        if not isinstance(record.prompt, str):
+            return False
+        answers = [self._without_eos(str(text)) for text in (record.chosen, record.rejected)]
+        return self.spell_special([record.prompt, *answers])
+
     def spell_special(self, texts: Iterable[str]) -> bool:
         """Whether text from outside contains a special token's spelling, e.g. `<|im_end|>`."""
         pattern = self._special_pattern
@@ -151,12 +179,23 @@ class Layout:
     # --- plain text ---
 
     def _render_strings(self, prompt: str, chosen: str, rejected: str) -> PairText:
+        if self.strings == "templated":
+            # Trainers that add bos themselves are given what a template wrote without it.
+            writes_bos = self.spells_bos(prompt)
+            answers = AnswerText(prompt + chosen), AnswerText(prompt + rejected)
+            return PairText(prompt, *answers, templated=True, writes_bos=writes_bos)
         return PairText(
             prompt,
             AnswerText(prompt + self._without_eos(chosen)),
             AnswerText(prompt + self._without_eos(rejected)),
             templated=False,
+            writes_bos=False,
         )
+
+    def spells_bos(self, text: str) -> bool:
+        """Whether a text begins with the spelling of bos."""
+        bos = self.tokenizer.bos_token
+        return bool(bos) and text.startswith(str(bos))
 
     def _render_plain(self, prompt: Turns, chosen: Turns, rejected: Turns) -> PairText | Dropped:
         text = plain_prompt(prompt)
@@ -168,7 +207,7 @@ class Layout:
             if isinstance(side, Dropped):
                 return side
             sides.append(side)
-        return PairText(text, sides[0], sides[1], templated=False)
+        return PairText(text, sides[0], sides[1], templated=False, writes_bos=False)
 
     def _plain_answer(self, prompt: str, answer: Turns) -> AnswerText | Dropped:
         *before, last = answer
@@ -231,7 +270,14 @@ class Layout:
                 if spans is None:
                     return NOT_FOUND
             sides.append(AnswerText(text, spans))
-        return PairText(start, sides[0], sides[1], templated=True, left_out=frozenset(missing))
+        return PairText(
+            start,
+            sides[0],
+            sides[1],
+            templated=True,
+            writes_bos=True,
+            left_out=frozenset(missing),
+        )
 
     def _loss_spans(self, tools: str, prompt: Turns, answer: Turns, text: str) -> Spans | None:
         """Where the answer's assistant turns are in the text, each with its end marker.

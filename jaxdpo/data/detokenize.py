@@ -1,10 +1,12 @@
 """Token ids back to text: an answer, its loss tokens marked, and a pair for the terminal."""
 
 import itertools
+import re
 
 import numpy as np
 
 from jaxdpo.data.pair_table import EncodedPair
+from jaxdpo.data.special_tokens import SpecialTokens
 from jaxdpo.data.tokenizer_json import Tokenizer
 from jaxdpo.utils.text import printable
 
@@ -23,6 +25,31 @@ def decode_answer(
     return _decode(tokenizer, answer_ids, skip_special)
 
 
+def decode_shown(tokenizer: Tokenizer, before: np.ndarray, ids: np.ndarray) -> str:
+    """Text to look at: a special token that characters spell out has a backslash before it.
+
+    Args:
+        before: ids before these, as the prompt of an answer.
+    """
+    special = SpecialTokens.of(tokenizer)
+    longest_first = sorted(special.by_spelling, key=len, reverse=True)
+    if not longest_first:
+        return decode_answer(tokenizer, before, ids)
+    spelled = re.compile("|".join(map(re.escape, longest_first)))
+    numbers = set(special.by_spelling.values())
+    is_special = np.array([number in numbers for number in ids.tolist()], bool)
+    changes = (np.flatnonzero(np.diff(is_special)) + 1).tolist()
+    text = ""
+    for begin, end in itertools.pairwise([0, *changes, len(ids)]):
+        if begin == end:
+            continue
+        piece = decode_answer(tokenizer, np.concatenate([before, ids[:begin]]), ids[begin:end])
+        if not is_special[begin]:
+            piece = spelled.sub(r"\\\g<0>", piece)
+        text += piece
+    return text
+
+
 def answer_pieces(
     tokenizer: Tokenizer, prompt_ids: np.ndarray, ids: np.ndarray, mask: np.ndarray
 ) -> list[tuple[str, bool]]:
@@ -31,14 +58,14 @@ def answer_pieces(
     pieces = []
     for begin, end in itertools.pairwise([0, *changes, len(ids)]):
         before = np.concatenate([prompt_ids, ids[:begin]])
-        text = decode_answer(tokenizer, before, ids[begin:end])
+        text = decode_shown(tokenizer, before, ids[begin:end])
         pieces.append((text, bool(mask[begin])))
     return pieces
 
 
 def describe_pair(pair: EncodedPair, tokenizer: Tokenizer) -> str:
     """The pair as the model sees it, for a terminal; loss tokens between double angle brackets."""
-    prompt = _decode(tokenizer, pair.prompt_ids)
+    prompt = decode_shown(tokenizer, pair.prompt_ids[:0], pair.prompt_ids)
     lines = [
         f"pair {printable(pair.id)}, weight {pair.weight:g}",
         f"  prompt, {len(pair.prompt_ids)} tokens{_note(pair.truncated_prompt)}",

@@ -22,6 +22,7 @@ from jaxdpo.data.splits import joined_keys, split_by_prompt
 from jaxdpo.data.tokenize import Encoder, check_vocabulary
 from jaxdpo.data.tokenize_parallel import encode_records
 from jaxdpo.data.tokenizer_json import Tokenizer
+from jaxdpo.utils.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def _read_sets(
     check_vocabulary(notes["largest_id"], encoder.tokenizer, vocab_size)
     reports = [DataReport(**note) for note in notes["reports"]]
     for report in reports:
+        _check_strings(report, option, section)
         _check_kept(report, option)
         _check_dropped(report, option, section.max_dropped_fraction)
     # Not part of the cache: these options can change without encoding again.
@@ -162,6 +164,18 @@ def code_hash(folder: Path) -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _check_strings(report: DataReport, option: str, section: DataSection) -> None:
+    """Strings with special tokens may be what a chat template wrote, or text about such tokens."""
+    if report.special_strings and section.strings is None:
+        raise ValueError(
+            f"{option}={report.name}: {report.special_strings} rows of strings spell special "
+            f"tokens of the tokenizer ({printable(', '.join(report.special_examples))}). "
+            "Say what they are: data.strings=templated if a chat template wrote them (special "
+            "tokens are read as such), data.strings=verbatim if they are text about such tokens "
+            "(which stay the characters that spell them)"
+        )
 
 
 def _check_kept(report: DataReport, option: str) -> None:
@@ -232,11 +246,12 @@ def _warnings(report: dict[str, Any], encoder: Encoder) -> Iterator[str]:
                 "to stop"
             )
     for item in (*report["sets"]["train"], *report["sets"]["eval"]):
-        if item["special_text"]:
+        # Of strings that a template wrote, the tokens are read; those of messages drop the row.
+        if item["special_text"] and encoder.strings != "templated":
             yield (
                 f"{item['name']}: {item['special_text']} rows spell a special token in their "
-                "text, which is never read as that token. If the text is the output of a chat "
-                "template, give messages instead"
+                "text, which is never read as that token. Strings that a chat template wrote are "
+                "read with data.strings=templated"
             )
         if item["repeats_prompt"] >= MANY_REPEAT * item["parsed"] > 0:
             yield (
@@ -257,7 +272,7 @@ def _warnings(report: dict[str, Any], encoder: Encoder) -> Iterator[str]:
                 f"{item['left_out'][PROMPT_TEXT]} pairs (system messages, or thoughts of earlier "
                 "turns). If it matters, name a template that keeps it in data.chat_template"
             )
-        if item["verbatim"] and encoder.template is not None:
+        if item["verbatim"] and encoder.template is not None and encoder.strings is None:
             yield (
                 f"{item['name']}: {item['verbatim']} rows are plain strings, used as they are: "
                 "the chat template applies to messages only"

@@ -1,7 +1,7 @@
 """Counts of what was read, kept, dropped and filtered of each data set (data_report.json)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdpo.data.formats.preference import Dropped
@@ -24,6 +24,10 @@ class DataReport:
     """Pairs that were left after encoding and truncation too."""
     special_text: int = 0
     """Pairs whose text spells one of the tokenizer's special tokens."""
+    special_strings: int = 0
+    """Pairs of plain strings that spell special tokens, as the output of a chat template does."""
+    special_examples: list[str] = dataclasses.field(default_factory=list)
+    """Ids of the first of them."""
     verbatim: int = 0
     """Pairs of plain strings, to which no chat template applies."""
     repeats_prompt: int = 0
@@ -46,6 +50,11 @@ class DataReport:
         examples = self.examples.setdefault(dropped.reason, [])
         if len(examples) < MAX_EXAMPLES:
             examples.append(pair_id)
+
+    def count_special_strings(self, ids: Sequence[str]) -> None:
+        """Count pairs of strings that spell special tokens."""
+        self.special_strings += len(ids)
+        self.special_examples += ids[: MAX_EXAMPLES - len(self.special_examples)]
 
     @property
     def dropped_fraction(self) -> float:

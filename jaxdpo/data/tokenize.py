@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.chat_template import AnswerText, Layout, PairText, read_template
-from jaxdpo.data.formats.preference import Dropped, Preference, Text, shared_length
+from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text, shared_length
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.special_tokens import SpecialTokens
 from jaxdpo.data.tokenizer_json import Tokenizer
@@ -78,6 +78,8 @@ class Encoder:
     """Most tokens of a prompt. 0: what the longer answer leaves of max_length, at least half."""
     all_turns: bool = True
     """Loss on every assistant turn of an answer of several turns, not only on the last."""
+    strings: str | None = None
+    """data.strings."""
 
     @classmethod
     def create(cls, tokenizer: Tokenizer, section: DataSection) -> "Encoder":
@@ -95,6 +97,7 @@ class Encoder:
             max_length=section.max_length,
             max_prompt_length=section.max_prompt_length,
             all_turns=section.loss_turns == "all",
+            strings=section.strings,
         )
 
     @functools.cached_property
@@ -113,6 +116,7 @@ class Encoder:
             "chat template": _sha256(self.template),
             "truncation": f"{self.max_length}, {self.max_prompt_length}",
             "choice of turns": self.all_turns,
+            "strings": self.strings,
         }
 
     # --- pairs ---
@@ -138,6 +142,10 @@ class Encoder:
         """Whether the text from outside contains a special token's spelling."""
         return self._layout.spell_special(record.texts)
 
+    def strings_spell_special(self, record: Preference) -> bool:
+        """Whether a record of strings spells special tokens, an eos at its end apart."""
+        return self._layout.strings_spell_special(record)
+
     def _pair(
         self, record: Preference, text: PairText, ids: Sequence[Ids]
     ) -> EncodedPair | Dropped:
@@ -152,7 +160,7 @@ class Encoder:
         # end of the prompt belongs to the answers.
         boundary = min(shared_length(prompt, with_chosen), shared_length(prompt, with_rejected))
         prompt_ids = prompt[:boundary]
-        if not text.templated:  # a template wrote its own
+        if not text.writes_bos:
             prompt_ids = self.special.bos + prompt_ids
         chosen_ids = with_chosen[boundary:]
         rejected_ids = with_rejected[boundary:]
@@ -243,14 +251,18 @@ class Encoder:
 
     def encode_prompt(self, prompt: Text) -> EncodedPrompt | Dropped:
         """What training would put before an answer to this prompt; or why that does not exist."""
+        if isinstance(prompt, str) and self.strings == "message":
+            prompt = (Message("user", prompt),)
         if isinstance(prompt, str):
-            text, templated = prompt, False
+            text, templated = prompt, self.strings == "templated"
+            writes_bos = templated and self._layout.spells_bos(text)
         else:
-            text, templated = self._layout.prompt(prompt), self.template is not None
+            text = self._layout.prompt(prompt)
+            templated = writes_bos = self.template is not None
         if isinstance(text, Dropped):
             return text
         (ids,) = self.token_ids([text], templated)
-        if not templated:
+        if not writes_bos:
             ids = self.special.bos + ids
         if not ids:
             return Dropped("has no token")
@@ -311,7 +323,7 @@ class Encoder:
     @functools.cached_property
     def _layout(self) -> Layout:
         spellings = tuple(self.special.by_spelling)
-        return Layout(self.tokenizer, self.template, spellings, self.all_turns)
+        return Layout(self.tokenizer, self.template, spellings, self.all_turns, self.strings)
 
 
 def _sha256(value: Any) -> str:

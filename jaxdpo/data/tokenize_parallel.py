@@ -55,6 +55,10 @@ class Encodes(Protocol):
         """Whether its text contains a special token's spelling."""
         ...
 
+    def strings_spell_special(self, record: Preference) -> bool:
+        """Whether it is strings that do, an eos at their end apart."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class EncodedChunk:
@@ -66,6 +70,8 @@ class EncodedChunk:
     """Each with the record's id."""
     special_text: int
     """Records whose text spells a special token."""
+    special_strings: list[str]
+    """Ids of records of strings that spell a special token."""
     verbatim: int
     """Records of plain strings."""
     repeats_prompt: int
@@ -78,6 +84,7 @@ def encode_chunk(encoder: Encodes, records: list[Preference], source: int) -> En
     """Encode some records of one set."""
     pairs, dropped = [], []
     special_text = verbatim = repeats_prompt = 0
+    special_strings = []
     missing: collections.Counter[str] = collections.Counter()
     for record, result in zip(records, encoder.encode(records), strict=True):
         if isinstance(result, Dropped):
@@ -86,12 +93,21 @@ def encode_chunk(encoder: Encodes, records: list[Preference], source: int) -> En
             pairs.append(result)
             missing.update(result.left_out)
         special_text += encoder.spells_special(record)
+        if encoder.strings_spell_special(record):
+            special_strings.append(record.id)
         verbatim += isinstance(record.prompt, str)
         repeats_prompt += record.repeats_prompt
     columns = to_columns(pairs)
     columns["sources"] = np.full(len(pairs), source, np.int32)
     return EncodedChunk(
-        columns, len(pairs), dropped, special_text, verbatim, repeats_prompt, dict(missing)
+        columns,
+        len(pairs),
+        dropped,
+        special_text,
+        special_strings,
+        verbatim,
+        repeats_prompt,
+        dict(missing),
     )
 
 
@@ -113,6 +129,7 @@ def encode_records(
             report.special_text += chunk.special_text
             report.verbatim += chunk.verbatim
             report.repeats_prompt += chunk.repeats_prompt
+            report.count_special_strings(chunk.special_strings)
             for name, count in chunk.left_out.items():
                 report.left_out[name] = report.left_out.get(name, 0) + count
             for dropped, name in chunk.dropped:

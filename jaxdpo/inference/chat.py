@@ -47,7 +47,8 @@ def _answer(model: LoadedModel, history: Turns, line: str, label: str, seed: int
         print("that is not valid Unicode")
         return history
     conversation = (*history, Message("user", line))
-    text = conversation if model.source.strings_are_messages else line
+    is_text = model.encoder.strings in ("verbatim", "templated")
+    text = line if is_text else conversation
     try:
         prompt = Prompt(text, "that cannot be answered")
         (answer,) = model.answer([prompt], seed=seed % (1 << 32))

@@ -23,7 +23,7 @@ from jaxdpo.checkpoints.run_dir import (
 )
 from jaxdpo.data.chat_template import read_template
 from jaxdpo.data.detokenize import decode_answer
-from jaxdpo.data.formats.preference import Dropped, Message
+from jaxdpo.data.formats.preference import Dropped
 from jaxdpo.data.tokenize import EncodedPrompt, Encoder, check_vocabulary
 from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.distributed import sharding
@@ -87,8 +87,9 @@ class Source:
     max_prompt_length: int = 0
     """Longest prompt, tokens; a longer one keeps its end. 0: what max_new_tokens leaves of the
     model's positions, at least half of them."""
-    strings_are_messages: bool = True
-    """Whether a string is a user's message where there is a chat template; else it is continued."""
+    strings: str | None = None
+    """What a string is: message (of the user, where there is a chat template; else it is
+    continued), verbatim or templated. None: as the run's data.strings says, else a message."""
 
     @property
     def folder(self) -> Path:
@@ -141,7 +142,10 @@ class LoadedModel:
         # Long answers may not take more than half of the positions from the prompt.
         room = max(model.max_positions - sampling.max_new_tokens, model.max_positions // 2)
         longest = min(source.max_prompt_length or room, model.max_positions)
-        encoder = Encoder(tokenizer, template, model.max_positions, longest)
+        strings = source.strings or files.strings or "message"
+        if strings == "message" and template is None:
+            strings = None
+        encoder = Encoder(tokenizer, template, model.max_positions, longest, strings=strings)
         params, scale = _load_weights(source, files, model, mesh, compute_dtype)
         options = ForwardOptions(compute_dtype=compute_dtype, lora_scale=scale, mesh=mesh)
         return cls(
@@ -189,13 +193,9 @@ class LoadedModel:
         return [self._decode(prompt, ids) for prompt, ids in zip(encoded, answers, strict=True)]
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        as_message = self.source.strings_are_messages and self.encoder.template is not None
         encoded, problems = [], []
         for prompt in prompts:
-            text = prompt.text
-            if as_message and isinstance(text, str):
-                text = (Message("user", text),)
-            found = self.encoder.encode_prompt(text)
+            found = self.encoder.encode_prompt(prompt.text)
             if isinstance(found, Dropped):
                 problems.append(f"{prompt.place}: {found.reason}")
                 continue
@@ -233,6 +233,8 @@ class _Files(NamedTuple):
     tokenizer: Path
     template: str | None
     """File with the chat template, if it is not the tokenizer's."""
+    strings: str | None = None
+    """The run's data.strings."""
 
 
 def _find_files(source: Source) -> _Files:
@@ -255,7 +257,7 @@ def _run_files(source: Source) -> _Files:
     # The tokenizer that a run copied into its folder has the chat template of the training.
     if not template and model != source.folder / "model":
         template = config.data.chat_template
-    return _Files(model, model, template)
+    return _Files(model, model, template, config.data.strings)
 
 
 def _adapter_base(source: Source) -> Path:

@@ -69,9 +69,11 @@ class GenerateConfig:
     max_prompt_length: int = 0
     """Longest prompt, in tokens; a longer one keeps its end. 0: what max_new_tokens leaves of the
     model's positions, at least half."""
-    strings: Literal["message", "verbatim"] = "message"
+    strings: Literal["message", "verbatim", "templated"] | None = None
     """What a prompt that is a string means to a model with a chat template. message: a user's
-    message. verbatim: text to continue, as in training on pairs of strings."""
+    message. verbatim: text to continue, as in training on pairs of strings. templated: what a chat
+    template wrote, in which special tokens are read as such. Default: the run's data.strings, else
+    message."""
     chat_template: str | None = None
     """Path of a Jinja chat template. Default: that of the run, or of the tokenizer."""
     step: int | None = None
@@ -121,7 +123,7 @@ class GenerateConfig:
                 step=self.step,
                 chat_template=self.chat_template,
                 max_prompt_length=self.max_prompt_length,
-                strings_are_messages=self.strings == "message",
+                strings=self.strings,
             )
         return found
 

@@ -141,13 +141,12 @@ def test_warnings_about_templates_and_special_tokens(
     path = write(
         "a.jsonl", [*rows(20), {"prompt": "<|im_start|>user", "chosen": "a", "rejected": "b"}]
     )
-    warnings = prepare(options(train=[path], eval_fraction=0), chat_tokenizer, 1000).report[
-        "warnings"
-    ]
-    assert [
-        "1 rows spell a special token" in warnings[0],
-        "21 rows are plain strings" in warnings[1],
-    ] == [True, True]
+    chosen = options(train=[path], eval_fraction=0, strings="verbatim")
+    (warning,) = prepare(chosen, chat_tokenizer, 1000).report["warnings"]
+    assert "1 rows spell a special token" in warning
+    plain = options(train=[write("plain.jsonl", rows(20))], eval_fraction=0)
+    (warning,) = prepare(plain, chat_tokenizer, 1000).report["warnings"]
+    assert "20 rows are plain strings" in warning
     chats = [
         {"prompt": [{"role": "user", "content": str(i)}], "chosen": "a", "rejected": "b"}
         for i in range(5)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxdpo.data.detokenize import answer_pieces, decode_answer
+from jaxdpo.data.detokenize import answer_pieces, decode_shown
 from jaxdpo.data.formats.preference import Preference, Text, strings
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.tokenizer_json import Tokenizer
@@ -49,7 +49,7 @@ def example_of_tokens(pair: EncodedPair, tokenizer: Tokenizer, why: str = "") ->
         tokenizer: decodes its tokens.
         why: why it is shown, for its heading.
     """
-    prompt = [(decode_answer(tokenizer, pair.prompt_ids[:0], pair.prompt_ids), False)]
+    prompt = [(decode_shown(tokenizer, pair.prompt_ids[:0], pair.prompt_ids), False)]
     passages = [Passage("prompt", _count(len(pair.prompt_ids), "token"), _printable(prompt))]
     ends = (pair.ended_chosen, pair.ended_rejected)
     for name, (ids, mask), ended in zip(("chosen", "rejected"), pair.answers, ends, strict=True):
