@@ -27,6 +27,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jaxdpo.config.addresses import remote_paths
 from jaxdpo.distributed import processes
 from jaxdpo.utils.files import make_writable, pattern_problem
 
@@ -117,9 +118,10 @@ class RunLock:
     # ---- taking it ------------------------------------------------------------------------------
 
     def _take(self) -> None:
-        problem = pattern_problem(self._run_dir)
-        if problem is not None:
-            raise ValueError(problem)
+        problems = remote_paths({"run_dir": str(self._run_dir)})
+        pattern = pattern_problem(self._run_dir)
+        if problems or pattern is not None:
+            raise ValueError("\n".join(problems) or pattern)
         self._make_folder()
         try:
             self._wait_and_own()

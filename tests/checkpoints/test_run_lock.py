@@ -140,6 +140,15 @@ def test_paths_that_checkpoints_cannot_be_written_to_are_refused(tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_address_is_refused_although_it_would_be_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="run_dir=gs://bucket/run: is an address"):
+        RunLock("gs://bucket/run", SAME).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_into_a_folder_with_brackets_is_refused(tmp_path: Path) -> None:
     (tmp_path / "exp[1]").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "exp[1]")
