@@ -19,6 +19,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -138,9 +139,13 @@ class RunLock:
             ValueError: somebody does.
             OSError: the file cannot be opened or locked.
         """
-        started, first_touch = time.monotonic(), None
+        started, first_touch, is_told = time.monotonic(), None, False
         while True:
-            descriptor, is_locked = self._open()
+            try:
+                descriptor, is_locked = self._open()
+            except FileNotFoundError:  # an owner that failed removed the empty folder that it made
+                self._make_folder()
+                continue
             if descriptor is None:
                 continue
             holder = _read(self.path)
@@ -164,6 +169,9 @@ class RunLock:
                 may_end = touched == first_touch and waited < LEASE_SECONDS
             if not may_end:
                 raise ValueError(self._refusal(holder))
+            if age is not None and not is_told:
+                is_told = True
+                print(self._waiting(holder), file=sys.stderr, flush=True)
             time.sleep(PAUSE_SECONDS)
 
     def _open(self) -> tuple[int | None, bool]:
@@ -263,6 +271,15 @@ class RunLock:
         with contextlib.suppress(OSError):  # not empty: the run wrote something
             for folder in self._made:
                 folder.rmdir()
+
+    def _waiting(self, holder: Mapping[str, Any] | None) -> str:
+        """Why nothing happens for a while."""
+        assert holder is not None
+        return (
+            f"run_dir={self._run_dir}: process {holder['pid']} on {holder['host']} has not given "
+            f"it back. Waiting for {STALE_SECONDS:.0f} s or a little more, to see whether it is "
+            "still there"
+        )
 
     def _refusal(self, holder: Mapping[str, Any] | None) -> str:
         """Who owns the folder, and what to do."""

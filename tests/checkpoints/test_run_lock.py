@@ -127,6 +127,22 @@ def test_folders_are_made_and_those_that_stay_empty_are_removed_again(tmp_path: 
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.yaml"]
 
 
+def test_a_folder_that_a_failed_start_removes_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_writable = run_lock.make_writable
+
+    def made_and_removed(folder: Path, run_dir: Path) -> None:
+        monkeypatch.setattr(run_lock, "make_writable", make_writable)
+        make_writable(folder, run_dir)
+        folder.rmdir()
+
+    monkeypatch.setattr(run_lock, "make_writable", made_and_removed)
+    with RunLock(tmp_path / "run", SAME) as lock:
+        assert lock.path.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     text = refusal(tmp_path / "file" / "run", SAME)
@@ -175,13 +191,14 @@ def test_a_lock_of_another_machine_that_is_dead_for_long_is_taken_over(tmp_path:
 
 
 def test_a_lock_of_another_machine_is_waited_for_until_it_is_known_dead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 1.0)
     left_by(tmp_path, age=0.3)
     began = time.monotonic()
     with RunLock(tmp_path, SAME):
         assert 0.5 < time.monotonic() - began < 5
+    assert capsys.readouterr().err.count("on elsewhere has not given it back. Waiting") == 1
 
 
 def test_a_lock_that_another_machine_goes_on_touching_is_refused(

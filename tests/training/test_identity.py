@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from jaxdpo.models.hf.peft import write_peft
 from jaxdpo.models.lora import Lora
 from jaxdpo.training.identity import identity_changes, reference_identity
 from jaxdpo.training.loop import train
+from jaxdpo.training.resolve import validate
 from jaxdpo.training.startup_checks import changed_fields
 from jaxdpo.training.trainer import Trainer
 from tests.models.test_lora import random_adapter
@@ -132,33 +133,49 @@ def test_identity_changes_with_every_config_json_field_that_changes_a_number(
 
 
 CHANGED: dict[str, Any] = {
-    "seed": 1,
-    "model.param_dtype": "bfloat16",
-    "model.compute_dtype": "bfloat16",
-    "model.attention": "dense",
-    "model.remat": "none",
-    "model.init": "random",
+    "reference": "adapter_off",
     "lora.rank": 2,
-    "data.share_prefix": False,
-    "data.packed_length": 128,
-    "data.num_packed_lengths": 2,
+    "lora.targets": ["q_proj"],
+    "data.train": ["nowhere"],
+    "data.eval": ["nowhere"],
+    "data.weights": [2.0],
+    "data.chat_template": "nowhere",
     "data.max_length": 12,
     "data.max_prompt_length": 3,
-    "data.shuffle": False,
-    "data.eval_fraction": 0.5,
-    "loss.name": "ipo",
-    "loss.beta": 0.7,
+    "data.packed_length": 128,
+    "data.oasst.languages": ["de"],
+    "loss.name": ["ipo", "sft"],
+    "loss.weights": [2.0],
     "loss.ld_alpha": 0.5,
-    "loss.label_smoothing": 0.1,
-    "loss.length_penalty": 0.1,
-    "loss.wpo": True,
-    "optim.learning_rate": 0.1,
-    "optim.mu_dtype": "bfloat16",
-    "train.batch_size": 3,
-    "eval.every": 3,
-    "log.every": 2,
+    "loss.alpha_divergence": 0.5,
+    "loss.router_aux_coef": 0.5,
+    "model.path": "nowhere",
+    "model.revision": "other",
+    "lora.path": "nowhere",
+    "lora.alpha": 3.0,
+    "train.steps": 3,
+    "train.epochs": 2,
+    "train.offload": ["moments"],
+    "train.compilation_cache": "cache",
 }
-"""Options with another value than `settings` gives them."""
+"""Other values of options, where changed() does not find one by the type."""
+
+
+def changed(name: str, kind: Any, default: Any) -> Any:
+    """Another value of an option; every option has one, also those that are new."""
+    if name in CHANGED:
+        return CHANGED[name]
+    words = [word for word in get_args(kind) if isinstance(word, str) and word != default]
+    if words:
+        return words[-1]
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int | float):
+        return default + 1 if isinstance(default, int) else default * 1.5 + 0.01
+    return "another value"  # of the type that it has, or refused
+
+
+OPTIONS = {name: (kind, default) for name, kind, default, _ in cli.fields(Config)}
 QUICK_OPTIONS = ("model.param_dtype", "loss.ld_alpha", "loss.beta")
 
 
@@ -166,19 +183,32 @@ QUICK_OPTIONS = ("model.param_dtype", "loss.ld_alpha", "loss.beta")
     "name",
     [
         name if name in QUICK_OPTIONS else pytest.param(name, marks=pytest.mark.slow)
-        for name in CHANGED
+        for name in OPTIONS
+        if name != "run_dir"
     ],
 )
 def test_identity_of_a_cached_reference_changes_with_every_option_that_changes_its_numbers(
     shared: Path, tmp_path: Path, name: str
 ) -> None:
     base = settings(shared, tmp_path / "run")
+    values = cli.to_dict(base)
+    section = values
+    *path, last = name.split(".")
+    for part in path:
+        section = section[part]
+    section[last] = changed(name, *OPTIONS[name])
+    other, problems = cli.validate(Config, values)
+    if problems or other is None or validate(other):
+        return  # not without other options: refused
+    other = dataclasses.replace(other, run_dir=str(tmp_path / "other"))
+    try:
+        found, identity = cached(other)
+    except (ValueError, OSError):
+        return
     wanted, known = cached(base)
-    other = settings(shared, tmp_path / "other", **{name.replace(".", "__"): CHANGED[name]})
-    found, identity = cached(other)
     same_shape = found.shape == wanted.shape
     if not same_shape or not np.allclose(found, wanted, rtol=0, atol=NOISE, equal_nan=True):
-        # Of other pairs, or in another order of visits, the cache is another one too.
+        # Of the same pairs in another order of visits, the cache is another one too.
         assert identity != known or is_about_visits(found, wanted), name
     if name in ("model.param_dtype", "loss.ld_alpha"):
         assert identity != known
