@@ -247,6 +247,28 @@ def test_fewer_processes_resume_the_checkpoint_of_four(
 
 
 @pytest.mark.slow
+def test_a_run_of_two_processes_has_one_owner_and_is_refused_a_second_time(
+    shared: Path, tmp_path: Path
+) -> None:
+    first = start(shared, tmp_path, 2, steps=4000)
+    wait_for_rows(first, tmp_path, 2)
+    printed = [(tmp_path / f"out-{number}.txt").read_text() for number in range(2)]
+    owner = json.loads((tmp_path / ".lock").read_text())
+    assert owner["pid"] == first[0].pid
+    try:
+        assert ended(start(shared, tmp_path, 2, steps=4000)) == [1, 1]
+        for number in range(2):
+            said = (tmp_path / f"out-{number}.txt").read_text()
+            assert f"this run is going on already (process {first[0].pid} on " in said, printed
+    finally:
+        first[0].send_signal(signal.SIGTERM)
+    assert ended(first) == [75, 75]
+    assert not (tmp_path / ".lock").exists()
+    steps = [row["step"] for row in metrics(tmp_path) if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.slow
 def test_processes_that_were_started_differently_are_refused(shared: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
