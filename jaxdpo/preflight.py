@@ -22,6 +22,7 @@ import jax
 from jaxdpo.checkpoints.run_lock import RunLock
 from jaxdpo.config import cli
 from jaxdpo.config.schema import Config
+from jaxdpo.data.prepare import NO_VALIDATION
 from jaxdpo.data.sources import read_set
 from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.distributed import processes
@@ -98,6 +99,8 @@ def preflight(config: Config) -> Iterator[Finding]:
     for option, names in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for name in names:
             yield _checked("data", data, config, name, option)
+    if config.data.train and not config.data.eval and config.data.eval_fraction:
+        yield from validation(config)
     yield _checked("run_dir", run_dir, config, size)
     if jax.process_count() > 1:
         yield _checked("shared", shared, config)
@@ -219,6 +222,27 @@ def data(config: Config, name: str, option: str) -> str:
             f"{option}={name}: has no row that can be used. python -m jaxdpo.data tells why"
         )
     return f"{name}: rows of format {report.format}, the first can be used"
+
+
+def validation(config: Config) -> Iterator[Finding]:
+    """What to know where all rows of data.train have one prompt, so that none is held out."""
+    prompts = set()
+    try:
+        for name in config.data.train:
+            for record in read_set(name, config.data, "data.train")[1]:
+                prompts.add(record.prompt)
+                if len(prompts) > 1:
+                    return
+    except (ValueError, OSError):
+        return  # `data` says what is wrong
+    if not prompts:
+        return
+    told = f"{NO_VALIDATION}: all rows of data.train have the same prompt"
+    if config.eval.every:
+        told = f"eval.every={config.eval.every}: {told}. Set data.eval, or eval.every=0"
+        yield Finding("split", told, ok=False)
+    else:
+        yield Finding("split", f"{told}. Set data.eval, or the run is not evaluated")
 
 
 # --- folders ---

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -201,3 +202,16 @@ def test_the_command_in_two_processes_with_a_folder_each(inputs: Path, tmp_path:
     problem = "run_dir=run: is not the folder that the first process writes to"
     assert f"process 1: PROBLEM shared    {problem}" in done.stdout
     assert "process 0: ok      shared" in done.stdout
+
+
+@pytest.mark.parametrize("every", [None, 5])
+def test_data_of_one_prompt_hold_nothing_out(
+    inputs: Path, tmp_path: Path, every: int | None
+) -> None:
+    row = {"prompt": "w1", "chosen": " w2", "rejected": " w3"}
+    path = write_rows(tmp_path / "one.jsonl", [row, row | {"chosen": " w4"}])
+    changes: dict[str, Any] = {"data__train": [path], "run_dir": str(tmp_path / "run")}
+    found = findings(inputs, **changes, eval__every=every)["split"]
+    assert found.ok is (every is None) and "no pair is held out" in found.text
+    off = findings(inputs, **changes, data__eval_fraction=0.0)
+    assert "split" not in off

@@ -62,8 +62,9 @@ class DataSection:
     """Validation sets, written like data.train. Empty: a share of the training prompts, see
     eval_fraction."""
     eval_fraction: float = 0.05
-    """Share of the prompts held out for validation when data.eval is empty, chosen by hash, so that
-    the split is stable when rows are added. 0: no validation."""
+    """Share held out for validation when data.eval is empty: whole prompts, chosen by hash, so that
+    the split is stable when rows are added; of few prompts, those that come nearest to the share.
+    0: no validation."""
     format: Literal["auto", "hh-rlhf", "shp", "oasst", "ranked", "ab", "preference"] = "auto"
     """Format of the rows of files and of hub sets that are not known by name (docs/data.md). auto:
     detected from the first rows."""

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 _GLOBAL_BATCH = "train.batch_size (the global batch, over all devices and microbatches)"
 _ACCUMULATION = "computed from train.batch_size and data.packed_length (gradient accumulation)"
-_WARMUP = "optim.warmup_steps (a number of steps)"
+_WARMUP = "optim.warmup_steps (a number of steps) or optim.warmup_ratio (a share of them)"
 _ADAMW = "always AdamW; its options are optim.learning_rate, optim.b1, optim.b2, optim.eps"
 _DTYPE = "model.compute_dtype (bfloat16 or float32)"
 _REMAT = "model.remat (gradient checkpointing: none, dots or full)"
@@ -53,13 +53,16 @@ HF_AND_TRL: dict[str, str] = {
     "auto_find_batch_size": _ACCUMULATION,
     "gradient_accumulation_steps": _ACCUMULATION,
     "grad_accum": _ACCUMULATION,
+    "grad_acc_steps": _ACCUMULATION,
+    "gradient_accumulation": _ACCUMULATION,
+    "accumulate_grad_batches": _ACCUMULATION,
     "num_train_epochs": "train.epochs",
     "max_steps": "train.steps",
     "learning_rate": "optim.learning_rate",
     "lr": "optim.learning_rate",
     "optim.lr": "optim.learning_rate",
     "lr_scheduler_type": "optim.schedule (cosine, constant or linear)",
-    "warmup_ratio": _WARMUP,
+    "warmup_ratio": "optim.warmup_ratio",
     "warmup_steps": "optim.warmup_steps",
     "weight_decay": "optim.weight_decay",
     "adam_beta1": "optim.b1",
@@ -70,6 +73,7 @@ HF_AND_TRL: dict[str, str] = {
     "logging_steps": "log.every",
     "report_to": _TENSORBOARD,
     "wandb": _TENSORBOARD,
+    "use_wandb": _TENSORBOARD,
     "eval_steps": "eval.every",
     "eval_strategy": f"eval.every ({_EVERY})",
     "evaluation_strategy": f"eval.every ({_EVERY})",

@@ -83,6 +83,17 @@ class LossSection:
                 f"loss.weights={self.weights}: needs one factor for each of loss.name={self.names}"
             )
 
+        if self.weights is not None and any(w < 0 for w in self.weights):
+            yield (
+                f"loss.weights={self.weights}: must not be negative, which would train towards a "
+                "larger loss"
+            )
+        elif self.weights is not None and not any(self.weights):
+            yield (
+                f"loss.weights={self.weights}: are all 0, so nothing would be trained. "
+                "Give a loss a weight above 0"
+            )
+
     def _invalid_constants(self) -> Iterator[str]:
         smoothing, ld_alpha, mixup = self.label_smoothing, self.ld_alpha, self.ref_mixup_alpha
         if self.beta is not None and self.beta <= 0:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from jaxdpo.config.data_options import LENGTH_MULTIPLE, DataSection
 from jaxdpo.config.loss_options import LossSection
-from jaxdpo.config.sections import refuse
+from jaxdpo.config.sections import MAX_SEED, refuse
 from jaxdpo.config.sections import section as _section
 
 DEFAULT_EVAL_EVERY = 100
@@ -117,7 +117,11 @@ class OptimSection:
     """Learning rate after the warm-up: cosine or linear decay to 0 at the last step, or
     constant."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0 to the peak; step k of them uses k / warmup_steps of it."""
+    """Steps of linear warm-up from 0 to the peak; step k of them uses k / warmup_steps of it. Fewer
+    than the steps of the run."""
+    warmup_ratio: float = 0.0
+    """The warm-up as a share of the run's steps, rounded up. Give this or optim.warmup_steps, not
+    both."""
     max_grad_norm: float = 1.0
     """Gradient clipping: gradients with a larger global norm are scaled down to it. 0: never."""
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -139,6 +143,13 @@ class OptimSection:
             yield f"optim.weight_decay={self.weight_decay}: must not be negative"
         if self.warmup_steps < 0:
             yield f"optim.warmup_steps={self.warmup_steps}: must not be negative"
+        if not 0 <= self.warmup_ratio < 1:
+            yield f"optim.warmup_ratio={self.warmup_ratio}: must be at least 0 and below 1"
+        if self.warmup_steps and self.warmup_ratio:
+            yield (
+                f"optim.warmup_ratio={self.warmup_ratio}: "
+                f"optim.warmup_steps={self.warmup_steps} is given too. Give one of them"
+            )
         if self.max_grad_norm < 0:
             yield f"optim.max_grad_norm={self.max_grad_norm}: must be 0 (off) or positive"
 
@@ -152,8 +163,9 @@ class TrainSection:
     of microbatches (gradient accumulation) follows from it and data.packed_length."""
     steps: int | None = None
     """Number of optimizer steps. Default: as many as train.epochs need."""
-    epochs: int | None = None
-    """Passes over the training pairs. Default 1. Give this or train.steps, not both."""
+    epochs: float | None = None
+    """Passes over the training pairs, such as 3 or 0.5. Default 1. Give this or train.steps, not
+    both."""
     offload: list[Literal["reference", "moments"]] = dataclasses.field(default_factory=list)
     """What is offloaded to host memory and fetched by GPUs and TPUs a layer at a time: a frozen
     reference, AdamW's moments. Slower."""
@@ -173,8 +185,8 @@ class TrainSection:
             yield f"train.batch_size={self.batch_size}: must be at most {MAX_BATCH_SIZE:,}"
         if self.steps is not None and self.steps < 1:
             yield f"train.steps={self.steps}: must be at least 1"
-        if self.epochs is not None and self.epochs < 1:
-            yield f"train.epochs={self.epochs}: must be at least 1"
+        if self.epochs is not None and self.epochs <= 0:
+            yield f"train.epochs={self.epochs}: must be above 0"
         if self.steps is not None and self.epochs is not None:
             yield (
                 f"train.steps={self.steps}: "
@@ -314,3 +326,7 @@ class Config:
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed={self.seed}: must lie between 0 and {MAX_SEED}")

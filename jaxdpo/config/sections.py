@@ -10,6 +10,9 @@ from pydantic import ConfigDict
 STRICT_KEYS = ConfigDict(extra="forbid", allow_inf_nan=False)
 """For pydantic: an unknown key is an error, and numbers must be finite."""
 
+MAX_SEED = (1 << 32) - 1
+"""JAX's random keys take 32 bits."""
+
 T = TypeVar("T")
 
 

@@ -18,7 +18,7 @@ from jaxdpo.data.left_out import ANSWER_TEXT, PROMPT_TEXT
 from jaxdpo.data.pair_table import PairTable
 from jaxdpo.data.report import DataReport, describe_counts
 from jaxdpo.data.sources import READING_OPTIONS, check_score, read_set, set_identity
-from jaxdpo.data.splits import joined_keys, split_by_prompt
+from jaxdpo.data.splits import NEAR, joined_keys, split_by_prompt
 from jaxdpo.data.tokenize import Encoder, check_vocabulary
 from jaxdpo.data.tokenize_parallel import encode_records
 from jaxdpo.data.tokenizer_json import Tokenizer
@@ -30,6 +30,7 @@ MANY_CUT = 0.05
 """Share of truncated answers from which a warning names them: a few very long ones are usual."""
 MANY_REPEAT = 0.05
 """Share of pairs whose answers begin with the prompt, likewise: a few repeat a question."""
+NO_VALIDATION = "no pair is held out for validation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,6 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
             for a token id.
     """
     encoder = Encoder.create(tokenizer, section)
-    notes = []
     train, train_reports, train_repeats = _read_sets(
         section, "data.train", section.train, encoder, vocab_size
     )
@@ -65,18 +65,15 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
     else:
         keys = joined_keys(train.prompt_keys, train.group_keys)
         mask = split_by_prompt(keys, section.eval_fraction)
-        if section.eval_fraction > 0 and len(np.unique(keys)) == 1 < train.num_prompts:
-            notes.append(
-                f"all {train.num_prompts} prompts belong to one group (column group), so none is "
-                "held out for validation. Name data.eval, or rename the column"
-            )
         train, held_out = train.take(~mask), train.take(mask)
         eval_reports, eval_repeats = [], {}
     check_score(section, [*train_reports, *eval_reports])
     sets = {"train": train_reports, "eval": eval_reports}
     report = _report(train, held_out, sets, encoder)
     report["repeats"] = {"train": train_repeats, "eval": eval_repeats}
-    report["warnings"] += notes
+    split_warning = _split_warning(report, section.eval_fraction)
+    if not section.eval and split_warning is not None:
+        report["warnings"].append(split_warning)
     _check_eos(report["train"], section)
     for warning in report["warnings"]:
         logger.warning("data: %s", warning)
@@ -204,6 +201,28 @@ def _check_eos(statistics: dict[str, Any], section: DataSection) -> None:
             "learn to stop. Raise data.max_length, or use a tokenizer or a data.chat_template "
             "that has one; data.missing_eos=keep trains nevertheless"
         )
+
+
+def _split_warning(report: dict[str, Any], fraction: float) -> str | None:
+    """What to know about a held-out share that is far from data.eval_fraction; None: it is near."""
+    held_out, prompts = report["eval"]["pairs"], report["eval"]["prompts"]
+    total = report["train"]["pairs"] + held_out
+    share = held_out / total
+    if fraction / NEAR <= share <= fraction * NEAR:  # 0 too
+        return None
+    if not held_out:
+        prompts = report["train"]["prompts"]
+        why = "data.train has one prompt"
+        if prompts > 1:
+            why = f"all {prompts} prompts of data.train belong to one group (column group)"
+        return (
+            f"data.eval_fraction={fraction}: {NO_VALIDATION} (0 of {total}), as {why}, which would "
+            "be held out whole. Set data.eval, or data.eval_fraction=0"
+        )
+    return (
+        f"data.eval_fraction={fraction}: {held_out} of {total} pairs ({share:.1%}) are held out, "
+        f"all those of {prompts} prompts: whole prompts come no nearer. Set data.eval for others"
+    )
 
 
 def _report(

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from jaxdpo.config.schema import MeshSection
-from jaxdpo.config.sections import require, section
+from jaxdpo.config.sections import MAX_SEED, require, section
 from jaxdpo.inference.model import Sampling, Source
 from jaxdpo.inference.prompts import read_prompts
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODEL_FILES = ("config.json", "config.yaml", "adapter_config.json")
 """The files by which the folders of a model, a run and an adapter are known."""
-MAX_SEED = (1 << 32) - 1
-"""JAX's random keys take 32 bits."""
 
 
 @section

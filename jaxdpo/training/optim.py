@@ -17,6 +17,7 @@ test compares both.
 The state is a plain dict, so that a checkpoint restores without optax and without this package.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -55,7 +56,10 @@ def schedule(section: OptimSection, total_steps: int) -> optax.Schedule:
 
     The decay (linear, cosine) reaches 0 at total_steps; the constant schedule has none.
     """
-    peak, warmup = section.learning_rate, section.warmup_steps
+    peak = section.learning_rate
+    warmup = section.warmup_steps
+    if section.warmup_ratio:
+        warmup = min(math.ceil(section.warmup_ratio * total_steps), total_steps - 1)
     decay_steps = max(total_steps - warmup, 1)
     after_warmup = {
         "constant": optax.constant_schedule(peak),

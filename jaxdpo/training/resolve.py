@@ -6,6 +6,7 @@ check(config, data)          once the data is read: losses that its columns rule
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxdpo.config.cross_checks import cross_check
 from jaxdpo.config.schema import DEFAULT_EVAL_EVERY, Config, LoraSection
-from jaxdpo.data.prepare import Prepared
+from jaxdpo.data.prepare import NO_VALIDATION, Prepared
 from jaxdpo.distributed import sharding
 from jaxdpo.losses import registry, rules
 from jaxdpo.models.config import ModelConfig
@@ -252,6 +253,46 @@ def _check_agreement(section: LoraSection, lora: Lora, model: ModelConfig) -> No
         compare("targets", find_targets(model, section.targets), lora.targets)
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def num_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run: train.steps, or those of train.epochs, rounded up.
+
+    Raises:
+        ValueError: the warm-up would not end before them.
+    """
+    epochs = config.train.epochs or 1
+    # Less a rounding error of the product, so that 0.1 epochs of 30 steps are 3.
+    steps = config.train.steps or max(1, math.ceil(epochs * steps_per_epoch - 1e-6))
+    warmup = config.optim.warmup_steps
+    if warmup >= steps:
+        raise ValueError(
+            f"optim.warmup_steps={warmup}: must be fewer than the steps of the run, which are "
+            f"{steps} (train.epochs={epochs:g} of {steps_per_epoch} steps each). Lower it, set "
+            "optim.warmup_ratio instead, or train for longer"
+        )
+    return steps
+
+
+def without_evaluation(config: Config, given_every: int | None, data: Prepared) -> Config:
+    """The config with eval.every=0 where no pair was held out and nobody asked for evaluations.
+
+    Args:
+        config: resolved.
+        given_every: eval.every before that: what the user asked for.
+
+    Raises:
+        ValueError: the user asked for evaluations.
+    """
+    if len(data.eval) or not config.eval.every:
+        return config
+    if given_every:
+        raise ValueError(
+            f"eval.every={given_every}: {NO_VALIDATION} "
+            f"(data.eval_fraction={config.data.eval_fraction} of pairs that have one prompt). "
+            "Set data.eval, or eval.every=0"
+        )
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=0))
 
 
 def check(config: Config, data: Prepared) -> None:

@@ -29,7 +29,7 @@ from jaxdpo.training.completion_logps import reference_logps
 from jaxdpo.training.identity import reference_identity, run_identity
 from jaxdpo.training.program import Program
 from jaxdpo.training.reference_cache import CachedLogps, cached_logps, check_finite
-from jaxdpo.training.resolve import check, resolve
+from jaxdpo.training.resolve import check, num_steps, resolve, without_evaluation
 from jaxdpo.training.state import FrozenState, TrainState
 from jaxdpo.training.weights import PolicyWeights
 
@@ -56,10 +56,13 @@ class Trainer(Program):
         """
         folder = model_folder(config)
         model = load_model_config(folder)
+        given_every = config.eval.every
         resolved = resolve(config, model, read_config_json(folder))
         config, mesh = resolved.config, resolved.mesh
         tokenizer = load_tokenizer(str(folder))
         data = prepare(config.data, tokenizer, model.vocab_size)
+        config = without_evaluation(config, given_every, data)
+        resolved = resolved._replace(config=config)
         check(config, data)
         num_rows, batch_size = sharding.num_row_shards(mesh), config.train.batch_size
         loader = Loader.create(
@@ -70,7 +73,7 @@ class Trainer(Program):
             seed=config.seed,
             mine=sharding.local_rows(mesh),
         )
-        total_steps = config.train.steps or (config.train.epochs or 1) * loader.steps_per_epoch
+        total_steps = num_steps(config, loader.steps_per_epoch)
         program = Program.of(resolved, model, folder, total_steps=total_steps)
         return cls(
             **vars(program),

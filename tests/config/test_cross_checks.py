@@ -31,6 +31,13 @@ from tests.config.command_line import NEEDED, complaints, load
         "model.quantize=nf4",
         "reference=adapter_off",
         "loss.weights=[1,2]",
+        "loss.weights=[0]",
+        "loss.weights=[-1]",
+        "seed=-1",
+        "seed=4294967296",
+        "optim.warmup_ratio=1",
+        "optim.warmup_ratio=-0.1",
+        "train.epochs=-0.5",
         "optim.learning_rate=-1",
         "optim.weight_decay=-1",
         "optim.warmup_steps=-1",
@@ -57,8 +64,12 @@ def test_values_out_of_range_are_refused_by_name(
 
 def test_options_that_contradict_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert complaints(capsys, *NEEDED, "train.steps=5", "train.epochs=1")[0].startswith(
-        "train.steps=5: train.epochs=1 is given too"
+        "train.steps=5: train.epochs=1"
     )
+    both = ("optim.warmup_steps=5", "optim.warmup_ratio=0.1")
+    assert complaints(capsys, *NEEDED, *both)[0].startswith("optim.warmup_ratio=0.1: optim.warmup")
+    zeros = ("loss.name=[sigmoid,sft]", "loss.weights=[0,0.0]")
+    assert "nothing would be trained" in complaints(capsys, *NEEDED, *zeros)[0]
     assert complaints(capsys, *NEEDED, "train.steps=5", "optim.warmup_steps=5")[0].startswith(
         "optim.warmup_steps=5: must be fewer"
     )

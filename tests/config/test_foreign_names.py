@@ -40,7 +40,20 @@ def test_nothing_is_guessed_where_no_name_is_similar(
     ("word", "hint"),
     [
         ("optim.lr=1e-6", "Did you mean optim.learning_rate?"),
-        ("optim.warmup_ratio=0.1", "Did you mean optim.warmup_steps (a number of steps)?"),
+        ("train.warmup_ratio=0.1", "Did you mean optim.warmup_ratio?"),
+        (
+            "optim.warmup=10",
+            "Did you mean optim.warmup_steps (a number of steps) or optim.warmup_ratio "
+            "(a share of them)?",
+        ),
+        (
+            "log.use_wandb=true",
+            "Did you mean log.tensorboard (TensorBoard and metrics.jsonl; W&B is not supported)?",
+        ),
+        (
+            "train.gradient_accumulation=4",
+            "It is computed from train.batch_size and data.packed_length (gradient accumulation)",
+        ),
         (
             "per_device_train_batch_size=2",
             "Did you mean train.batch_size (the global batch, over all devices and microbatches)?",

@@ -71,9 +71,8 @@ def test_a_group_that_holds_every_prompt_is_told(
     path = write("a.jsonl", [{**row, "group": "all"} for row in rows(10)])
     done = prepare(options(train=[path], cache=None), byte_tokenizer, 1000)
     assert len(done.eval) == 0
-    assert "all 5 prompts belong to one group (column group)" in done.report["warnings"][0]
-    one = prepare(options(train=[path + ":2"], cache=None), byte_tokenizer, 1000)
-    assert one.report["warnings"] == []
+    (warning,) = done.report["warnings"]
+    assert "all 5 prompts of data.train belong to one group (column group)" in warning
 
 
 def test_the_same_rows_give_the_same_tables(
@@ -233,3 +232,25 @@ def test_many_truncated_answers_are_warned_of(
     assert len(found) == 1 and found[0].startswith("train: 2 of 24 answers (8%) lost their end")
     path = write("a.jsonl", [*rows(30), *long])
     assert not any("lost" in text for text in warnings_of(byte_tokenizer, train=[path], **lengths))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told"),
+    [
+        (["q"] * 12, "no pair is held out for validation (0 of 12), as data.train has one prompt"),
+        (["q"], "no pair is held out for validation (0 of 1), as data.train has one prompt"),
+        (["q"] * 3 + ["r"] * 2, "2 of 5 pairs (40.0%) are held out, all those of 1 prompts"),
+    ],
+)
+def test_a_held_out_share_far_from_the_fraction_is_told_with_both_numbers(
+    write: Write, byte_tokenizer: PreTrainedTokenizerFast, prompts: list[str], told: str
+) -> None:
+    some = [
+        {"prompt": prompt, "chosen": f" good {i}", "rejected": f" bad {i}"}
+        for i, prompt in enumerate(prompts)
+    ]
+    done = prepare(options(train=[write("a.jsonl", some)]), byte_tokenizer, 1000)
+    (warning,) = done.report["warnings"]
+    assert warning.startswith(f"data.eval_fraction=0.05: {told}")
+    section = options(train=[write("a.jsonl", some)], eval_fraction=0.0)
+    assert prepare(section, byte_tokenizer, 1000).report["warnings"] == []

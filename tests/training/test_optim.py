@@ -176,6 +176,13 @@ def test_warm_up_rises_to_the_peak_and_then_the_schedule_begins(kind: str, warmu
     np.testing.assert_allclose(got[warmup:], plain, atol=1e-6)
 
 
+@pytest.mark.parametrize(("ratio", "steps"), [(0.1, 2), (0.5, 6), (0.01, 1), (0.99, 11)])
+def test_warmup_ratio_is_a_share_of_the_steps_rounded_up(ratio: float, steps: int) -> None:
+    ours = rates(OptimSection(learning_rate=1.0, warmup_ratio=ratio), 12)
+    np.testing.assert_allclose(ours, rates(OptimSection(learning_rate=1.0, warmup_steps=steps), 12))
+    assert np.isfinite(rates(OptimSection(learning_rate=1.0, warmup_ratio=ratio), 1)).all()
+
+
 def test_a_single_step_and_a_warm_up_as_long_as_the_run_have_no_nan() -> None:
     assert rates(OptimSection(learning_rate=1.0), 1) == [1.0]
     assert np.isfinite(rates(OptimSection(learning_rate=1.0, warmup_steps=3), 3)).all()

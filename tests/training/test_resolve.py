@@ -10,10 +10,24 @@ import pytest
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.config.loss_options import LossSection
-from jaxdpo.config.schema import Config, EvalSection, LoraSection, ModelSection
+from jaxdpo.config.schema import (
+    Config,
+    EvalSection,
+    LoraSection,
+    ModelSection,
+    OptimSection,
+    TrainSection,
+)
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.peft import write_peft
-from jaxdpo.training.resolve import attention_of, check_attention, resolve_lora, resolve_options
+from jaxdpo.training.resolve import (
+    attention_of,
+    check_attention,
+    num_steps,
+    resolve_lora,
+    resolve_options,
+    without_evaluation,
+)
 from tests.families import tiny
 from tests.models.test_lora import random_adapter
 from tests.tiny import mesh, model
@@ -155,3 +169,33 @@ def test_tpus_have_an_attention_of_their_own(
     else:
         with pytest.raises(ValueError, match=r"model.attention=splash: .* Use model.attention="):
             check_attention(asked, devices, model(**family))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(None, 30), (1, 30), (3, 90), (0.5, 15), (0.1, 3), (1.01, 31), (1e-9, 1)]
+)
+def test_epochs_may_be_fractions_and_steps_are_rounded_up(epochs: float | None, steps: int) -> None:
+    assert num_steps(Config(train=TrainSection(epochs=epochs)), 30) == steps
+    assert num_steps(Config(train=TrainSection(steps=7)), 30) == 7
+
+
+@pytest.mark.parametrize(("warmup", "epochs"), [(3, 1), (150, 1), (6, 2), (2, 0.5)])
+def test_a_warm_up_that_the_run_does_not_outlast_is_refused(warmup: int, epochs: float) -> None:
+    config = Config(optim=OptimSection(warmup_steps=warmup), train=TrainSection(epochs=epochs))
+    with pytest.raises(ValueError, match=rf"optim\.warmup_steps={warmup}: must be fewer .*epochs="):
+        num_steps(config, 3)
+    assert num_steps(config, 1000) == 1000 * epochs
+
+
+def test_without_validation_pairs_there_is_no_evaluation_or_an_error_for_who_asked() -> None:
+    config = resolved(Config())
+    none: Any = SimpleNamespace(eval=[])
+    some: Any = SimpleNamespace(eval=[1])
+    assert config.eval.every == 100
+    assert without_evaluation(config, None, some) == config
+    assert without_evaluation(config, None, none).eval.every == 0
+    asked = resolved(Config(eval=EvalSection(every=7)))
+    with pytest.raises(ValueError, match=r"eval\.every=7: no pair is held out .* eval\.every=0"):
+        without_evaluation(asked, 7, none)
+    off = resolved(Config(eval=EvalSection(every=0)))
+    assert without_evaluation(off, 0, none) == off
