@@ -209,7 +209,7 @@ def _base_name(
     if folder.is_dir() or run_config.model.init == "random":
         check_base(run_config, meta, folder)
     if is_local(name):
-        return str(folder.resolve()), None
+        return folder.name, None  # the path would tell of this machine, and mean nothing elsewhere
     return name, run_config.model.revision if config.base is None else None
 
 

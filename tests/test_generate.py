@@ -202,7 +202,7 @@ def test_an_adapter_answers_over_its_base(
     asked = "prompts=[w5 w9 w3]"
     for arguments in (
         [f"model.path={run}"],
-        [f"model.path={tmp_path / 'adapter'}"],
+        [f"model.path={tmp_path / 'adapter'}", f"model.base={base}"],
         [f"model.path={run}", f"model.base={tmp_path}/moved"],
     ):
         _, (row,) = command(asked, *arguments)
@@ -211,6 +211,8 @@ def test_an_adapter_answers_over_its_base(
     write_model(tmp_path / "other", seed=1)
     assert command(asked, f"model.path={run}", f"model.base={tmp_path}/other")[0] == 1
     assert "has other weights than the adapter was trained on" in capsys.readouterr().err
+    assert command(asked, f"model.path={tmp_path / 'adapter'}")[0] == 1
+    assert "names the base 'base', which is no folder here" in capsys.readouterr().err
 
 
 def test_several_models_answer_side_by_side(

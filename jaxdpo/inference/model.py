@@ -266,7 +266,16 @@ def _adapter_base(source: Source) -> Path:
         config = read_json(source.folder / ADAPTER_CONFIG)
         name = str(config.get("base_model_name_or_path") or "")
     folder = Path(name).expanduser()
-    return folder if name and folder.is_dir() else fetch_model(name, source.revision)
+    if name and folder.is_dir():
+        return folder
+    if not source.base and "/" not in name:
+        # An export writes the name of a local base without its path. It may be another model's
+        # name on the hub.
+        raise ValueError(
+            f"model.path={source.path}: its {ADAPTER_CONFIG} names the base {name!r}, which is no "
+            "folder here. Say where it is: model.base=<folder or hub id>"
+        )
+    return fetch_model(name, source.revision)
 
 
 # --- weights ---

@@ -5,7 +5,7 @@ from pathlib import Path
 from jaxdpo.config import cli
 from jaxdpo.data.prepare import summary
 from jaxdpo.distributed import processes
-from jaxdpo.models.hf.folder import copy_model_files
+from jaxdpo.models.hf.folder import add_end_tokens, copy_model_files
 from jaxdpo.training.trainer import Trainer
 from jaxdpo.utils.files import atomic_write, write_json
 
@@ -20,6 +20,8 @@ def write_inputs(trainer: Trainer, run_dir: Path) -> None:
     template = trainer.config.data.chat_template
     text = None if template is None else Path(template).expanduser().read_text(encoding="utf-8")
     copy_model_files(trainer.folder, run_dir / "model", text)
+    # An export copies these files: what reads it must stop where the training answers stop.
+    add_end_tokens(run_dir / "model", sorted(trainer.stop_ids), trainer.end_token)
 
 
 def describe(trainer: Trainer) -> list[str]:

@@ -209,8 +209,20 @@ class Trainer(Program):
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end an answer (eos): of the training data and of the model's files."""
-        encoder = Encoder.create(self.tokenizer, self.config.data)
-        return tuple({*encoder.stop_ids, *end_ids(self.folder, read_config_json(self.folder))})
+        named = end_ids(self.folder, read_config_json(self.folder))
+        return tuple({*self._encoder.stop_ids, *named})
+
+    @property
+    def end_token(self) -> str | None:
+        """What ends an answer of the chat template, where that is not the tokenizer's eos token."""
+        ends = self._encoder.stop_ids
+        if not ends or ends[-1] == self.tokenizer.eos_token_id:
+            return None
+        return str(self.tokenizer.convert_ids_to_tokens(ends[-1]))
+
+    @functools.cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder.create(self.tokenizer, self.config.data)
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:

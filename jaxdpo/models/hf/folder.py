@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,38 @@ def generation_config(folder: Path, raw_config: Mapping[str, Any]) -> dict[str, 
 
 def end_ids(folder: Path, raw_config: Mapping[str, Any]) -> list[int]:
     """The eos tokens, which end a completion, by generation_config.json or what replaces it."""
-    ids = generation_config(folder, raw_config).get("eos_token_id")
+    return _as_list(generation_config(folder, raw_config).get("eos_token_id"))
+
+
+def add_end_tokens(folder: Path, ids: Sequence[int], eos_token: str | None) -> None:
+    """Make a folder name every end token, so that transformers and vLLM stop where training did.
+
+    Args:
+        folder: a Hugging Face folder; its config.json, generation_config.json and, for eos_token,
+            tokenizer_config.json and special_tokens_map.json are written where they lack some.
+        ids: the tokens that end an answer.
+        eos_token: what the tokenizer is to name as its eos token: the end of the training answers,
+            such as <|im_end|>. None: what it names.
+    """
+    raw = read_json(folder / "config.json")
+    every = list(dict.fromkeys([*end_ids(folder, raw), *ids]))
+    if every:
+        named: int | list[int] = every if len(every) > 1 else every[0]
+        generation = generation_config(folder, raw)
+        for name, content in (("config.json", raw), ("generation_config.json", generation)):
+            if _as_list(content.get("eos_token_id")) != every:
+                write_json(folder / name, {**content, "eos_token_id": named})
+    if eos_token is None:
+        return
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        # Only tokenizer_config.json may lack it: the map repeats what some tokenizers name there.
+        if path.is_file() and ("eos_token" in read_json(path) or name == "tokenizer_config.json"):
+            write_json(path, {**read_json(path), "eos_token": eos_token})
+
+
+def _as_list(ids: Any) -> list[int]:
+    """Token ids as a list: config.json has a number, a list or null."""
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
