@@ -67,6 +67,19 @@ def messages_in(text: str, column: str) -> Any:
     return text
 
 
+def turned(value: dict[str, Any]) -> Any:
+    """Messages from an object of columns, {"role": [...], "content": [...]}; else the object.
+
+    datasets gives a Sequence of messages in this form.
+    """
+    columns = list(value.values())
+    if not columns or not all(isinstance(column, list) for column in columns):
+        return value
+    if len({len(column) for column in columns}) > 1 or value.keys().isdisjoint({"role", "from"}):
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
+
+
 def _items(value: Any) -> list[Any]:
     """What may be messages: the items of a list, of an object with one, or the object itself."""
     if isinstance(value, dict) and isinstance(value.get("messages"), list):

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxdpo.data.formats.listed_text import messages_in
+from jaxdpo.data.formats.listed_text import messages_in, turned
 from jaxdpo.data.formats.roles import ROLES, read_role
 from jaxdpo.data.formats.tool_calls import CALL_ROLES, calls_in, read_calls
 from jaxdpo.utils.text import has_content, printable
@@ -67,6 +67,8 @@ def read_text(value: Any, column: str) -> Text:
         value = messages_in(value, column)
         if isinstance(value, str):
             return value
+    if isinstance(value, dict):
+        value = turned(value)
     if isinstance(value, dict):
         return (_message(value, f"column {column!r}"),)
     if not isinstance(value, list):

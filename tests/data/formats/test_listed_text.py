@@ -118,6 +118,18 @@ def test_columns_of_csv_and_of_json_lines(write: Write, write_list: Any) -> None
         assert (record.prompt, record.chosen, record.rejected) == (Q, A, B)
 
 
+def test_messages_in_columns_are_read() -> None:
+    """As datasets gives a Sequence of messages."""
+    row = {
+        "chosen": {"role": ["user", "assistant"], "content": ["q", "a"]},
+        "rejected": {"from": ["human", "gpt"], "value": ["q", "b"]},
+    }
+    assert one(parse_preference, row) == Preference(Q, A, B)
+    short = {"role": ["user"], "content": ["q", "a"]}
+    with pytest.raises(ValueError, match="column 'chosen': block 1 of its content"):
+        one(parse_preference, {**row, "chosen": short})
+
+
 def test_a_cell_that_cannot_be_read_names_the_row(write: Write) -> None:
     path = write("a.csv", f'chosen,rejected\n"{NUMPY}","{NUMPY}"\n'.encode())
     with pytest.raises(ValueError, match=r"a\.csv:2: column 'chosen' is text that begins like"):
