@@ -88,7 +88,7 @@ def data(home: Path, file: Path, *words: str, model: str = "models/chatml") -> D
 
 def converted(home: Path, tmp_path: Path, file: Path, *words: str) -> list[dict]:
     """The pairs of a file, as jaxdpo reads them."""
-    out = tmp_path / "out.jsonl"
+    out = tmp_path / f"{file.stem}-{len(words)}.jsonl"
     done = data(home, file, f"out={out}", *words)
     assert done.code == 0, done.said
     return [json.loads(line) for line in out.read_text().splitlines()]
