@@ -64,9 +64,10 @@ def remedy(row: Row) -> str:
     for columns, text in _FORMS:
         if set(columns) <= names:
             return f"These look like {text}"
-    for name in names:
+    texts = [name for name in row if isinstance(row[name], str | list) and name in names]
+    for name in texts:
         found = re.fullmatch(r"(.*?_?)(a|A|0|1)", str(name))
-        if found and f"{found[1]}{_NEXT[found[2]]}" in names:
+        if found and f"{found[1]}{_NEXT[found[2]]}" in texts:
             return (
                 f"The answers {name} and {found[1]}{_NEXT[found[2]]} need a column label that says "
                 f"which is better: {found[2]}, {_NEXT[found[2]]} or tie"

@@ -164,7 +164,7 @@ def test_unknown_roles_are_refused_with_their_place() -> None:
             "Gemini's rows: write contents as messages",
         ),
         (
-            {"prompt": "q", "response_a": "a", "response_b": "b", "model_a": "x"},
+            {"prompt": "q", "score_a": 1, "score_b": 2, "response_a": "a", "response_b": "b"},
             "The answers response_a and response_b need a column label .* a, b or tie",
         ),
         (
