@@ -218,14 +218,13 @@ def rankings(row: Row, column: str, answers: list[Any], score: str | None) -> li
     names = (*RANKS, *SCORES) if score is None else (score,)
     empty, filled = [], []
     for name in names:
-        in_row = name in row
-        if in_row and row[name] is not None:
-            values = read_list(row[name])
-        else:
+        values = read_list(row.get(name))
+        is_column = values is not None
+        if values is None:  # a number beside the answers' own is not one of theirs
             values = [answer.get(name) if isinstance(answer, dict) else None for answer in answers]
-        in_answers = name in _fields(answers)
-        if values is None or not (in_row or in_answers):
-            continue
+            is_null = name in row and row[name] is None
+            if name not in _fields(answers) and not is_null:
+                continue
         if len(values) != len(answers):
             raise ValueError(
                 f"column {name!r} has {len(values)} values for {len(answers)} answers "
@@ -233,7 +232,6 @@ def rankings(row: Row, column: str, answers: list[Any], score: str | None) -> li
             )
         sign = 1.0 if name in RANKS and score is None else -1.0
         numbers = [None if value is None else sign * _score(value, name, score) for value in values]
-        is_column = in_row and row[name] is not None
         kind = empty if all(value is None for value in numbers) else filled
         kind.append(Ranking(name, is_column, numbers))
     return filled or empty

@@ -161,6 +161,11 @@ def test_a_score_that_a_row_does_not_have_is_an_error() -> None:
         one(parse_ranked, {"question": "q", "answers": ["a", "b"], "order": [1, 0]}, score="order")
 
 
+def test_a_number_of_the_row_is_not_a_score_of_its_answers() -> None:
+    row = {"question": "q", "answers": [{"text": "b", "score": 1}, {"text": "a", "score": 2}]}
+    assert one(parse_ranked, {**row, "score": 77}) == Preference(Q, A, B)
+
+
 def test_answers_without_any_value_are_not_ranked_by_their_order() -> None:
     unranked = Dropped("fewer than two ranked answers", filtered=True)
     row = {"question": "q", "answers": ["a", "b"]}
