@@ -22,7 +22,14 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", "hf://owner/name"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "gs://bucket/run",
+        pytest.param("s3://bucket/run", marks=pytest.mark.slow),
+        pytest.param("hf://owner/name", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_addresses_are_refused_at_once_by_every_command(
     command: str,

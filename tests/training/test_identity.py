@@ -95,7 +95,7 @@ CONFIG_JSON: dict[str, Any] = {
 }
 """Every kind of field of a config.json, changed; those that the weights do not allow are refused
 when the model is loaded."""
-QUICK_FIELDS = ("rope_theta", "rms_norm_eps", "transformers_version")
+QUICK_FIELDS = ("rope_theta", "transformers_version")
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,10 @@ def changed_model(shared: Path, folder: Path, **changes: Any) -> str:
     [
         ({"rope_theta": 20000.0}, "rope_theta: 10000.0 in the checkpoint, 20000.0 now"),
         ({"rms_norm_eps": 1e-6}, "norm_eps: 1e-05 in the checkpoint, 1e-06 now"),
-        (
+        pytest.param(
             {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
             "rope_scaling: None in the checkpoint, {",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -369,7 +370,12 @@ def test_resume_without_the_adapter_that_it_started_from_is_refused(
 
 
 @pytest.mark.parametrize(
-    "change", [{"data__share_prefix": False}, {"data__packed_length": 128}, {"rows": 2}]
+    "change",
+    [
+        {"rows": 2},
+        pytest.param({"data__share_prefix": False}, marks=pytest.mark.slow),
+        pytest.param({"data__packed_length": 128}, marks=pytest.mark.slow),
+    ],
 )
 def test_with_a_router_loss_mesh_and_packing_must_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]

@@ -69,7 +69,13 @@ CASES: dict[str, tuple[dict[str, int], dict[int, float], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "coprime cadences",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in list(CASES)[1:]),
+    ],
+)
 def test_a_new_best_is_saved_when_it_is_measured(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
