@@ -195,7 +195,7 @@ def _plain_items(text: str) -> list[str] | None:
 
 def _alternatives(hint: Any) -> set[Any]:
     """The types of a union or the words of a Literal; else the type itself."""
-    if get_args(hint) and get_origin(hint) is not list:
+    if get_args(hint) and get_origin(hint) not in (list, dict):
         return set(get_args(hint))
     return {hint}
 
@@ -371,6 +371,8 @@ def type_name(hint: Any) -> str:
         return "null"
     if get_origin(hint) is list:
         return str(hint)
+    if get_origin(hint) is dict:
+        return "{name: value}"
     if not get_args(hint):
         return hint.__name__
     names = [arg if isinstance(arg, str) else type_name(arg) for arg in get_args(hint)]

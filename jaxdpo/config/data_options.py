@@ -2,8 +2,8 @@
 sequences."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from jaxdpo.config.sections import refuse
 from jaxdpo.config.sections import section as _section
@@ -21,6 +21,27 @@ LENGTH_MULTIPLE = 64
 what mesh.context must divide."""
 ORDER = "order"
 """data.score where answers are listed best first."""
+
+
+RESERVED_KWARGS = frozenset(
+    {
+        "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+        "continue_final_message", "tokenize", "padding", "truncation", "max_length",
+        "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "bos_token", "eos_token",
+    }
+)  # fmt: skip
+"""Variables of a chat template, and arguments of apply_chat_template, that are not the user's."""
+
+
+def invalid_kwargs(option: str, kwargs: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the variables of a chat template that an option sets, as messages."""
+    for name in kwargs:
+        if name in RESERVED_KWARGS or not str(name).isidentifier():
+            yield (
+                f"{option}={{{name}: ...}}: is no variable of a chat template that can be set. "
+                "Leave it out"
+            )
 
 
 @_section
@@ -101,6 +122,9 @@ class DataSection:
     chat_template: str | None = None
     """Path of a Jinja chat template. Default: the tokenizer's own, or plain text (Human: /
     Assistant:) if it has none."""
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Values of variables that the chat template reads, e.g. {enable_thinking: false}. Default:
+    none."""
     strings: Literal["verbatim", "message", "templated"] | None = None
     """What a prompt and answers that are strings are. verbatim: text to continue, in which special
     tokens are the characters that spell them; message: a user's message and its answers, for the
@@ -163,6 +187,7 @@ class DataSection:
             yield f"data.score={self.score!r}: must name a field of the answers, or be {ORDER}"
         if any(weight <= 0 for weight in self.weights):
             yield f"data.weights={self.weights}: every weight must be above 0"
+        yield from invalid_kwargs("data.chat_template_kwargs", self.chat_template_kwargs)
         if self.num_packed_lengths < 1:
             yield f"data.num_packed_lengths={self.num_packed_lengths}: must be at least 1"
         if self.num_proc < 0:

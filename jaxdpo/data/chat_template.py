@@ -8,21 +8,15 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateError
 
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text, Turns, strings
 from jaxdpo.data.left_out import left_out
+from jaxdpo.data.pair_text import AnswerText, PairText, Spans
 from jaxdpo.utils.text import printable
-
-FIXED_DATE = """{%- macro strftime_now(format) -%}
-{{- {"%Y-%m-%d": "2024-07-26"}.get(format, "26 Jul 2024") -}}
-{%- endmacro -%}"""
-"""Put before a chat template that writes today's date (Llama 3.1 and later), so that a run resumed
-tomorrow sees the same tokens. 26 Jul 2024 is what Llama 3.1's own template falls back to."""
 
 PLAIN_TURNS = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 """What is written before a turn without a chat template: the form of Anthropic's hh-rlhf."""
@@ -34,60 +28,6 @@ apart from real text."""
 SPELLS_SPECIAL = Dropped("text spells a special token of the chat template")
 NOT_FOUND = Dropped("the chat template rewrites a turn, so its tokens cannot be found")
 NO_PLAIN_ROLE = Dropped("plain text has no form for a role other than system, user, assistant")
-
-Spans = tuple[tuple[int, int], ...]
-"""Begin and end of pieces of a text, in characters."""
-
-
-def read_template(tokenizer: Any, path: str | None) -> str | None:
-    """The chat template to use: the file at `path`, else the tokenizer's own, else None.
-
-    Raises:
-        ValueError: the file cannot be read, or the template does not compile.
-    """
-    try:
-        if path is not None:
-            template = Path(path).expanduser().read_text(encoding="utf-8")
-        elif tokenizer.chat_template:
-            template = str(tokenizer.get_chat_template())
-        else:
-            return None
-        if "strftime_now" in template:
-            template = FIXED_DATE + template
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}], chat_template=template, tokenize=False
-        )
-    except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
-        raise ValueError(
-            f"data.chat_template={path}: {printable(str(error))}. Name a Jinja chat template file"
-        ) from None
-    except (TemplateError, TypeError):
-        pass  # it compiles; what it asks of a conversation is found out row by row
-    return template
-
-
-@dataclasses.dataclass(frozen=True)
-class AnswerText:
-    """A prompt and one answer to it, as text."""
-
-    text: str
-    loss_spans: Spans | None = None
-    """The parts of the text that have loss. None: all after the prompt."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PairText:
-    """One pair as text: the prompt alone, and with each answer."""
-
-    prompt: str
-    chosen: AnswerText
-    rejected: AnswerText
-    templated: bool
-    """Written by a chat template: the text spells eos and the other special tokens."""
-    writes_bos: bool
-    """The text spells bos too, if there is to be one."""
-    left_out: frozenset[str] = frozenset()
-    """What the chat template leaves out of the record, named for the report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +44,8 @@ class Layout:
     """Loss on every assistant turn of an answer of several turns, not only on the last."""
     strings: str | None = None
     """data.strings."""
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Values of the template's own variables (data.chat_template_kwargs)."""
 
     def render(self, record: Preference) -> PairText | Dropped:
         """Write a record: strings verbatim, messages by the chat template or as plain turns."""
@@ -138,16 +80,28 @@ class Layout:
             rejected=(Message("assistant", rejected),),
         )
 
-    def prompt(self, prompt: Turns) -> str | Dropped:
-        """The text that an answer to these turns is put behind."""
+    def prompt(self, prompt: Turns, tools: str = "", thinking: bool | None = None) -> str | Dropped:
+        """The text that an answer to these turns is put behind.
+
+        Args:
+            thinking: True: the template's generation prompt, behind which an answer begins with
+                its thoughts. False: what the template writes before an answer without any. None:
+                the latter where it only adds to the former (Qwen3's empty think block).
+        """
         if self.template is None:
-            return plain_prompt(prompt)
-        if self.spell_special(strings(prompt)):
+            return Dropped("plain text has no form for tools") if tools else plain_prompt(prompt)
+        if self.spell_special([*strings(prompt), tools]):
             return SPELLS_SPECIAL
         try:
-            return self._before_answer(prompt, self._template(prompt, add_generation_prompt=True))
+            start = self._template(prompt, tools, add_generation_prompt=True)
+            if tools and start == self._template(prompt, add_generation_prompt=True):
+                return Dropped("the chat template has no place for tools")
+            before = self._before_answer(prompt, start, tools)
         except (TemplateError, TypeError) as error:
             return _refused(error)
+        if thinking or (thinking is None and not before.startswith(start)):
+            return start
+        return before
 
     @functools.cached_property
     def after_answer(self) -> str:
@@ -170,6 +124,13 @@ class Layout:
             return False
         answers = [self._without_eos(str(text)) for text in (record.chosen, record.rejected)]
         return self.spell_special([record.prompt, *answers])
+
+    @functools.cached_property
+    def knows_thoughts(self) -> bool:
+        """Whether the template writes other text before an answer without thoughts than before one
+        with them, which begins behind the generation prompt."""
+        turns = (Message("user", "a"),)
+        return self.prompt(turns, thinking=True) != self.prompt(turns, thinking=False)
 
     def spell_special(self, texts: Iterable[str]) -> bool:
         """Whether text from outside contains a special token's spelling, e.g. `<|im_end|>`."""
@@ -252,9 +213,12 @@ class Layout:
             text.startswith(start + answer[0].content)
             for text, answer in zip(texts, answers, strict=True)
         )
+        generation_prompt = start
         if not is_usual:
             before = self._before_answer(prompt, start, tools)
-            if all(text.startswith(before) for text in texts):
+            is_before = _all_begin(texts, before)
+            # Of two beginnings that both answers have, the longer one.
+            if is_before and not (start.startswith(before) and _all_begin(texts, start)):
                 start = before
         sides, missing = [], set()
         for text, answer in zip(texts, answers, strict=True):
@@ -277,6 +241,7 @@ class Layout:
             templated=True,
             writes_bos=True,
             left_out=frozenset(missing),
+            is_open=self.knows_thoughts and start == generation_prompt,
         )
 
     def _loss_spans(self, tools: str, prompt: Turns, answer: Turns, text: str) -> Spans | None:
@@ -338,13 +303,16 @@ class Layout:
         return before, after
 
     def _before_answer(self, prompt: Turns, start: str, tools: str = "") -> str:
-        """`start` and what the template writes between it and an answer, which is not the answer's.
+        """What the template writes before an answer without thoughts, which is not the answer's.
 
-        Qwen3 writes an empty think block there, for example.
+        Mostly that is `start`, the generation prompt. Qwen3 adds an empty think block; the template
+        of DeepSeek-R1 ends the generation prompt in <think>, which it does not write here.
         """
         conversation = (*prompt, Message("assistant", SENTINEL))
         before, found, _ = self._template(conversation, tools).partition(SENTINEL)
-        return before if found and before.startswith(start) else start
+        # Where a template writes something else in its place, the texts part before it.
+        is_other = not before.startswith(start) and not start.startswith(before)
+        return start if not found or is_other else before
 
     def _template(
         self, messages: Turns, tools: str = "", add_generation_prompt: bool = False
@@ -358,6 +326,7 @@ class Layout:
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **options,
+            **self.kwargs,
         )
         return str(text)
 
@@ -367,6 +336,10 @@ class Layout:
             return None
         longest_first = sorted(self.special, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)))
+
+
+def _all_begin(texts: Iterable[str], start: str) -> bool:
+    return all(text.startswith(start) for text in texts)
 
 
 def plain_prompt(prompt: Turns) -> str | Dropped:

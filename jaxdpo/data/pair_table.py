@@ -54,6 +54,8 @@ class EncodedPair:
     """Which of the data sets it comes from."""
     left_out: frozenset[str] = frozenset()
     """What the chat template left out of it (data/left_out.py); the table does not keep it."""
+    is_open: bool = False
+    """Its answers begin with thoughts (chat_template.PairText); the table does not keep it."""
 
     def __len__(self) -> int:
         """Tokens of prompt + chosen + rejected."""

@@ -32,6 +32,9 @@ class DataReport:
     """Pairs of plain strings, to which no chat template applies."""
     repeats_prompt: int = 0
     """Pairs whose two answers begin with the prompt."""
+    thinking: int = 0
+    """Pairs whose answers begin with thoughts, right behind the template's generation prompt,
+    although the template writes something else before an answer without any."""
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     """What the chat template left out of pairs that are kept, and of how many of them."""
     ignored_columns: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -73,6 +76,7 @@ class DataReport:
             "special_text": self.special_text,
             "verbatim": self.verbatim,
             "repeats_prompt": self.repeats_prompt,
+            "thinking": self.thinking,
             "dropped": self._reasons(self.dropped),
             "filtered": self._reasons(self.filtered),
             "left_out": dict(sorted(self.left_out.items())),

@@ -15,16 +15,18 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxdpo.config.data_options import DataSection
-from jaxdpo.data.chat_template import AnswerText, Layout, PairText, read_template
+from jaxdpo.data.chat_template import Layout
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text, shared_length
 from jaxdpo.data.pair_table import EncodedPair
+from jaxdpo.data.pair_text import AnswerText, PairText
 from jaxdpo.data.special_tokens import SpecialTokens
+from jaxdpo.data.template_source import check_kwargs, read_template
 from jaxdpo.data.tokenizer_json import Tokenizer
 from jaxdpo.data.truncate import prompt_limit, truncate_completion, truncate_prompt
 from jaxdpo.data.word_cache import Ids, Texts, WordCache
@@ -80,6 +82,8 @@ class Encoder:
     """Loss on every assistant turn of an answer of several turns, not only on the last."""
     strings: str | None = None
     """data.strings."""
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """data.chat_template_kwargs."""
 
     @classmethod
     def create(cls, tokenizer: Tokenizer, section: DataSection) -> "Encoder":
@@ -91,13 +95,16 @@ class Encoder:
         assert section.max_length > section.max_prompt_length, (
             "automatic lengths are resolved from the model first"
         )
+        template = read_template(tokenizer, section.chat_template)
+        check_kwargs("data.chat_template_kwargs", section.chat_template_kwargs, template)
         return cls(
             tokenizer,
-            template=read_template(tokenizer, section.chat_template),
+            template=template,
             max_length=section.max_length,
             max_prompt_length=section.max_prompt_length,
             all_turns=section.loss_turns == "all",
             strings=section.strings,
+            kwargs=section.chat_template_kwargs,
         )
 
     @functools.cached_property
@@ -117,6 +124,7 @@ class Encoder:
             "truncation": f"{self.max_length}, {self.max_prompt_length}",
             "choice of turns": self.all_turns,
             "strings": self.strings,
+            "chat_template_kwargs": dict(self.kwargs),
         }
 
     # --- pairs ---
@@ -201,6 +209,7 @@ class Encoder:
             group_key=record.group_key,
             pair_key=record.pair_key,
             left_out=text.left_out,
+            is_open=text.is_open,
         )
 
     def _completion(
@@ -249,15 +258,34 @@ class Encoder:
 
     # --- prompts for generation ---
 
-    def encode_prompt(self, prompt: Text) -> EncodedPrompt | Dropped:
-        """What training would put before an answer to this prompt; or why that does not exist."""
+    def starts(self) -> tuple[str, str] | None:
+        """How a prompt ends with and without thinking, where the two differ; None if not."""
+        if self.template is None:
+            return None
+        turns = (Message("user", "a"),)
+        with_, without = (self._layout.prompt(turns, thinking=thinks) for thinks in (True, False))
+        if isinstance(with_, Dropped) or isinstance(without, Dropped) or with_ == without:
+            return None
+        shared = shared_length(with_, without)
+        line = with_.rfind("\n", 0, shared - 1) + 1  # the last line of what they share
+        return with_[line:], without[line:]
+
+    def encode_prompt(
+        self, prompt: Text, tools: str = "", thinking: bool | None = None
+    ) -> EncodedPrompt | Dropped:
+        """What training would put before an answer to this prompt; or why that does not exist.
+
+        Args:
+            tools: JSON text of the tools that the chat template is given.
+            thinking: which of the template's prompts (Layout.prompt).
+        """
         if isinstance(prompt, str) and self.strings == "message":
             prompt = (Message("user", prompt),)
         if isinstance(prompt, str):
             text, templated = prompt, self.strings == "templated"
             writes_bos = templated and self._layout.spells_bos(text)
         else:
-            text = self._layout.prompt(prompt)
+            text = self._layout.prompt(prompt, tools, thinking)
             templated = writes_bos = self.template is not None
         if isinstance(text, Dropped):
             return text
@@ -323,7 +351,9 @@ class Encoder:
     @functools.cached_property
     def _layout(self) -> Layout:
         spellings = tuple(self.special.by_spelling)
-        return Layout(self.tokenizer, self.template, spellings, self.all_turns, self.strings)
+        return Layout(
+            self.tokenizer, self.template, spellings, self.all_turns, self.strings, self.kwargs
+        )
 
 
 def _sha256(value: Any) -> str:

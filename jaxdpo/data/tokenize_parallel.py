@@ -78,6 +78,8 @@ class EncodedChunk:
     """Records whose two answers begin with the prompt."""
     left_out: dict[str, int]
     """What the chat template left out, and of how many pairs."""
+    thinking: int
+    """Pairs whose answers begin with thoughts."""
 
 
 def encode_chunk(encoder: Encodes, records: list[Preference], source: int) -> EncodedChunk:
@@ -97,6 +99,7 @@ def encode_chunk(encoder: Encodes, records: list[Preference], source: int) -> En
             special_strings.append(record.id)
         verbatim += isinstance(record.prompt, str)
         repeats_prompt += record.repeats_prompt
+    thinking = sum(pair.is_open for pair in pairs)
     columns = to_columns(pairs)
     columns["sources"] = np.full(len(pairs), source, np.int32)
     return EncodedChunk(
@@ -107,6 +110,7 @@ def encode_chunk(encoder: Encodes, records: list[Preference], source: int) -> En
         special_strings,
         verbatim,
         repeats_prompt,
+        thinking,
         dict(missing),
     )
 
@@ -129,6 +133,7 @@ def encode_records(
             report.special_text += chunk.special_text
             report.verbatim += chunk.verbatim
             report.repeats_prompt += chunk.repeats_prompt
+            report.thinking += chunk.thinking
             report.count_special_strings(chunk.special_strings)
             for name, count in chunk.left_out.items():
                 report.left_out[name] = report.left_out.get(name, 0) + count

@@ -49,7 +49,10 @@ def _answers_of(
     def report(done: int) -> None:
         print(f"{label}: {done} of {len(prompts)} prompts answered", file=sys.stderr)
 
-    answers = load(config, source).answer(prompts, report=report)
+    model = load(config, source)
+    if model.start_note is not None:
+        print(f"{label}: {clean(model.start_note)}", file=sys.stderr)
+    answers = model.answer(prompts, report=report)
     truncated = sum(answer.prompt_truncated for answer in answers)
     if truncated:
         print(

@@ -4,7 +4,7 @@ An answer is what TRL calls a completion.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,9 @@ from jaxdpo.checkpoints.run_dir import (
     model_files,
     read_run_config,
 )
-from jaxdpo.data.chat_template import read_template
 from jaxdpo.data.detokenize import decode_answer
 from jaxdpo.data.formats.preference import Dropped
+from jaxdpo.data.template_source import check_kwargs, read_template
 from jaxdpo.data.tokenize import EncodedPrompt, Encoder, check_vocabulary
 from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.distributed import sharding
@@ -91,6 +91,11 @@ class Source:
     """What a string is: message (of the user, where there is a chat template; else it is
     continued), verbatim or templated. None: as the run's data.strings says, else a message."""
 
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Values of the template's own variables. Empty: those of the run."""
+    thinking: bool | None = None
+    """Whether answers begin with thoughts (Encoder.encode_prompt). None: as the run's did."""
+
     @property
     def folder(self) -> Path:
         """The path as a folder; there is none for a hub id."""
@@ -114,6 +119,8 @@ class LoadedModel:
     params: Params
     options: ForwardOptions
     encoder: Encoder
+    thinking: bool | None
+    """Whether answers begin with thoughts."""
     stop_ids: tuple[int, ...]
     """Token ids that end an answer: eos, and what else the model's files name."""
     source: Source
@@ -145,7 +152,11 @@ class LoadedModel:
         strings = source.strings or files.strings or "message"
         if strings == "message" and template is None:
             strings = None
-        encoder = Encoder(tokenizer, template, model.max_positions, longest, strings=strings)
+        kwargs = source.chat_template_kwargs or files.chat_template_kwargs
+        check_kwargs("chat_template_kwargs", kwargs, template)
+        encoder = Encoder(
+            tokenizer, template, model.max_positions, longest, strings=strings, kwargs=kwargs
+        )
         params, scale = _load_weights(source, files, model, mesh, compute_dtype)
         options = ForwardOptions(compute_dtype=compute_dtype, lora_scale=scale, mesh=mesh)
         return cls(
@@ -153,9 +164,25 @@ class LoadedModel:
             params=jax.jit(lambda params: for_decoding(params, model, options))(params),
             options=options,
             encoder=encoder,
+            thinking=_thinking(source, files),
             stop_ids=tuple({*encoder.stop_ids, *end_ids(files.model, raw)}),
             source=source,
             sampling=sampling,
+        )
+
+    @property
+    def start_note(self) -> str | None:
+        """What to say about where answers begin, if the chat template knows thoughts."""
+        starts = self.encoder.starts()
+        if starts is None:
+            return None
+        thinking = self.thinking
+        if thinking is None:
+            thinking = not starts[1].startswith(starts[0])
+        used, other = starts if thinking else starts[::-1]
+        return (
+            f"answers begin behind {used!r} (thinking={str(thinking).lower()}; "
+            f"thinking={str(not thinking).lower()} begins them behind {other!r})"
         )
 
     def answer(
@@ -195,7 +222,7 @@ class LoadedModel:
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         encoded, problems = [], []
         for prompt in prompts:
-            found = self.encoder.encode_prompt(prompt.text)
+            found = self.encoder.encode_prompt(prompt.text, prompt.tools, self.thinking)
             if isinstance(found, Dropped):
                 problems.append(f"{prompt.place}: {found.reason}")
                 continue
@@ -235,6 +262,10 @@ class _Files(NamedTuple):
     """File with the chat template, if it is not the tokenizer's."""
     strings: str | None = None
     """The run's data.strings."""
+    chat_template_kwargs: Mapping[str, Any] = {}
+    """The run's data.chat_template_kwargs."""
+    thinking: bool | None = None
+    """Whether the answers that most pairs of the run have begin with thoughts."""
 
 
 def _find_files(source: Source) -> _Files:
@@ -257,7 +288,30 @@ def _run_files(source: Source) -> _Files:
     # The tokenizer that a run copied into its folder has the chat template of the training.
     if not template and model != source.folder / "model":
         template = config.data.chat_template
-    return _Files(model, model, template, config.data.strings)
+    data = config.data
+    thinking = _trained_thinking(source.folder)
+    return _Files(model, model, template, data.strings, data.chat_template_kwargs, thinking)
+
+
+def _trained_thinking(run_dir: Path) -> bool | None:
+    """Whether most pairs of a run have answers that begin with thoughts; None if unknown."""
+    file = run_dir / "data_report.json"
+    if not file.is_file():
+        return None
+    kept = thinking = 0
+    for item in read_json(file).get("sets", {}).get("train", []):
+        kept += item.get("kept", 0)
+        thinking += item.get("thinking", 0)
+    return 2 * thinking > kept if kept else None
+
+
+def _thinking(source: Source, files: _Files) -> bool | None:
+    """The option, else what the template makes of the kwargs given, else as the run was trained."""
+    if source.thinking is not None:
+        return source.thinking
+    if source.chat_template_kwargs:
+        return True  # the generation prompt, as these values make it
+    return files.thinking
 
 
 def _adapter_base(source: Source) -> Path:

@@ -4,8 +4,9 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from jaxdpo.config.data_options import invalid_kwargs
 from jaxdpo.config.schema import MeshSection
 from jaxdpo.config.sections import MAX_SEED, require, section
 from jaxdpo.inference.model import Sampling, Source
@@ -74,6 +75,14 @@ class GenerateConfig:
     message."""
     chat_template: str | None = None
     """Path of a Jinja chat template. Default: that of the run, or of the tokenizer."""
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Values of variables that the chat template reads, e.g. {enable_thinking: false}. Default:
+    those of the run."""
+    thinking: bool | None = None
+    """Where an answer begins if the chat template knows thoughts. true: behind its generation
+    prompt, with thoughts; false: behind what it writes before an answer without any (Qwen3: an
+    empty think block). Default: as most pairs of the run were trained; else by
+    chat_template_kwargs, else false where that only adds to the generation prompt."""
     step: int | None = None
     """Which checkpoint of a run. Default: the newest that is undamaged."""
     compilation_cache: str | None = "~/.cache/jaxdpo"
@@ -122,6 +131,8 @@ class GenerateConfig:
                 chat_template=self.chat_template,
                 max_prompt_length=self.max_prompt_length,
                 strings=self.strings,
+                chat_template_kwargs=self.chat_template_kwargs,
+                thinking=self.thinking,
             )
         return found
 
@@ -141,6 +152,7 @@ class GenerateConfig:
 def check(config: GenerateConfig) -> list[str]:
     """Problems that show before a model is loaded, as messages."""
     problems = _check_models(config)
+    problems += invalid_kwargs("chat_template_kwargs", config.chat_template_kwargs)
     out = None if config.out is None else Path(config.out).expanduser()
     if config.prompts is None and not sys.stdin.isatty():
         problems.append(

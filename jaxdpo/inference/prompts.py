@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxdpo.data.formats.common import one_turn, read_tools, with_system
 from jaxdpo.data.formats.preference import Text, read_text, strings
 from jaxdpo.data.readers import file_kind, read_rows
 from jaxdpo.utils.text import is_unicode, printable
@@ -19,6 +20,8 @@ class Prompt:
     text: Text
     place: str
     """Where it is from, for messages: questions.jsonl:3."""
+    tools: str = ""
+    """JSON text of the tools that the chat template is given."""
 
 
 def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
@@ -90,12 +93,18 @@ def _from_row(row: Mapping[str, Any], place: str) -> Prompt | str:
         found = ", ".join(printable(str(name)) for name in row) or "none"
         return f"prompts={place}: column 'prompt' is missing; columns found: {found}"
     try:
-        return _checked(read_text(row["prompt"], "prompt"), place)
+        text, tools = read_text(row["prompt"], "prompt"), read_tools(row.get("tools"))
+        # As in training: tools and a system prompt exist in conversations only.
+        if isinstance(text, str) and (tools or "system" in row):
+            text = one_turn("user", text)
+        if not isinstance(text, str):
+            text = with_system(row, text)
+        return _checked(text, place, tools)
     except ValueError as error:
         return f"prompts={place}: {error}"
 
 
-def _checked(text: Text, place: str) -> Prompt | str:
+def _checked(text: Text, place: str, tools: str = "") -> Prompt | str:
     """The prompt, or what is wrong with it."""
     if not isinstance(text, str):
         if not text:
@@ -104,4 +113,4 @@ def _checked(text: Text, place: str) -> Prompt | str:
             return f"prompts={place}: ends with an assistant turn. End it with the turn to answer"
     if not all(map(is_unicode, strings(text))):
         return f"prompts={place}: is not valid Unicode"
-    return Prompt(text, place)
+    return Prompt(text, place, tools)

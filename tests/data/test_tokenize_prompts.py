@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from jaxdpo.data.chat_template import read_template
+from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text
 from jaxdpo.data.pair_table import EncodedPair
+from jaxdpo.data.template_source import check_kwargs, read_template
 from jaxdpo.data.tokenize import EncodedPrompt, Encoder
 from jaxdpo.data.tokenizer_json import load_tokenizer
 
@@ -133,3 +134,84 @@ def test_published_templates_end_a_turn(real_data: Path, name: str) -> None:
     made = encoder(tokenizer, template=template)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in made.stop_ids
     assert prompt_ids(made, TURNS) == trained_ids(made, TURNS)
+
+
+QWEN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last and m.role == 'assistant' and '</think>' not in m.content %}"
+    "<think></think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+"""Writes an empty think block before an answer without thoughts."""
+R1 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+"""Opens a think block in the generation prompt, and cuts thoughts."""
+
+
+@pytest.mark.parametrize(
+    ("template", "answers", "is_open"),
+    [
+        (QWEN, ("<think>so</think>7", "<think>no</think>8"), True),
+        (QWEN, ("7", "8"), False),
+        (QWEN, ("<think>so</think>7", "8"), True),
+        (R1, ("7", "8"), False),
+        (R1, ("<think>so</think>7", "8"), False),
+    ],
+)
+def test_generation_begins_an_answer_where_training_does(
+    template: str, answers: tuple[str, str], is_open: bool, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    made = encoder(chat_tokenizer, template=template)
+    chosen, rejected = ((Message("assistant", text),) for text in answers)
+    (pair,) = made.encode([Preference(TURNS, chosen, rejected)])
+    assert isinstance(pair, EncodedPair)
+    assert pair.is_open is is_open
+    prompt = made.encode_prompt(TURNS, thinking=is_open)
+    assert isinstance(prompt, EncodedPrompt)
+    assert prompt.ids.tolist() == pair.prompt_ids.tolist()
+
+
+@pytest.mark.parametrize("enable", [True, False])
+def test_variables_of_the_template_reach_training_and_generation(
+    enable: bool, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    made = encoder(chat_tokenizer, template=QWEN, kwargs={"enable_thinking": enable})
+    prompt = made.encode_prompt(TURNS, thinking=True)
+    assert isinstance(prompt, EncodedPrompt)
+    text = str(chat_tokenizer.decode(prompt.ids.tolist()))
+    assert text.endswith("assistant\n" if enable else "assistant\n<think></think>")
+    assert (made.starts() is None) is not enable
+    assert made.identity != encoder(chat_tokenizer, template=QWEN).identity
+
+
+def test_variables_that_no_template_reads_are_refused() -> None:
+    check_kwargs("data.chat_template_kwargs", {"enable_thinking": True}, QWEN)
+    for template in (R1, None):
+        with pytest.raises(
+            ValueError, match=r"chat_template_kwargs=.*does not read enable_thinking"
+        ):
+            check_kwargs("data.chat_template_kwargs", {"enable_thinking": True}, template)
+    for name in ("messages", "add_generation_prompt", "a b"):
+        with pytest.raises(ValueError, match="is no variable of a chat template"):
+            DataSection(chat_template_kwargs={name: 1})
+
+
+def test_tools_are_part_of_a_prompt_to_generate_from(
+    chat_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + QWEN
+    made = encoder(chat_tokenizer, template=template)
+    tools = '[{"name": "add"}]'
+    (pair,) = made.encode(
+        [Preference(TURNS, (Message("assistant", "7"),), (Message("assistant", "8"),), tools=tools)]
+    )
+    prompt = made.encode_prompt(TURNS, tools)
+    assert isinstance(pair, EncodedPair) and isinstance(prompt, EncodedPrompt)
+    assert prompt.ids.tolist() == pair.prompt_ids.tolist()
+    refused = encoder(chat_tokenizer, template=QWEN).encode_prompt(TURNS, tools)
+    assert refused == Dropped("the chat template has no place for tools")
