@@ -25,6 +25,8 @@ from jaxdpo.checkpoints.run_dir import (
 from jaxdpo.config import cli
 from jaxdpo.config.schema import Config
 from jaxdpo.config.sections import require, section
+from jaxdpo.data.template_source import template_text
+from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.config_json import from_hf, read_config_json
 from jaxdpo.models.hf.hub import HubModel
@@ -188,7 +190,7 @@ def _chat_template(run_config: Config, run_dir: Path, source: Path) -> str | Non
     # The tokenizer that a run copied into its folder has the template of the training already.
     if name is None or source == run_dir / "model":
         return None
-    return Path(name).expanduser().read_text(encoding="utf-8")
+    return template_text(load_tokenizer(str(source)), name)
 
 
 def _base_weights(

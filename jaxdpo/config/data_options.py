@@ -120,8 +120,9 @@ class DataSection:
     # Tokenization and truncation.
 
     chat_template: str | None = None
-    """Path of a Jinja chat template. Default: the tokenizer's own, or plain text (Human: /
-    Assistant:) if it has none."""
+    """Path of a Jinja chat template, or the name of one of the tokenizer's. Default: the
+    tokenizer's own (of several the one called default, and tool_use for rows with tools), or plain
+    text (Human: / Assistant:) if it has none."""
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Values of variables that the chat template reads, e.g. {enable_thinking: false}. Default:
     none."""

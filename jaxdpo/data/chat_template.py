@@ -46,6 +46,8 @@ class Layout:
     """data.strings."""
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Values of the template's own variables (data.chat_template_kwargs)."""
+    for_tools: str | None = None
+    """Chat template for messages with tools, if it is another one."""
 
     def render(self, record: Preference) -> PairText | Dropped:
         """Write a record: strings verbatim, messages by the chat template or as plain turns."""
@@ -317,12 +319,14 @@ class Layout:
     def _template(
         self, messages: Turns, tools: str = "", add_generation_prompt: bool = False
     ) -> str:
-        options = {}
+        options: dict[str, Any] = {}
+        template = self.template
         if tools:
             options["tools"] = json.loads(tools)
+            template = self.for_tools or template
         text = self.tokenizer.apply_chat_template(
             [turn.fields for turn in messages],
-            chat_template=self.template,
+            chat_template=template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **options,

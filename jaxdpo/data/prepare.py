@@ -52,6 +52,7 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
             for a token id.
     """
     encoder = Encoder.create(tokenizer, section)
+    logger.info("data: %s", encoder.template_note)
     train, train_reports, train_repeats = _read_sets(
         section, "data.train", section.train, encoder, vocab_size
     )
@@ -230,6 +231,7 @@ def _report(
 ) -> dict[str, Any]:
     shared = np.intersect1d(train.prompt_keys, held_out.prompt_keys)
     report = {
+        "chat_template": encoder.template_note,
         "train": train.statistics(),
         "eval": held_out.statistics(),
         "sets": {part: [item.to_json() for item in reports] for part, reports in sets.items()},
@@ -275,8 +277,8 @@ def _warnings(report: dict[str, Any], encoder: Encoder) -> Iterator[str]:
         if item["repeats_prompt"] >= MANY_REPEAT * item["parsed"] > 0:
             yield (
                 f"{item['name']}: both answers of {item['repeats_prompt']} of {item['parsed']} "
-                "pairs begin with their prompt, which the model then learns to repeat. If they "
-                "are generated text, cut the prompt off"
+                "pairs begin with their prompt, which the model then learns to repeat. Remove it "
+                "from the answers, or leave out the prompt column if both are complete texts"
             )
         if ANSWER_TEXT in item["left_out"]:
             yield (

@@ -26,7 +26,7 @@ from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text, s
 from jaxdpo.data.pair_table import EncodedPair
 from jaxdpo.data.pair_text import AnswerText, PairText
 from jaxdpo.data.special_tokens import SpecialTokens
-from jaxdpo.data.template_source import check_kwargs, read_template
+from jaxdpo.data.template_source import check_kwargs, find_template
 from jaxdpo.data.tokenizer_json import Tokenizer
 from jaxdpo.data.truncate import prompt_limit, truncate_completion, truncate_prompt
 from jaxdpo.data.word_cache import Ids, Texts, WordCache
@@ -84,6 +84,10 @@ class Encoder:
     """data.strings."""
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """data.chat_template_kwargs."""
+    for_tools: str | None = None
+    """Chat template for rows with tools, if it is another one."""
+    template_note: str = ""
+    """Which template it is, for the log."""
 
     @classmethod
     def create(cls, tokenizer: Tokenizer, section: DataSection) -> "Encoder":
@@ -95,11 +99,13 @@ class Encoder:
         assert section.max_length > section.max_prompt_length, (
             "automatic lengths are resolved from the model first"
         )
-        template = read_template(tokenizer, section.chat_template)
-        check_kwargs("data.chat_template_kwargs", section.chat_template_kwargs, template)
+        found = find_template(tokenizer, section.chat_template)
+        check_kwargs("data.chat_template_kwargs", section.chat_template_kwargs, found)
         return cls(
             tokenizer,
-            template=template,
+            template=found.text,
+            for_tools=found.for_tools,
+            template_note=found.note,
             max_length=section.max_length,
             max_prompt_length=section.max_prompt_length,
             all_turns=section.loss_turns == "all",
@@ -120,7 +126,7 @@ class Encoder:
         )
         return {
             "tokenizer": _sha256([type(self.tokenizer).__name__, rules, special]),
-            "chat template": _sha256(self.template),
+            "chat template": _sha256([self.template, self.for_tools]),
             "truncation": f"{self.max_length}, {self.max_prompt_length}",
             "choice of turns": self.all_turns,
             "strings": self.strings,
@@ -352,7 +358,13 @@ class Encoder:
     def _layout(self) -> Layout:
         spellings = tuple(self.special.by_spelling)
         return Layout(
-            self.tokenizer, self.template, spellings, self.all_turns, self.strings, self.kwargs
+            self.tokenizer,
+            self.template,
+            spellings,
+            self.all_turns,
+            self.strings,
+            self.kwargs,
+            self.for_tools,
         )
 
 

@@ -103,15 +103,15 @@ def encode_chunk(encoder: Encodes, records: list[Preference], source: int) -> En
     columns = to_columns(pairs)
     columns["sources"] = np.full(len(pairs), source, np.int32)
     return EncodedChunk(
-        columns,
-        len(pairs),
-        dropped,
-        special_text,
-        special_strings,
-        verbatim,
-        repeats_prompt,
-        thinking,
-        dict(missing),
+        columns=columns,
+        kept=len(pairs),
+        dropped=dropped,
+        special_text=special_text,
+        special_strings=special_strings,
+        verbatim=verbatim,
+        repeats_prompt=repeats_prompt,
+        left_out=dict(missing),
+        thinking=thinking,
     )
 
 

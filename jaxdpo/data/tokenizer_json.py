@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 Tokenizer = PreTrainedTokenizerBase
 
-FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.json"
 PROBES = (
     "a",
     " The quick brown fox doesn't jump;  he'll WALK 12,345.678 miles (100%)!\r\n\n\tx = y[0]\n",
@@ -66,7 +66,10 @@ def load_tokenizer(path: str, revision: str | None = None) -> Tokenizer:
             f"model.path={path}: its tokenizer could not be loaded ({reason}). "
             "The folder needs tokenizer.json"
         ) from None
-    return as_in_file(tokenizer, path, revision)
+    tokenizer = as_in_file(tokenizer, path, revision)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _template_json(path, revision)
+    return tokenizer
 
 
 def as_in_file(tokenizer: Tokenizer, path: str, revision: str) -> Tokenizer:
@@ -140,6 +143,29 @@ def first_difference(
         if found != own.encode(text, add_special_tokens=with_special).ids:
             return text
     return None
+
+
+def _template_json(path: str, revision: str) -> Any:
+    """The template of chat_template.json, which transformers reads for processors only, or None.
+
+    Raises:
+        ValueError: the file holds none.
+    """
+    file = _find(path, revision, TEMPLATE)
+    if file is None:
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    except (ValueError, AttributeError):
+        found = None
+    if isinstance(found, list):  # of named ones
+        found = {item["name"]: item["template"] for item in found}
+    if not isinstance(found, str | dict):
+        raise ValueError(
+            f'model.path={path}: {TEMPLATE} holds no {{"chat_template": "..."}}. '
+            "Repair or remove it"
+        )
+    return found
 
 
 def _probes(own: FileTokenizer) -> list[str]:

@@ -50,6 +50,7 @@ def _answers_of(
         print(f"{label}: {done} of {len(prompts)} prompts answered", file=sys.stderr)
 
     model = load(config, source)
+    print(f"{label}: {clean(model.encoder.template_note)}", file=sys.stderr)
     if model.start_note is not None:
         print(f"{label}: {clean(model.start_note)}", file=sys.stderr)
     answers = model.answer(prompts, report=report)

@@ -23,7 +23,7 @@ from jaxdpo.checkpoints.run_dir import (
 )
 from jaxdpo.data.detokenize import decode_answer
 from jaxdpo.data.formats.preference import Dropped
-from jaxdpo.data.template_source import check_kwargs, read_template
+from jaxdpo.data.template_source import check_kwargs, find_template
 from jaxdpo.data.tokenize import EncodedPrompt, Encoder, check_vocabulary
 from jaxdpo.data.tokenizer_json import load_tokenizer
 from jaxdpo.distributed import sharding
@@ -145,17 +145,24 @@ class LoadedModel:
         raw = read_config_json(files.model)
         model = from_hf(raw)
         tokenizer = load_tokenizer(str(files.tokenizer))
-        template = read_template(tokenizer, files.template)
+        template = find_template(tokenizer, files.template, "chat_template")
         # Long answers may not take more than half of the positions from the prompt.
         room = max(model.max_positions - sampling.max_new_tokens, model.max_positions // 2)
         longest = min(source.max_prompt_length or room, model.max_positions)
         strings = source.strings or files.strings or "message"
-        if strings == "message" and template is None:
+        if strings == "message" and template.text is None:
             strings = None
         kwargs = source.chat_template_kwargs or files.chat_template_kwargs
         check_kwargs("chat_template_kwargs", kwargs, template)
         encoder = Encoder(
-            tokenizer, template, model.max_positions, longest, strings=strings, kwargs=kwargs
+            tokenizer,
+            template.text,
+            model.max_positions,
+            longest,
+            strings=strings,
+            kwargs=kwargs,
+            for_tools=template.for_tools,
+            template_note=template.note,
         )
         params, scale = _load_weights(source, files, model, mesh, compute_dtype)
         options = ForwardOptions(compute_dtype=compute_dtype, lora_scale=scale, mesh=mesh)

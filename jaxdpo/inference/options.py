@@ -74,7 +74,8 @@ class GenerateConfig:
     template wrote, in which special tokens are read as such. Default: the run's data.strings, else
     message."""
     chat_template: str | None = None
-    """Path of a Jinja chat template. Default: that of the run, or of the tokenizer."""
+    """Path of a Jinja chat template, or the name of one of the tokenizer's. Default: that of the
+    run, or of the tokenizer."""
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Values of variables that the chat template reads, e.g. {enable_thinking: false}. Default:
     those of the run."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jaxdpo.config import cli
 from jaxdpo.data.prepare import summary
+from jaxdpo.data.template_source import template_text
 from jaxdpo.distributed import processes
 from jaxdpo.models.hf.folder import add_end_tokens, copy_model_files
 from jaxdpo.training.trainer import Trainer
@@ -18,7 +19,9 @@ def write_inputs(trainer: Trainer, run_dir: Path) -> None:
         file.write(cli.to_yaml(trainer.config))
     write_json(run_dir / "data_report.json", trainer.data.report)
     template = trainer.config.data.chat_template
-    text = None if template is None else Path(template).expanduser().read_text(encoding="utf-8")
+    text = None
+    if template is not None:
+        text = template_text(trainer.tokenizer, template)
     copy_model_files(trainer.folder, run_dir / "model", text)
     # An export copies these files: what reads it must stop where the training answers stop.
     add_end_tokens(run_dir / "model", sorted(trainer.stop_ids), trainer.end_token)

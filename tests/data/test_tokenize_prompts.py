@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text
 from jaxdpo.data.pair_table import EncodedPair
-from jaxdpo.data.template_source import check_kwargs, read_template
+from jaxdpo.data.template_source import ChatTemplate, check_kwargs, find_template
 from jaxdpo.data.tokenize import EncodedPrompt, Encoder
 from jaxdpo.data.tokenizer_json import load_tokenizer
 
@@ -31,7 +31,7 @@ THINKING = (
 
 def encoder(tokenizer: Any, **changes: Any) -> Encoder:
     return dataclasses.replace(
-        Encoder(tokenizer, read_template(tokenizer, None), 10**6, 10**5), **changes
+        Encoder(tokenizer, find_template(tokenizer, None).text, 10**6, 10**5), **changes
     )
 
 
@@ -130,7 +130,7 @@ def test_stop_ids_are_eos_and_what_the_template_writes_after_an_answer(
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507"])
 def test_published_templates_end_a_turn(real_data: Path, name: str) -> None:
     tokenizer = load_tokenizer(str(real_data / "tokenizers" / "qwen3"))
-    template = read_template(tokenizer, str(real_data / "chat_templates" / f"{name}.jinja"))
+    template = find_template(tokenizer, str(real_data / "chat_templates" / f"{name}.jinja")).text
     made = encoder(tokenizer, template=template)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in made.stop_ids
     assert prompt_ids(made, TURNS) == trained_ids(made, TURNS)
@@ -190,12 +190,12 @@ def test_variables_of_the_template_reach_training_and_generation(
 
 
 def test_variables_that_no_template_reads_are_refused() -> None:
-    check_kwargs("data.chat_template_kwargs", {"enable_thinking": True}, QWEN)
+    option, kwargs = "data.chat_template_kwargs", {"enable_thinking": True}
+    check_kwargs(option, kwargs, ChatTemplate(QWEN, None, ""))
+    check_kwargs(option, kwargs, ChatTemplate(R1, QWEN, ""))
     for template in (R1, None):
-        with pytest.raises(
-            ValueError, match=r"chat_template_kwargs=.*does not read enable_thinking"
-        ):
-            check_kwargs("data.chat_template_kwargs", {"enable_thinking": True}, template)
+        with pytest.raises(ValueError, match=r"chat_template_kwargs=.*does not read enable_th"):
+            check_kwargs(option, kwargs, ChatTemplate(template, None, ""))
     for name in ("messages", "add_generation_prompt", "a b"):
         with pytest.raises(ValueError, match="is no variable of a chat template"):
             DataSection(chat_template_kwargs={name: 1})
