@@ -95,8 +95,8 @@ class PeftAdapter:
 
 
 def read_peft(folder: Path, config: ModelConfig) -> PeftAdapter:
-    """Read an adapter for the model `config`. Where modules differ in rank, zeros pad the smaller
-    ones.
+    """Read an adapter for the model `config`. Where modules or their layers differ in rank, zeros
+    pad the smaller ones.
 
     Raises:
         ValueError: with every reason why it is not one: another kind of adapter, another base,
@@ -116,8 +116,7 @@ def read_peft(folder: Path, config: ModelConfig) -> PeftAdapter:
         wrong = _mismatches(module, pairs, settings)
         problems += wrong
         if not wrong:
-            scale = settings.scale(next(iter(pairs)))
-            parts |= _split(module, _stacked(pairs, 0), _stacked(pairs, 1), scale)
+            parts |= _split(module, *_stacked(pairs, settings))
     problems += [f"not a projection of this model: {name}" for name in fold_names(surplus)]
     if not problems and not parts:
         problems.append(f"{WEIGHTS} holds no adapter")
@@ -151,12 +150,11 @@ _Pair = tuple[TensorInfo | None, TensorInfo | None]
 
 
 def _mismatches(module: Module, pairs: Mapping[str, _Pair], settings: AdapterConfig) -> list[str]:
-    """What is wrong with a module's tensors: all layers must have both, of one shape and scale."""
-    first = next(iter(pairs))
-    rank = settings.rank_of(first)
-    shapes = ((rank, module.num_inputs), (sum(module.num_outputs), rank))
+    """What is wrong with a module's tensors: all layers must have both, of their layer's rank."""
     problems = []
     for name, pair in pairs.items():
+        rank = settings.rank_of(name)
+        shapes = ((rank, module.num_inputs), (sum(module.num_outputs), rank))
         for factor, info, shape in zip(_FACTORS, pair, shapes, strict=True):
             if info is None:
                 problems.append(f"{name}.{factor}: is missing, though other layers have it")
@@ -164,16 +162,30 @@ def _mismatches(module: Module, pairs: Mapping[str, _Pair], settings: AdapterCon
                 problems.append(
                     f"{name}.{factor}: has shape {list(info.shape)}, must have {list(shape)}"
                 )
-        if settings.scale(name) != settings.scale(first):
-            problems.append(
-                f"{name}: has another scale than in the first layer, which is not implemented"
-            )
     return problems
 
 
-def _stacked(pairs: Mapping[str, Any], factor: int) -> np.ndarray:
-    """float32 A [L, I, R] (factor 0) or B [L, R, O] (factor 1)."""
-    return np.stack([pair[factor].view().astype(np.float32).T for pair in pairs.values()])
+def _stacked(
+    pairs: Mapping[str, Any], settings: AdapterConfig
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """A module's matrices in all layers: float32 A [L, I, R], B [L, R, O], and their scale.
+
+    Zeros fill up the layers of a smaller rank (rank_pattern may name layers), and where a layer has
+    another scale than the first, its B takes the difference.
+    """
+    largest = max(settings.rank_of(name) for name in pairs)
+    scale = settings.scale(next(iter(pairs)))
+    a_layers, b_layers = [], []
+    for name, (a_RI, b_OR) in pairs.items():
+        missing = largest - settings.rank_of(name)
+        a_IR = a_RI.view().astype(np.float32).T
+        b_RO = b_OR.view().astype(np.float32).T
+        own_scale = settings.scale(name)
+        if not math.isclose(own_scale, scale, rel_tol=1e-9):
+            b_RO = b_RO * np.float32(own_scale / scale)
+        a_layers.append(np.pad(a_IR, ((0, 0), (0, missing))))
+        b_layers.append(np.pad(b_RO, ((0, missing), (0, 0))))
+    return np.stack(a_layers), np.stack(b_layers), scale
 
 
 class _Part(NamedTuple):

@@ -158,20 +158,6 @@ def test_other_ranks_and_alphas_of_single_modules_are_understood(tmp_path: Path)
     save_file(halved, tmp_path / WEIGHTS)
     raw = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(
-        json.dumps(
-            raw
-            | {
-                "rank_pattern": {"v_proj": 2},
-                "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 1},
-            }
-        )
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"model.layers.1.self_attn.v_proj: has another scale than in the first layer",
-    ):
-        read_peft(tmp_path, config)
-    (tmp_path / CONFIG).write_text(
         json.dumps(raw | {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"self_attn.v_proj": 1}})
     )
     found = read_peft(tmp_path, config)
@@ -185,6 +171,55 @@ def test_other_ranks_and_alphas_of_single_modules_are_understood(tmp_path: Path)
     np.testing.assert_allclose(
         1.5 * np.einsum("lir,lrkh->likh", v["a"], v["b"]), change, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "alphas"),
+    [
+        ("llama", {"model.layers.1.self_attn.q_proj": 2}, {}),
+        ("llama", {"layers.0.self_attn.v_proj": 7, "q_proj": 3}, {"layers.2.self_attn.q_proj": 5}),
+        ("llama", {}, {"^model.layers.0.self_attn.v_proj": 1}),
+        ("phi3", {"layers.3.self_attn.qkv_proj": 5}, {"layers.1.self_attn.qkv_proj": 2}),
+        ("gpt2", {"h.0.attn.c_attn": 1, "h.1.attn.c_attn": 6}, {}),
+    ],
+)
+def test_ranks_and_alphas_may_differ_between_layers(
+    tmp_path: Path, name: str, ranks: dict[str, int], alphas: dict[str, float]
+) -> None:
+    config = tiny(name)
+    written(tmp_path, name, targets=["q", "k", "v"])
+    raw = json.loads((tmp_path / CONFIG).read_text())
+    raw |= {"r": 4, "lora_alpha": 6, "rank_pattern": ranks, "alpha_pattern": alphas}
+    (tmp_path / CONFIG).write_text(json.dumps(raw))
+    rng, tensors, wanted = np.random.default_rng(0), {}, {}
+    for key, value in load_file(tmp_path / WEIGHTS).items():
+        if "lora_A" not in key:
+            continue
+        b_key = key.replace("lora_A", "lora_B")
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+
+        def named(pattern: dict[str, Any], default: float, module: str = module) -> Any:
+            found = [value for end, value in pattern.items() if module.endswith(end.strip("^"))]
+            return found[0] if found else default
+
+        rank = named(ranks, 4)
+        outputs = load_file(tmp_path / WEIGHTS)[b_key].shape[0]
+        tensors[key] = rng.standard_normal((rank, value.shape[1])).astype(np.float32)
+        tensors[b_key] = rng.standard_normal((outputs, rank)).astype(np.float32)
+        wanted[module] = named(alphas, 6) / rank * tensors[b_key] @ tensors[key]
+    save_file(tensors, tmp_path / WEIGHTS)
+    found = read_peft(tmp_path, config)
+    for module, change in wanted.items():
+        layer = int(next(word for word in module.split(".") if word.isdecimal()))
+        own = [target for target in ("q", "k", "v") if module.endswith(f"{target}_proj")]
+        if not module.endswith(("q_proj", "k_proj", "v_proj")) or "qkv" in module:
+            own = ["q", "k", "v"]
+        got = []
+        for target in own:
+            update = by_target(found.adapter)[f"attn/{target}"]
+            product = np.einsum("ir,rnh->nhi", update["a"][layer], update["b"][layer])
+            got.append(found.lora.scale * product.reshape(-1, product.shape[-1]))
+        np.testing.assert_allclose(np.concatenate(got), change, rtol=1e-4, atol=1e-4)
 
 
 # --- what is refused ---

@@ -95,6 +95,14 @@ PEFTS: dict[str, tuple[str, dict[str, Any]]] = {
             "alpha_pattern": {"q_proj": 9},
         },
     ),
+    "llama, by layer": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {"model.layers.1.self_attn.q_proj": 2},
+            "alpha_pattern": {"model.layers.0.self_attn.v_proj": 9},
+        },
+    ),
     "gemma3": ("gemma3", {"target_modules": "all-linear"}),
     "phi3": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
