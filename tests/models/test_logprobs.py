@@ -85,6 +85,34 @@ def test_the_number_of_chunks_is_a_value_and_tokens_after_them_count_nothing(chu
     check(inputs(), 8, chunks)
 
 
+@pytest.mark.parametrize(("cap", "size"), [(8.0, 0.5), (2.0, 1.5), (30.0, 3.0)])
+def test_soft_capped_values_and_gradients_equal_a_plain_log_softmax(
+    cap: float, size: float
+) -> None:
+    """Gemma 2: cap * tanh(logit / cap), whose slope is far from 1 where logits reach the cap."""
+    x, options = inputs(size=size), EIGHT._replace(cap=cap)
+
+    def mine(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        logps: Any = logprobs.token_logps(hidden, head, x["targets"], jnp.int32(S // 8), options)
+        return jnp.sum(logps * x["pull"])
+
+    def plain(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        capped = cap * jnp.tanh(hidden @ head.T / cap)
+        logps = jax.nn.log_softmax(capped, axis=-1)
+        targets = jnp.take_along_axis(logps, x["targets"][..., None], axis=-1)[..., 0]
+        return jnp.sum(targets * x["pull"])
+
+    got, wanted = (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x["hidden"], x["head"])
+        for loss in (mine, plain)
+    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+    # The test can fail: without the slope, the gradient is another.
+    uncapped = jax.grad(lambda h: jnp.sum(reference_logps(h, x["head"], x["targets"]) * x["pull"]))
+    assert float(jnp.abs(got[1][0] - uncapped(x["hidden"])).max()) > 1e-3
+
+
 def test_extreme_logits_give_no_nan() -> None:
     x = inputs(size=30.0)  # logits of several thousand
     got, wanted = ours(x, jnp.int32(S // 8), 8), theirs(x, jnp.ones((1, S)))
