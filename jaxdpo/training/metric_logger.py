@@ -30,6 +30,7 @@ from jaxdpo.utils.files import atomic_write
 TIME_KEYS = frozenset(
     {
         "step_seconds",
+        "compile_seconds",
         "pairs_per_second",
         "tokens_per_second",
         "wait_fraction",
@@ -43,11 +44,16 @@ CONSOLE_KEYS = {
     "loss": "loss",
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
-    "kl/sequence": "kl",
+    "kl/token_exact": "kl",
     "grad_norm": "grad",
     "pairs_per_second": "pairs/s",
 }
 """Metric -> its name on the console, which shows these only."""
+
+STATES = frozenset({"epoch", "tokens", "learning_rate"})
+"""Metrics of a step that say where the run is: of several steps, the last one's is logged."""
+SUMS = frozenset({"nonfinite", "compile_seconds"})
+"""Metrics that are added up over the steps of a row. All others are averaged."""
 
 LINES_PER_RUN = 20
 """Lines about steps on a console that is no terminal and so has no progress bar."""
@@ -148,13 +154,18 @@ class Health:
     small batches dip below 0 for a few steps in healthy runs."""
     WINDOW = 10
     """Steps over which the accuracy is averaged; that of one small batch is often 1."""
+    FEW_CHANGED = 0.05
+    """Share of bfloat16 weights that change in a step, below which a run stands still: AdamW moves
+    all weights alike, so those that stay are those that the learning rate is too small for."""
     TOO_EASY = 0.95
     """Accuracy that preference data, whose labels people disagree on, do not allow so early."""
 
     def __init__(self, total_steps: int, has_reference: bool):
         self._early = total_steps // 10
         self._has_reference = has_reference
+        self._total = total_steps
         self._below = 0
+        self._changed: list[float] = []
         self._accuracies: deque[float] = deque(maxlen=self.WINDOW)
         self._warned: set[str] = set()
 
@@ -164,6 +175,8 @@ class Health:
             "non-finite": self._non_finite(step, row),
             "chosen-below": self._chosen_below_reference(row),
             "too-easy": self._too_easy(step, row),
+            "no-gradient": self._no_gradient(step, row),
+            "no-updates": self._no_updates(step, row),
         }
         new = {kind: text for kind, text in found.items() if text and kind not in self._warned}
         self._warned |= new.keys()
@@ -194,6 +207,31 @@ class Health:
             f"reference (rewards/chosen {reward:.3g}). The loss only asks for a gap between both "
             "answers, and lowering both is one way to widen it. If answers get worse: mix in the "
             "sft loss (loss.name=[sigmoid,sft]), try dpop or apo_zero, or lower optim.learning_rate"
+        )
+
+    def _no_gradient(self, step: int, row: Mapping[str, Any]) -> str | None:
+        if row.get("grad_norm") != 0:
+            return None
+        return (
+            f"step {step}: the gradient is exactly 0, so nothing is learned from its pairs. Usual "
+            "causes: a loss that is flat there (hinge beyond its margin, log-ratios beyond the cap "
+            "of an f-divergence), pairs of weight 0, or products that underflow in "
+            "model.compute_dtype"
+        )
+
+    def _no_updates(self, step: int, row: Mapping[str, Any]) -> str | None:
+        """bfloat16 weights that round their updates away."""
+        if "weights/changed" not in row:
+            return None
+        self._changed.append(row["weights/changed"])
+        enough = min(max(self.PATIENCE, self._early), self._total)
+        if len(self._changed) < enough or max(self._changed) >= self.FEW_CHANGED:
+            return None
+        return (
+            f"of the bfloat16 weights at most {max(self._changed):.2%} changed in any of "
+            f"{len(self._changed)} steps (weights/changed; learning rate "
+            f"{row.get('learning_rate', 0.0):.3g}): updates that are small beside their weight are "
+            "rounded away. Set model.param_dtype=float32, or raise optim.learning_rate"
         )
 
     def _too_easy(self, step: int, row: Mapping[str, Any]) -> str | None:
@@ -237,6 +275,7 @@ class Logger:
         folder = Path(run_dir).expanduser()
         self._log = log
         self._total = total_steps
+        self._since: list[dict[str, Any]] = []
         self._rows = JsonLines(folder / "metrics.jsonl", resume_step)
         self._tensorboard = None
         if log.tensorboard and processes.is_first():
@@ -258,10 +297,15 @@ class Logger:
         self.close()
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """Take the metrics of each update, in order; writes those that `log.every` asks for."""
+        """Take the metrics of each update, in order; writes a row every `log.every` steps.
+
+        The row is about the steps since the last one (of this start of the run): see `_summed_up`.
+        """
         row = {key: _plain(value) for key, value in row.items()}
+        self._since.append(row)
         if step % self._log.every == 0 or step in (1, self._total):
-            self._write(step, row)
+            self._write(step, _summed_up(self._since))
+            self._since.clear()
         self._show(step, row)
         for text in self._health.check(step, row):
             self.warn(text)
@@ -316,3 +360,26 @@ class Logger:
 def _summary(row: Mapping[str, Any]) -> str:
     """The console's metrics on one line."""
     return "  ".join(f"{name} {row[key]:.4g}" for key, name in CONSOLE_KEYS.items() if key in row)
+
+
+def _summed_up(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of several steps as one row: means, but for STATES and SUMS.
+
+    A step whose value is not finite was skipped (`nonfinite`), and does not count in the mean.
+    """
+    if len(rows) == 1:
+        return rows[0]
+    values: dict[str, list[Any]] = {}
+    for row in rows:
+        for key, value in row.items():
+            values.setdefault(key, []).append(value)
+    result = {}
+    for key, column in values.items():
+        finite = [value for value in column if math.isfinite(value)]
+        if key in STATES or not finite:
+            result[key] = column[-1]
+        elif key in SUMS:
+            result[key] = sum(finite)
+        else:
+            result[key] = sum(finite) / len(finite)
+    return result

@@ -45,6 +45,8 @@ def start_or_resume(trainer: Trainer, logger: Logger, checkpoints: Checkpoints, 
     batch = trainer.loader.batch(1)
     frozen_1 = run.frozen_for(1, batch)
     run.state, run.start_logps = check_start(trainer, run.state, frozen_1, batch)
+    if run.start_logps is not None:
+        run.compiled.add(batch.tokens_MBT.shape)
     return run
 
 

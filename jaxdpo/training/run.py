@@ -37,6 +37,8 @@ class Pending(NamedTuple):
     """Token positions of its batch, padding included."""
     waited: float
     """Seconds that the loop waited for its batch."""
+    compile_seconds: float | None
+    """Seconds for its program, where it is the first step of this shape; they are no step time."""
 
 
 @dataclasses.dataclass
@@ -62,6 +64,8 @@ class Run:
     """Tokens trained on, over all steps."""
     evaluated: bool = False
     """Whether the state that the run starts from was evaluated already."""
+    compiled: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    """Shapes of batches (microbatches, sequences, tokens) whose program exists already."""
     pending: Pending | None = None
     """The newest step, logged one step late so that the devices never wait for the host."""
     logged_at: float = dataclasses.field(default_factory=time.perf_counter)
@@ -76,11 +80,21 @@ class Run:
         """Dispatch one update, then log the one before it, which the devices finish meanwhile."""
         frozen = self.frozen_for(step, batch)
         on_devices = self.trainer.put_batch(batch)
+        is_new = batch.tokens_MBT.shape not in self.compiled
+        if is_new:
+            # A program is compiled now, or read: first log what ran before, as nothing overlaps.
+            self.flush()
+            self.compiled.add(batch.tokens_MBT.shape)
+        started = time.perf_counter()
         # Returns at once. Its metrics are not read here: that would wait for the devices.
         self.state, metrics = self.trainer.train_step(self.state, frozen, on_devices, apply)
         del metrics[PAIR_LOGPS]  # read by the startup check only
+        compile_seconds = None
+        if is_new:
+            self.logged_at = time.perf_counter()
+            compile_seconds = self.logged_at - started
         previous = self.pending
-        self.pending = Pending(step, metrics, batch.tokens_MBT.size, waited)
+        self.pending = Pending(step, metrics, batch.tokens_MBT.size, waited, compile_seconds)
         self.step = step
         self.stop.unsaved = True
         # TR-DPO: every so many steps the reference moves towards the policy.
@@ -126,6 +140,8 @@ class Run:
         row["tokens"] = self.tokens
         row["padding_fraction"] = 1.0 - num_tokens / pending.num_positions
         row["step_seconds"] = seconds
+        if pending.compile_seconds is not None:
+            row["compile_seconds"] = pending.compile_seconds
         row["pairs_per_second"] = num_pairs / seconds
         row["tokens_per_second"] = num_tokens / seconds
         row["wait_fraction"] = min(1.0, pending.waited / seconds)

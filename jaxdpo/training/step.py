@@ -69,6 +69,8 @@ def train_step(
         # LoRA's B starts at 0, so A has no gradient at first: both norms show which of them learns.
         for name in ("a", "b"):
             metrics[f"grad_norm/lora_{name}"] = optim.global_norm(optim.leaves_named(grads, name))
+    if any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params)):
+        metrics["weights/changed"] = optim.changed_share(state.params, params)
     metrics["nonfinite"] = 1.0 - finite.astype(jnp.float32)
     metrics["bad_steps"] = bad_steps
     return TrainState(params, opt, state.step + apply.astype(jnp.int32), bad_steps), metrics

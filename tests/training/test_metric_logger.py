@@ -88,6 +88,43 @@ def test_log_every_and_the_first_and_last_row_are_written(tmp_path: Path) -> Non
     assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1, 4, 8, 10]
 
 
+def test_rows_are_means_over_the_steps_since_the_last(tmp_path: Path) -> None:
+    out, _ = console()
+    with Logger(tmp_path, LogSection(every=3, tensorboard=False), 8, console=out) as logger:
+        for step in range(1, 9):
+            bad = step == 5
+            row = {
+                "loss": math.nan if bad else float(step),
+                "tokens": 10 * step,
+                "learning_rate": 1.0 / step,
+                "nonfinite": float(bad),
+            }
+            logger.log(step, row | ({"compile_seconds": 2.0} if step in (2, 3) else {}))
+    rows = rows_of(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 3, 6, 8]
+    assert [row["loss"] for row in rows] == [1.0, 2.5, 5.0, 7.5]
+    assert [row["tokens"] for row in rows] == [10, 30, 60, 80]
+    assert [row["learning_rate"] for row in rows] == [1.0, 1 / 3, 1 / 6, 1 / 8]
+    assert [row["nonfinite"] for row in rows] == [0, 0, 1, 0]
+    assert [row.get("compile_seconds") for row in rows] == [None, 4.0, None, None]
+
+
+def test_a_row_of_steps_that_were_all_skipped_says_so(tmp_path: Path) -> None:
+    out, _ = console()
+    with Logger(tmp_path, LogSection(every=2, tensorboard=False), 9, console=out) as logger:
+        for step in (2, 3, 4):
+            logger.log(step, {"loss": math.nan, "nonfinite": 1.0})
+    last = rows_of(tmp_path / "metrics.jsonl")[-1]
+    assert last == {"step": 4, "loss": None, "nonfinite": 2.0}
+
+
+def test_the_console_shows_the_kl_of_an_evaluation(tmp_path: Path) -> None:
+    out, text = console()
+    with Logger(tmp_path, LogSection(), 10, console=out) as logger:
+        logger.evaluation(5, {"loss": 0.5, "kl/token_exact": 0.0625})
+    assert text.getvalue() == "eval 5/10  loss 0.5  kl 0.0625\n"
+
+
 def test_evaluations_are_written_at_any_step_under_their_prefix(tmp_path: Path) -> None:
     out, text = console()
     with Logger(tmp_path, LogSection(every=100), 10, console=out) as logger:
@@ -200,6 +237,24 @@ def test_a_high_accuracy_is_warned_of_only_early() -> None:
     assert "first tenth" in text
     assert warnings([hard] * 100 + [easy] * 200) == []
     assert warnings([easy] * 5 + [hard] * 200) == []
+
+
+def test_a_gradient_of_exactly_zero_is_told_once() -> None:
+    (text,) = warnings([HEALTHY, *[{**HEALTHY, "grad_norm": 0.0}] * 3])
+    assert text.startswith("step 2: the gradient is exactly 0")
+    assert warnings([{**HEALTHY, "grad_norm": 1e-30}] * 3) == []
+
+
+@pytest.mark.parametrize(("total", "needed"), [(1000, 100), (60, 20), (3, 3)])
+def test_bfloat16_weights_that_hardly_change_are_told_with_the_share(
+    total: int, needed: int
+) -> None:
+    still = {**HEALTHY, "weights/changed": 0.004, "learning_rate": 5e-7}
+    assert warnings([still] * (needed - 1), total) == []
+    (text,) = warnings([still] * total, total)
+    assert "at most 0.40% changed" in text and "model.param_dtype=float32" in text
+    moving = {**HEALTHY, "weights/changed": 0.3}
+    assert warnings([moving, *[still] * (total - 1)], total) == []  # a schedule that has decayed
 
 
 def test_a_nan_is_explained_once() -> None:

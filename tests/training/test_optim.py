@@ -130,6 +130,13 @@ def test_gradient_clipping_keeps_small_gradients_and_the_direction_of_large_ones
         np.testing.assert_allclose(opt["mu"]["w"], [norm * kept, 0.0], rtol=1e-6)
 
 
+def test_changed_share_counts_the_weights_that_an_update_moves() -> None:
+    old = {"a": jnp.asarray([1.0, 1.0, 0.001], jnp.bfloat16), "b": jnp.zeros((1,), jnp.bfloat16)}
+    new = jax.tree.map(lambda w: (w.astype(jnp.float32) + 1e-3).astype(jnp.bfloat16), old)
+    assert float(optim.changed_share(old, new)) == 0.5  # 1 + 1e-3 is 1 in 8 bits
+    assert float(optim.changed_share(old, old)) == 0.0
+
+
 def test_global_norm_is_over_all_leaves() -> None:
     assert float(optim.global_norm({"a": jnp.array([3.0]), "b": jnp.array([[0.0, 4.0]])})) == 5.0
 
