@@ -50,8 +50,8 @@ def trainer_of(section: LossSection, reference: np.ndarray, dtype: str = "float3
         ours = CompletionLogps(policy, policy, collisions, None)
         theirs = jnp.asarray(reference[BATCH.index_MBP[0]])
         sums = metric_sums(ours, theirs, MICRO, section)
-        step = jax.tree.map(lambda x: x[None], (ours, theirs))
-        sums |= loss_sums(*step, BATCH, section)
+        ours_M, theirs_M = jax.tree.map(lambda x: x[None], (ours, theirs))
+        sums |= loss_sums(ours_M, theirs_M, BATCH, section)
         found = averages(sums)
         return state, found | {PAIR_LOGPS: logps_of_pairs(ours, theirs, MICRO)}
 

@@ -10,112 +10,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from tests.cases.commands import ROOT, SHORT_RUN, Done, check_pairs, converted, data, run, train
+
 pytestmark = pytest.mark.slow
-
-SHORT_RUN = ("eval.every=0", "data.eval_fraction=0", "log.tensorboard=false")
-
-
-class Done(NamedTuple):
-    """A command that ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> str:
-        return self.out + self.err
-
-
-@pytest.fixture(scope="session")
-def cases(real_data: Path) -> Path:
-    folder = real_data.parent / "cases"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} does not exist")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def home(cases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the cases' tiny models in models/."""
-    folder = tmp_path_factory.mktemp("cases")
-    environment = {**os.environ, "PYTHONPATH": str(cases / "_models")}
-    for name in ("mk.py", "mk2.py", "mk3.py"):
-        # mk2 ends with models that need torch, which no case names.
-        subprocess.run(
-            [sys.executable, "-B", str(cases / "_models" / name)],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-        )
-    assert (folder / "models/leftover2").is_dir() and (folder / "models/named").is_dir()
-    return folder
-
-
-def run(
-    home: Path,
-    command: str,
-    *words: str | Path,
-    env: dict[str, str] | None = None,
-    limit: int = 180,
-) -> Done:
-    """Run `python -m jaxdpo.<command>` in the folder with the models."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **(env or {})}
-    environment.pop("XLA_FLAGS", None)
-    environment["JAX_NUM_CPU_DEVICES"] = "1"
-    done = subprocess.run(
-        [sys.executable, "-m", f"jaxdpo.{command}", *map(str, words)],
-        cwd=home,
-        env=environment,
-        capture_output=True,
-        timeout=limit,
-        encoding="utf-8",
-        errors="replace",
-    )
-    assert "Traceback" not in done.stderr, done.stderr[-2000:]
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-def data(home: Path, file: Path, *words: str, model: str = "models/chatml") -> Done:
-    return run(home, "data", f"data.train=[{file}]", f"model.path={model}", "near=0", *words)
-
-
-def converted(home: Path, tmp_path: Path, file: Path, *words: str) -> list[dict]:
-    """The pairs of a file, as jaxdpo reads them."""
-    out = tmp_path / f"{file.stem}-{len(words)}.jsonl"
-    done = data(home, file, f"out={out}", *words)
-    assert done.code == 0, done.said
-    return [json.loads(line) for line in out.read_text().splitlines()]
-
-
-def text(value: object) -> str:
-    """All text of a prompt or an answer, in its order."""
-    if isinstance(value, str):
-        return value
-    assert isinstance(value, list)
-    return "\n".join(message["content"] for message in value)
-
-
-def answers(cases: Path) -> tuple[set[str], set[str]]:
-    """The good and the bad answers that all cases are made of."""
-    rows = [json.loads(line) for line in (cases / "chat/chat.jsonl").read_text().splitlines()]
-    return {text(row["chosen"]) for row in rows}, {text(row["rejected"]) for row in rows}
-
-
-def check_pairs(cases: Path, rows: Sequence[dict], count: int) -> None:
-    """The good answer is chosen in each row."""
-    good, bad = answers(cases)
-    assert len(rows) == count
-    for row in rows:
-        assert any(answer in text(row["chosen"]) for answer in good), row
-        assert any(answer in text(row["rejected"]) for answer in bad), row
-
 
 # --- rows ---
 
@@ -253,17 +154,6 @@ def test_documented_prompt_list(home: Path) -> None:
 # --- runs ---
 
 
-def train(home: Path, run_dir: Path, file: Path, *words: str) -> Done:
-    return run(
-        home,
-        "train",
-        f"run_dir={run_dir}",
-        "model.path=models/chatml",
-        f"data.train=[{file}]",
-        *words,
-    )
-
-
 @pytest.mark.parametrize("name", ["one-prompt", "one-row"])
 def test_one_prompt(cases: Path, home: Path, tmp_path: Path, name: str) -> None:
     file = cases / f"one-prompt/{name}.jsonl"
@@ -332,7 +222,7 @@ def test_two_processes(cases: Path, home: Path, tmp_path: Path) -> None:
     first = subprocess.Popen(
         [sys.executable, "-m", "jaxdpo.train", *words],
         cwd=home,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -370,68 +260,3 @@ def test_export_stop_token(cases: Path, home: Path, tmp_path: Path) -> None:
     ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
     im_end = 258
     assert im_end in ends
-
-
-# --- bad input ---
-
-
-@pytest.fixture(scope="session")
-def bad(cases: Path) -> Path:
-    return cases / "bad-input"
-
-
-def test_bad_options(bad: Path, home: Path, tmp_path: Path) -> None:
-    deep = run(home, "train", "--print-config", "--config", bad / "cfg-yaml-deep/c.yaml")
-    assert deep.code == 2 and "nested too deeply" in deep.err
-    endless = run(home, "train", "--config", "/dev/zero")
-    assert endless.code == 2 and "--config /dev/zero" in endless.err
-    words = ("optim.learning_rate=1e300", "train.steps=true", "seed=false")
-    huge = ("data.packed_length=9000000000000000", "train.batch_size=10000000000")
-    wrong = run(home, "train", "model.path=~nosuchuser/m", *words, *huge)
-    assert wrong.code == 2
-    for word in ("model.path=~nosuchuser/m", "optim.learning_rate=", *words[1:], *huge):
-        assert word.replace("true", "True").replace("false", "False") in wrong.err
-
-
-@pytest.mark.parametrize(
-    "env", [{}, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}]
-)
-def test_a_path_with_an_umlaut(
-    cases: Path, home: Path, tmp_path: Path, env: dict[str, str]
-) -> None:
-    done = run(
-        home,
-        "train",
-        f"run_dir={tmp_path / 'rün'}",
-        "model.path=models/chatml",
-        f"data.train=[{cases / 'chat/chat.jsonl'}]",
-        "train.steps=1",
-        "data.num_packed_lengths=1000000000",
-        *SHORT_RUN,
-        env=env,
-    )
-    assert done.code == 0, done.said
-    assert (tmp_path / "rün/checkpoints/1").is_dir()
-
-
-@pytest.mark.parametrize(
-    ("file", "reason"),
-    [
-        ("data-null-columns/x.jsonl", "no usable pair"),
-        ("data-csv-nul/x.csv", "x.csv:2: "),
-        ("data-arrow-list-null/x.arrow", "no usable pair"),
-        ("data-arrow-neg-offsets/x.arrow", "x.arrow: not a readable Arrow file"),
-        ("data-oasst-cycle/x.jsonl", "no usable pair"),
-        ("train-margin-1e39/x.jsonl", "x.jsonl:1: column 'margin' is 1e+39"),
-    ],
-)
-def test_bad_rows(bad: Path, home: Path, file: str, reason: str) -> None:
-    done = run(home, "data", f"data.train=[{bad / file}]")
-    assert done.code == 1 and reason in done.err
-
-
-def test_prompts_that_are_no_file(bad: Path, home: Path, tmp_path: Path) -> None:
-    fifo = tmp_path / "p.txt"
-    os.mkfifo(fifo)
-    done = run(home, "generate", "model.path=models/chatml", f"prompts={fifo}", limit=60)
-    assert done.code in (1, 2) and str(fifo) in done.err
