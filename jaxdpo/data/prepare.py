@@ -83,7 +83,9 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
 
 def summary(report: dict[str, Any]) -> list[str]:
     """The report as lines for the console: the counts of each set, then what the model will see."""
-    lines = [describe_counts(item) for item in (*report["sets"]["train"], *report["sets"]["eval"])]
+    lines = [report["chat_template"]]
+    for item in (*report["sets"]["train"], *report["sets"]["eval"]):
+        lines.append(describe_counts(item))
     for part in ("train", "eval"):
         statistics = report[part]
         if not statistics["pairs"]:

@@ -44,10 +44,11 @@ def test_read_split_encode_report(write: Write, byte_tokenizer: PreTrainedTokeni
     )
     lines = summary(done.report)
     assert (
-        len(lines) == 3
-        and "101 rows read, 100 parsed, 100 kept; dropped 1 (1 empty answer)" in lines[0]
+        len(lines) == 4
+        and "no chat template was found" in lines[0]
+        and "101 rows read, 100 parsed, 100 kept; dropped 1 (1 empty answer)" in lines[1]
     )
-    assert lines[1].startswith(f"train: {len(done.train)} pairs of ") and lines[2].startswith(
+    assert lines[2].startswith(f"train: {len(done.train)} pairs of ") and lines[3].startswith(
         "eval: "
     )
 
@@ -60,7 +61,7 @@ def test_the_console_names_the_columns_that_are_not_used(
     path = write("a.jsonl", [*marked, *rows(10, 10)])
     section = options(train=[path], cache=str(tmp_path / "cache"))
     for _ in range(2):
-        line = summary(prepare(section, byte_tokenizer, 1000).report)[0]
+        line = summary(prepare(section, byte_tokenizer, 1000).report)[1]
         assert line.endswith("columns not used: score_chosen (10 rows), source (10 rows)")
 
 

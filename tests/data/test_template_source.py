@@ -1,4 +1,4 @@
-"""Which chat template is in use: files, names, chat_template.json; and warnings about the text."""
+"""Which chat template is in use: files, names, chat_template.json; and a warning."""
 
 import json
 import logging
@@ -120,17 +120,3 @@ def test_answers_that_begin_with_their_prompt_are_warned_of(
         file = write_rows(tmp_path / "pairs.jsonl", *rows)
         warnings = prepare(section(file), byte_tokenizer, 1000).report["warnings"]
         assert sum("begin with their prompt" in warning for warning in warnings) == expected
-
-
-@pytest.mark.parametrize(("num_long", "warns"), [(0, False), (1, False), (2, True)])
-def test_many_cut_answers_are_warned_of(
-    num_long: int, warns: bool, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    rows = []
-    for number in range(20):
-        long = "7 " * 300 if number < num_long else ""
-        rows.append({"prompt": f"q{number}", "chosen": f" a{long}", "rejected": " b"})
-    file = write_rows(tmp_path / "pairs.jsonl", *rows)
-    warnings = prepare(section(file), byte_tokenizer, 1000).report["warnings"]
-    found = [warning for warning in warnings if "were cut at data.max_length=200" in warning]
-    assert bool(found) is warns
