@@ -11,11 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, Text, Turns, strings
 from jaxdpo.data.left_out import left_out
 from jaxdpo.data.pair_text import AnswerText, PairText, Spans
+from jaxdpo.data.template_limits import REFUSALS, limited
 from jaxdpo.utils.text import printable
 
 PLAIN_TURNS = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
@@ -66,7 +65,7 @@ class Layout:
             return SPELLS_SPECIAL
         try:
             return self._render_template(record.tools, prompt, chosen, rejected)
-        except (TemplateError, TypeError) as error:
+        except REFUSALS as error:
             return _refused(error)
 
     def as_messages(self, record: Preference) -> Preference:
@@ -99,7 +98,7 @@ class Layout:
             if tools and start == self._template(prompt, add_generation_prompt=True):
                 return Dropped("the chat template has no place for tools")
             before = self._before_answer(prompt, start, tools)
-        except (TemplateError, TypeError) as error:
+        except REFUSALS as error:
             return _refused(error)
         if thinking or (thinking is None and not before.startswith(start)):
             return start
@@ -114,7 +113,7 @@ class Layout:
         conversation = (Message("user", "a"), Message("assistant", SENTINEL))
         try:
             return self._template(conversation).partition(SENTINEL)[2]
-        except (TemplateError, TypeError):
+        except REFUSALS:
             return ""
 
     def strings_spell_special(self, record: Preference) -> bool:
@@ -324,9 +323,10 @@ class Layout:
         if tools:
             options["tools"] = json.loads(tools)
             template = self.for_tools or template
+        assert template is not None
         text = self.tokenizer.apply_chat_template(
             [turn.fields for turn in messages],
-            chat_template=template,
+            chat_template=limited(template),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **options,

@@ -8,10 +8,9 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 
-from jinja2.exceptions import TemplateError
-
 from jaxdpo.data.formats.common import ROW_NUMBERS
 from jaxdpo.data.formats.preference import Dropped, Message, Turns
+from jaxdpo.data.template_limits import REFUSALS
 
 Render = Callable[[Turns], str]
 """Writes turns by the chat template; raises TemplateError for what it refuses."""
@@ -68,7 +67,7 @@ def has_place(render: Render, name: str) -> bool:
     with_field = dataclasses.replace(turns[1], extra=json.dumps({name: _VALUE}))
     try:
         return render((turns[0], with_field)) != render(turns)
-    except (TemplateError, TypeError):
+    except REFUSALS:
         return False
 
 
@@ -85,7 +84,7 @@ def _unused_fields(render: Render, turns: Turns, text: str) -> Iterator[tuple[in
             without = dataclasses.replace(turn, extra=json.dumps(others))
             try:
                 shortened = render((*turns[:number], without, *turns[number + 1 :]))
-            except (TemplateError, TypeError):
+            except REFUSALS:
                 continue  # the template asks for it
             if shortened == text:
                 yield number, name

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateSyntaxError
 
+from jaxdpo.data.template_limits import REFUSALS, limited, named_when_slow
 from jaxdpo.utils.text import printable
 
 FIXED_DATE = """{%- macro strftime_now(format) -%}
@@ -105,14 +106,17 @@ def _compiled(tokenizer: Any, template: str, option: str, chosen: str | None) ->
     if "strftime_now" in template:
         template = FIXED_DATE + template
     try:
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}], chat_template=template, tokenize=False
-        )
+        with named_when_slow(f"the chat template ({option}={chosen}) writes its first message"):
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "a"}],
+                chat_template=limited(template),
+                tokenize=False,
+            )
     except TemplateSyntaxError as error:
         raise ValueError(
             f"{option}={chosen}: {printable(str(error))}. Name a Jinja chat template file"
         ) from None
-    except (TemplateError, TypeError):
+    except REFUSALS:
         pass  # it compiles; what it asks of a conversation is found out row by row
     return template
 

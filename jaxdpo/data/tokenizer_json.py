@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as FileTokenizer
 # transformers advises to install PyTorch, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers.utils import cached_file, chat_template_utils
 
 from jaxdpo.utils.text import printable
 
@@ -43,6 +43,8 @@ PROBES = (
 """Scripts, numbers, white space, contractions, code, and what normalizers change."""
 MAX_SPELLED = 256
 """Added tokens whose spelling is probed: more than any chat template has."""
+MAX_REASON = 300
+"""Characters of another library's error that are shown."""
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -60,16 +62,28 @@ def load_tokenizer(path: str, revision: str | None = None) -> Tokenizer:
     revision = revision or "main"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = printable(str(error)).strip().split("\n")[0]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of any library below; a Rust panic is no Exception
+        reason = " ".join(printable(str(error)).split())[:MAX_REASON] or type(error).__name__
         raise ValueError(
             f"model.path={path}: its tokenizer could not be loaded ({reason}). "
-            "The folder needs tokenizer.json"
+            "The folder needs config.json and tokenizer.json of one model, undamaged"
         ) from None
     tokenizer = as_in_file(tokenizer, path, revision)
     if not tokenizer.chat_template:
         tokenizer.chat_template = _template_json(path, revision)
     return tokenizer
+
+
+def compiled_template(template: str) -> Any:
+    """The jinja2.Template that transformers compiles a chat template to, and keeps.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it does not compile.
+    """
+    # A private name: the public functions of transformers compile and render in one.
+    return chat_template_utils._compile_jinja_template(template)
 
 
 def as_in_file(tokenizer: Tokenizer, path: str, revision: str) -> Tokenizer:
@@ -87,6 +101,7 @@ def as_in_file(tokenizer: Tokenizer, path: str, revision: str) -> Tokenizer:
     if file is None:
         return tokenizer
     own = FileTokenizer.from_file(str(file))
+    _check_added_ids(own, file)
     # A file may ask for truncation and padding, which are never the tokenizer's business here.
     own.no_truncation()
     own.no_padding()
@@ -120,6 +135,23 @@ def as_in_file(tokenizer: Tokenizer, path: str, revision: str) -> Tokenizer:
             f"{printable(repr(text[:40]))} (added tokens that differ). Make the two files agree"
         )
     return replacement
+
+
+def _check_added_ids(own: FileTokenizer, file: Path) -> None:
+    """Refuse ids of added tokens that the library does not take: it numbers those anew.
+
+    Raises:
+        ValueError: names the first such token.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for token in content.get("added_tokens") or []:
+        found = own.token_to_id(token["content"])
+        if found != token["id"]:
+            raise ValueError(
+                f"{file}: the added token {printable(token['content'])!r} has the id "
+                f"{token['id']}, and is read as {found}: ids of added tokens follow those of the "
+                "vocabulary. Use the tokenizer.json that the model was trained with"
+            )
 
 
 def first_difference(

@@ -10,6 +10,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxdpo.data.tokenizer_json import load_tokenizer
+from tests.tiny import write_model
 
 TEXTS = ["Hello world, it's 12345\n\nfun", "你好 здравствуй", "a  b <|end|> c"]
 
@@ -100,3 +101,36 @@ def test_bos_by_tokenizer_config_holds(
     file.write_text(json.dumps(settings | {"add_bos_token": False}))
     expected = AutoTokenizer.from_pretrained(tmp_path / "model")("a")["input_ids"]
     assert load_tokenizer(str(tmp_path / "model"))("a")["input_ids"] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer_config.json", "[]", "has no attribute 'get'"),
+        ("tokenizer.json", '{"version": "1.0"}', ""),
+        ("config.json", '{"model_type": "llama", "eos_token_id": [[2], null]}', "eos_token_id"),
+    ],
+)
+def test_damaged_files_are_refused_with_the_reason(
+    tmp_path: Path, name: str, content: str, reason: str
+) -> None:
+    write_model(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(
+        ValueError, match=r"^model\.path=.*: its tokenizer could not be loaded"
+    ) as e:
+        load_tokenizer(str(tmp_path))
+    assert reason in str(e.value)
+
+
+@pytest.mark.parametrize("number", [4_000_000_000, 1000])
+def test_added_tokens_whose_ids_are_not_read_are_refused(tmp_path: Path, number: int) -> None:
+    write_model(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    token = {"id": number, "content": "<far>", "special": True, "normalized": False}
+    token |= {"single_word": False, "lstrip": False, "rstrip": False}
+    content["added_tokens"].append(token)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"added token '<far>' has the id {number}"):
+        load_tokenizer(str(tmp_path))

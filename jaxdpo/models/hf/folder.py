@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdpo.utils.files import atomic_write
+from jaxdpo.utils.text import printable
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -121,10 +122,22 @@ def add_end_tokens(folder: Path, ids: Sequence[int], eos_token: str | None) -> N
 
 
 def _as_list(ids: Any) -> list[int]:
-    """Token ids as a list: config.json has a number, a list or null."""
+    """Token ids as a list: config.json has a number, a list or null.
+
+    Raises:
+        ValueError: it is something else, or no token id.
+    """
     if ids is None:
         return []
-    return [ids] if isinstance(ids, int) else list(ids)
+    found = ids if isinstance(ids, list) else [ids]
+    for item in found:
+        is_id = isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31
+        if not is_id:
+            raise ValueError(
+                f"eos_token_id={printable(str(ids))[:80]} in generation_config.json or "
+                "config.json: must be a token id or a list of them"
+            )
+    return list(found)
 
 
 def _tokenizer_ids(folder: Path) -> dict[str, int]:
