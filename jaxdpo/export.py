@@ -190,6 +190,9 @@ def _chat_template(run_config: Config, run_dir: Path, source: Path) -> str | Non
     # The tokenizer that a run copied into its folder has the template of the training already.
     if name is None or source == run_dir / "model":
         return None
+    path = Path(name).expanduser()
+    if path.is_file():  # else it is the name of one of the tokenizer's
+        return path.read_text(encoding="utf-8")
     return template_text(load_tokenizer(str(source)), name)
 
 

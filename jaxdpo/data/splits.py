@@ -39,7 +39,7 @@ def split_by_prompt(prompt_keys: np.ndarray, fraction: float) -> np.ndarray:
         return np.zeros(len(prompt_keys), bool)
     by_hash = prompt_keys < np.uint64(int(fraction * 2**64))
     share, most = by_hash.mean(), max(fraction, 0.5)
-    if not by_hash.all() and fraction / NEAR <= share <= min(fraction * NEAR, most):
+    if 0 < by_hash.sum() < len(by_hash) and fraction / NEAR <= share <= min(fraction * NEAR, most):
         return by_hash
     return _nearest(counts, fraction * len(prompt_keys), most * len(prompt_keys))[prompt_of]
 

@@ -65,15 +65,19 @@ def load_tokenizer(path: str, revision: str | None = None) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # of any library below; a Rust panic is no Exception
-        reason = " ".join(printable(str(error)).split())[:MAX_REASON] or type(error).__name__
-        raise ValueError(
-            f"model.path={path}: its tokenizer could not be loaded ({reason}). "
-            "The folder needs config.json and tokenizer.json of one model, undamaged"
-        ) from None
+        raise _not_loaded(path, error) from None
     tokenizer = as_in_file(tokenizer, path, revision)
     if not tokenizer.chat_template:
         tokenizer.chat_template = _template_json(path, revision)
     return tokenizer
+
+
+def _not_loaded(path: str, error: BaseException) -> ValueError:
+    reason = " ".join(printable(str(error)).split())[:MAX_REASON] or type(error).__name__
+    return ValueError(
+        f"model.path={path}: its tokenizer could not be loaded ({reason}). "
+        "The folder needs config.json and tokenizer.json of one model, undamaged"
+    )
 
 
 def compiled_template(template: str) -> Any:
@@ -100,7 +104,10 @@ def as_in_file(tokenizer: Tokenizer, path: str, revision: str) -> Tokenizer:
     file, settings = (_find(path, revision, name) for name in (FILE, SETTINGS))
     if file is None:
         return tokenizer
-    own = FileTokenizer.from_file(str(file))
+    try:
+        own = FileTokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises no class of its own
+        raise _not_loaded(path, error) from None
     _check_added_ids(own, file)
     # A file may ask for truncation and padding, which are never the tokenizer's business here.
     own.no_truncation()
