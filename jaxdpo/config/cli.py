@@ -26,7 +26,7 @@ from jaxdpo.config.addresses import remote_paths
 from jaxdpo.config.foreign_names import foreign_hint
 from jaxdpo.config.impossible import impossible_values, shown
 from jaxdpo.config.yaml_text import read_yaml
-from jaxdpo.utils.console import restart_in_utf8
+from jaxdpo.utils.console import escape_unprintable, restart_in_utf8
 from jaxdpo.utils.files import read_limited
 
 T = TypeVar("T")
@@ -62,6 +62,7 @@ def load(
         --print-config (0) and problems (2).
     """
     restart_in_utf8(argv)
+    escape_unprintable()
     switches = {
         "--help": "This text.",
         "--print-config": "Print every option's value as YAML, and stop.",

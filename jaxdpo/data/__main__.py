@@ -6,7 +6,6 @@ Several sets are a quoted list: "data.train=[a.jsonl,b.jsonl]". Exit codes: 0 do
 options, 130 interrupted.
 """
 
-import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -37,9 +36,6 @@ def main(argv: Sequence[str]) -> int:
     handler = logging.StreamHandler()
     handler.addFilter(_Once())
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # In a terminal that is not UTF-8, text is escaped rather than an error.
-        sys.stdout.reconfigure(errors="backslashreplace")
     config, _ = cli.load(DataConfig, argv, command="data", checks=[check])
     try:
         inspect_data(config)

@@ -1,6 +1,7 @@
 """What is printed to a terminal: lines, tables, a progress bar. Text from outside cannot drive it
 or disguise itself."""
 
+import io
 import os
 import re
 import sys
@@ -33,9 +34,15 @@ def restart_in_utf8(argv: Sequence[str]) -> None:
     """
     if sys.getfilesystemencoding() == "utf-8" or all(map(is_unicode, argv)):
         return
-    sys.stdout.flush()
     environment = os.environ | {"PYTHONUTF8": "1"}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def escape_unprintable() -> None:
+    """Have standard output escape what a terminal that is not UTF-8 cannot show, rather than
+    raise."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def stdout() -> Console:
