@@ -85,7 +85,9 @@ def check_equal(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Non
         np.testing.assert_allclose(a, b, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[:-1]), "gpt_oss"]
+)
 def test_kv_cache_gives_the_hidden_states_of_full_sequences(kind: str) -> None:
     """Whatever the weights' form; windows of 9 cut prompts and answers."""
     config, options, theirs = KINDS[kind], ForwardOptions(), whole(KINDS[kind])

@@ -99,6 +99,7 @@ def test_a_completion_ends_with_the_first_stop_token_its_limit_or_the_last_posit
     assert [ids.tolist() for ids in found] == [greedy()[0][:5], greedy()[1], []]
 
 
+@pytest.mark.slow
 def test_padding_ids_of_the_vocab_are_never_sampled() -> None:
     largest = max(max(ids) for ids in greedy())
     assert sample(num_tokens=largest) == greedy("llama", largest) != greedy()

@@ -267,6 +267,7 @@ def json_value(value: Any) -> Any:
 # ---- resumes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_and_data_that_moved_resume_to_the_same_bits(shared: Path, tmp_path: Path) -> None:
     stopped_copy(shared, tmp_path / "run")
     shutil.copytree(shared / "model", tmp_path / "moved" / "model")

@@ -214,7 +214,8 @@ def test_a_reference_that_differs_stops_the_run_before_it_starts(
     )
 
 
-@pytest.mark.parametrize("name", ["ipo", pytest.param("bco_pair", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ipo", "bco_pair"])
 def test_the_closed_form_of_other_losses_holds(shared: Path, tmp_path: Path, name: str) -> None:
     train(settings(shared, tmp_path, loss__name=name, train__steps=1, eval__every=0))
     assert len(metrics(tmp_path)) == 1

@@ -215,6 +215,7 @@ def too_large(text: str, run: Stepper) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_no_stack_of_weights_and_no_logits_of_all_tokens_are_in_the_program() -> None:
     run, _, text = started(DENSE, MESHES["fsdp 2 x context 2 x tensor 2"])
     assert too_large(text, run) == []

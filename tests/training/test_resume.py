@@ -166,8 +166,8 @@ def test_resume_restores_a_synced_reference(
     "kind",
     [
         pytest.param("lora", marks=pytest.mark.slow),
-        pytest.param("cached", marks=pytest.mark.slow),
-        "lora-cached",
+        "cached",
+        pytest.param("lora-cached", marks=pytest.mark.slow),
         pytest.param("lora-nf4", marks=pytest.mark.slow),
     ],
 )
@@ -190,6 +190,7 @@ def test_the_comparison_notices_what_the_resume_of_an_adapter_loses(
     assert not same_bits(tmp_path, whole(shared, "lora"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_adapter_holds_no_base(shared: Path) -> None:
     run_dir = whole(shared, "lora")
     _, adapter, meta = restore_params(run_dir)
@@ -247,6 +248,7 @@ def test_resume_reads_a_cached_reference_or_computes_it_from_the_starting_policy
         train(settings(shared, tmp_path / "c", **RUNS["cached"]))
 
 
+@pytest.mark.slow
 def test_sigterm_while_the_reference_is_cached_keeps_complete_parts(
     shared: Path,
     tmp_path: Path,
@@ -302,6 +304,7 @@ def test_resume_loads_the_same_reference_whatever_the_dtypes(shared: Path, tmp_p
             assert a.dtype == b.dtype == compute_dtype and (a == b).all()
 
 
+@pytest.mark.slow
 def test_resume_may_change_where_and_in_which_order_things_are_computed(
     shared: Path, tmp_path: Path
 ) -> None:

@@ -116,6 +116,7 @@ def test_resume_with_other_data_or_models_is_refused(
     Trainer.open(halfway)
 
 
+@pytest.mark.slow
 def test_resume_with_another_starting_adapter_is_refused(shared: Path, tmp_path: Path) -> None:
     lora = Lora(rank=2, alpha=2.0, rslora=False, targets=("attn/q",))
     (tmp_path / "adapter").mkdir()

@@ -167,7 +167,7 @@ def same(got: tuple[dict[str, float], Params], wanted: tuple[dict[str, float], P
     assert not wanted[1] or difference(got[1], wanted[1]) < 1e-5
 
 
-@pytest.mark.parametrize("loss", ["mixed", "aot"])
+@pytest.mark.parametrize("loss", ["mixed", pytest.param("aot", marks=pytest.mark.slow)])
 def test_loss_and_gradients_equal_a_plain_padded_computation(loss: str) -> None:
     section = Frozen(
         **{
@@ -208,7 +208,7 @@ def test_a_sliding_window_cuts_shared_prompts_where_it_cuts_separate_ones(name: 
     "loss",
     [
         "mixed",
-        "aot",
+        pytest.param("aot", marks=pytest.mark.slow),
         pytest.param("wpo", marks=pytest.mark.slow),
         pytest.param("simpo", marks=pytest.mark.slow),
     ],
@@ -219,6 +219,7 @@ def test_gradient_accumulation_of_one_pair_a_microbatch_gives_the_same(loss: str
     same(ours(loss, batch), packed(loss))
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_over_separate_sequences_with_dense_attention_gives_the_same() -> (
     None
 ):

@@ -33,7 +33,12 @@ KINDS = {
     "lora": ("frozen", "adapter_off", "cached"),
     "from an adapter": ("frozen", "adapter_off", "cached"),
 }
-CASES = [(start, kind) for start, kinds in KINDS.items() for kind in kinds[1:]]
+CASES = []
+for _start, _kinds in KINDS.items():
+    for _kind in _kinds[1:]:
+        is_quick = (_start, _kind) in (("full", "cached"), ("lora", "adapter_off"))
+        marks = () if is_quick else (pytest.mark.slow,)
+        CASES.append(pytest.param(_start, _kind, marks=marks))
 RATE = {"full": 1e-3, "lora": 3e-2, "from an adapter": 3e-2}
 
 
@@ -247,6 +252,7 @@ def test_the_reference_leaves_memory_when_its_log_probs_are_known(
     assert most > before == embeddings()
 
 
+@pytest.mark.slow
 def test_the_base_gets_no_gradient(shared: Path, tmp_path: Path) -> None:
     """Beside the activations, a full step has room for a gradient of every weight, and an adapter's
     step has not."""
