@@ -1,5 +1,6 @@
 """A tiny config.json for every family, as on the hub, and variants that take other code paths."""
 
+import copy
 from typing import Any
 
 from jaxdpo.models.config import ModelConfig
@@ -94,9 +95,9 @@ TINY: dict[str, dict[str, Any]] = {
 def raw_config(name: str, **changes: Any) -> dict[str, Any]:
     """config.json of a tiny model; a change to `...` removes a key."""
     sizes = {} if TINY[name]["model_type"] == "gpt2" else _SIZES
-    return {
-        key: value for key, value in {**sizes, **TINY[name], **changes}.items() if value is not ...
-    }
+    # A copy, since transformers writes into the rope parameters that it is given.
+    every = copy.deepcopy({**sizes, **TINY[name], **changes})
+    return {key: value for key, value in every.items() if value is not ...}
 
 
 def tiny(name: str, **changes: Any) -> ModelConfig:

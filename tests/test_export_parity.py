@@ -57,9 +57,13 @@ def test_adapters(tmp_path: Path, name: str) -> None:
     assert np.abs(wanted - ours(base, config, 1.0)).max() > 0.01
 
 
-def test_an_adapter_finds_its_base_by_itself(tmp_path: Path) -> None:
+def test_an_adapter_finds_its_base_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, config = lora_run(tmp_path), tiny("llama")
     assert run_export(run, tmp_path / "out") == 0
+    # It names the base's folder without the path, which is that of the exporting machine.
+    monkeypatch.chdir(tmp_path)
     model = peft.AutoPeftModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32
     ).eval()
