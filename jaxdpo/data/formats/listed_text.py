@@ -14,11 +14,29 @@ from typing import Any
 
 from jaxdpo.data.formats.roles import KNOWN_ROLES
 
-_KEYS = "role|from|content|value|messages"
+_OPENS = r"""["\s]*(?:array\(\s*)?(?:[\[(]\s*)*"""
 _BEGINS = re.compile(
-    rf"""["\s]*(?:array\(\s*)?[\[(]?\s*\{{\s*\\?["']{{1,2}}(?:{_KEYS})\\?["']{{1,2}}\s*:"""
+    rf"""{_OPENS}\{{\s*\\?["']{{1,2}}(?:role|from|content|value|messages)\\?["']{{1,2}}\s*:"""
 )
 """How text begins that may be a list of messages, or one message."""
+_BEGINS_LATER = re.compile(
+    rf"""{_OPENS}\{{[^{{}}\[\]]*?["'](?:role|from)\\?["']{{1,2}}\s*:\s*\\?["']{{1,2}}"""
+    rf"""(?:{"|".join(sorted(KNOWN_ROLES))})\\?["']""",
+    re.IGNORECASE,
+)
+"""The same behind other fields: a name, an id, a weight."""
+_ROLE = rf"""["'](?:{"|".join(sorted(KNOWN_ROLES))})["']"""
+_OTHER_FORMS = re.compile(
+    # [('user', 'Why?')]
+    rf"""\s*[\[(]\s*[\[(]\s*{_ROLE}\s*,"""
+    # Message(id=3, role=<Role.USER: 'user'>, content='Why?')
+    rf"""|\s*(?:[\[(]\s*)?[A-Z]\w*\((?:\w+=[^,()]*,\s*)*role=<?(?:\w+[.:]\s*)*{_ROLE}"""
+    # ChatMessage(content='Why?, ...', role='user')
+    r"""|\s*(?:[\[(]\s*)?[A-Z]\w*(?:Message|Turn)\(content=["']"""
+    r"""|\s*(?:[\[(]\s*)?OrderedDict\([\[(]*\{?["'](?:role|content)["']""",
+    re.IGNORECASE,
+)
+"""How other Python objects of messages begin, as text. They are not read."""
 _HAS_ROLE = re.compile(
     r"""["'](?:role|from)\\?["']{1,2}\s*:\s*\\?["']{1,2}(\w+)\\?["']""", re.IGNORECASE
 )
@@ -49,7 +67,8 @@ def messages_in(text: str, column: str) -> Any:
     Raises:
         ValueError: it begins as messages do, but cannot be read.
     """
-    if not _BEGINS.match(text):
+    is_other_form = _OTHER_FORMS.match(text) is not None
+    if not is_other_form and not _BEGINS.match(text) and not _BEGINS_LATER.match(text):
         return text
     found = _parse(text)
     if isinstance(found, str):  # JSON text of JSON text
@@ -58,8 +77,10 @@ def messages_in(text: str, column: str) -> Any:
     are_messages = [_is_message(item) for item in items]
     if items and all(are_messages):
         return found
+    are_nested = any(_is_message(part) for item in items for part in _items(item))
     roles = {role.lower() for role in _HAS_ROLE.findall(text)}
-    if any(are_messages) or (found is None and roles & KNOWN_ROLES):
+    is_unread = is_other_form or (found is None and bool(roles & KNOWN_ROLES))
+    if any(are_messages) or are_nested or is_unread:
         raise ValueError(
             f"column {column!r} is text that begins like a list of messages and cannot be read as "
             f"one. {REMEDY}"
@@ -93,8 +114,11 @@ def _is_message(item: Any) -> bool:
     """Whether an item is a message, of whatever role; {"from": "Paris", "to": "Rome"} is none."""
     if not isinstance(item, dict):
         return False
-    if "from" in item:
-        return isinstance(item["from"], str) and "value" in item
+    if "from" in item:  # {"from": "USD", "value": 3} is none either
+        role, value = item["from"], item.get("value", 0)
+        if isinstance(role, str) and role.strip().lower() in KNOWN_ROLES:
+            return "value" in item
+        return isinstance(role, str) and isinstance(value, str)
     return isinstance(item.get("role"), str) and not item.keys().isdisjoint(_SAYS)
 
 

@@ -38,6 +38,17 @@ def test_messages_of_any_role_are_messages() -> None:
 
 
 @pytest.mark.parametrize(
+    "first", [{"id": 1}, {"name": "Bob Smith"}, {"weight": None}, {"train": True, "lang": "en"}]
+)
+def test_messages_may_begin_with_other_fields(first: dict[str, Any]) -> None:
+    turns = [{**first, "role": "User", "content": "q"}, {**first, "from": "gpt", "value": "a"}]
+    assert messages_in(str(turns), "prompt") == turns
+    assert messages_in(json.dumps(turns), "prompt") == turns
+    with pytest.raises(ValueError, match="begins like a list of messages"):
+        messages_in(str(turns)[:-4], "prompt")
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "[1, 2]",
@@ -51,6 +62,12 @@ def test_messages_of_any_role_are_messages() -> None:
         "Use [{'role': 'user', 'content': 'q'}] for a chat.",
         '[{"name": "add", "arguments": {}}]',
         '{"value": 3',
+        '{"from": "USD", "to": "EUR", "value": 3}',
+        '{"name": "Bob", "role": "engineer", "content": "x"}',
+        '{"model": "m", "messages": [{"role": "user", "content": "q"}]}',
+        "[[1, 2], ['user']]",
+        "Message(to='Bob', text='Hi')",
+        "(a role='user' in prose)",
         "[]",
         "",
     ],
@@ -71,6 +88,14 @@ def test_other_text_stays_text(text: str) -> None:
         "[{'from': 'human', 'value': nan}]",
         "[{'role': 'user', 'content': 'q'}] and more",
         "[{'role': 'user', 'content': 'q'}, 'and more']",
+        "[[{'role': 'user', 'content': 'q'}]]",
+        '[[{"from": "human", "value": "q"}], [{"from": "human", "value": "q"}]]',
+        "[('user', 'q'), ('assistant', 'a')]",
+        '[["Human", "q"], ["gpt", "a"]]',
+        "[Message(role='user', content='q')]",
+        "ChatCompletionMessage(content='q', refusal=None, role='assistant')",
+        "[ChatMessage(id=3, role=<Role.USER: 'user'>, content='q')]",
+        "[OrderedDict([('role', 'user'), ('content', 'q')])]",
     ],
 )
 def test_text_that_only_begins_like_messages_is_refused(text: str) -> None:
