@@ -46,9 +46,15 @@ _SAYS_WHICH = frozenset(
         "preference", "preferences", "preferred", "annotation", "annotations", "feedback",
         "judgment", "judgments", "judgement", "judge", "verdict", "rejected", "evaluation",
         "comparison", "order", "ordering", "choice", "picked", "favorite", "favourite",
+        "answer", "target", "truth", "solution", "expected",
     }
 )  # fmt: skip
 """Words in the name of a column beside a list of answers that may say which of them is better."""
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
+_NUMBERS = re.compile(
+    rf"[\[(]?\s*{_NUMBER}(?:[\s,;|]+{_NUMBER})*\s*[\])]?|true|false|yes|no|[a-z]", re.IGNORECASE
+)
+"""Text that is a number, some numbers, a yes or no, or the letter of an answer."""
 
 
 # --- pairs of a row ---
@@ -193,7 +199,7 @@ def _ranks(row: Row, column: str, answers: list[Any], score: str | None) -> list
                 f"answers in column {column!r}; columns found: {shown_columns(row)}, "
                 f"fields: {', '.join(_fields(answers)) or 'none'}"
             )
-        unsure = [*_unsure_fields(answers, column), *_unsure_columns(row, column, len(answers))]
+        unsure = [*_unsure_fields(answers, column), *_unsure_columns(row, column, answers)]
         if unsure:
             raise ValueError(
                 f"which answer of column {column!r} is better is not certain: "
@@ -282,20 +288,47 @@ def _unsure_fields(answers: list[Any], column: str) -> Iterator[str]:
                 break
 
 
-def _unsure_columns(row: Row, column: str, count: int) -> Iterator[str]:
-    """Columns beside the answers that may say which is better: numbers, and telling names."""
+def _unsure_columns(row: Row, column: str, answers: list[Any]) -> Iterator[str]:
+    """Columns beside the answers that may say which is better.
+
+    They are numbers, also as text or in objects; telling names; and text that is one of the answers
+    (or its letter).
+    """
+    texts = {answer.strip() for answer in answers if isinstance(answer, str)}
     for name, value in row.items():
-        if name in (column, *PROMPTS, *OPTIONAL) or value is None:
+        if name in (column, *PROMPTS, *OPTIONAL) or not has_content(value):
             continue
-        words = re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", str(name))
         values = read_list(value)
-        if not _SAYS_WHICH.isdisjoint(word.lower() for word in words):
-            is_unsure = isinstance(value, bool | int | float) or has_content(value)
-        elif values is not None:
-            is_unsure = len(values) == count and not all(isinstance(item, str) for item in values)
+        if name in LISTS and values is not None:
+            continue  # another list of answers
+        words = re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", str(name))
+        is_telling = not _SAYS_WHICH.isdisjoint(word.lower() for word in words)
+        if values is not None:
+            is_unsure = is_telling or _may_rank(values, len(answers))
+        elif is_telling or (isinstance(value, str) and value.strip() in texts):
+            is_unsure = True
         else:
-            is_unsure = isinstance(value, bool | int | float) and not ROW_NUMBERS.fullmatch(
-                str(name)
-            )
+            is_unsure = _says_number(value) and not ROW_NUMBERS.fullmatch(str(name))
         if is_unsure:
             yield str(name)
+
+
+def _may_rank(values: list[Any], count: int) -> bool:
+    """Whether a list has something beside plain text for each answer."""
+    if any(isinstance(item, list) and _may_rank(item, count) for item in values):
+        return True
+    return len(values) == count and any(
+        not isinstance(item, str) or _says_number(item) for item in values
+    )
+
+
+def _says_number(value: Any) -> bool:
+    """Whether a value is a number or holds one, as text too."""
+    if isinstance(value, str):
+        return _NUMBERS.fullmatch(value.strip()) is not None
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if _says_number(item) and not ROW_NUMBERS.fullmatch(str(name)):
+                return True
+        return False
+    return isinstance(value, bool | int | float)

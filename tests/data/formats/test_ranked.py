@@ -121,6 +121,19 @@ SCORED = {
         ({"question": "q", "answers": ["b", "a"], "scores": {"b": 1}}, "scores may say so"),
         ({"question": "q", "answers": ["b", "a"], "score": 3}, "score may say so"),
         ({"question": "q", "answers": ["b", "a"], "bestAnswer": "a"}, "bestAnswer may say so"),
+        ({"question": "q", "answers": ["b", "a"], "likes": ["0", "7"]}, "likes may say so"),
+        ({"question": "q", "answers": ["b", "a"], "likes": "0,7"}, "likes may say so"),
+        ({"question": "q", "answers": ["b", "a"], "likes": "[0. 7.5]"}, "likes may say so"),
+        ({"question": "q", "answers": ["b", "a"], "likes": [[0, 7]]}, "likes may say so"),
+        ({"question": "q", "answers": ["b", "a"], "likes": {"b": 0, "a": 7}}, "likes may say so"),
+        ({"question": "q", "answers": ["b", "a"], "likes": "7"}, "likes may say so"),
+        ({"question": "q", "answers": ["b", "a"], "ok": ["no", "yes"]}, "ok may say so"),
+        ({"question": "q", "answers": ["b", "a"], "answer": "two"}, "answer may say so"),
+        ({"question": "q", "answers": ["b", "a"], "answerKey": "B"}, "answerKey may say so"),
+        ({"question": "q", "answers": ["b", "a"], "answer_index": 1}, "answer_index may say so"),
+        ({"question": "q", "answers": ["b", "a"], "ground_truth": "x"}, "ground_truth may say so"),
+        ({"question": "q", "answers": ["b", "a"], "right": "a"}, "right may say so"),
+        ({"question": "q", "answers": ["b", "a"], "key": "B"}, "key may say so"),
         (
             {"question": "q", "answers": [{**assistant("b"), "reward": 0}, assistant("a")]},
             "answers.reward may say so",
@@ -185,6 +198,8 @@ def test_ranks_and_scores_that_disagree_are_an_error() -> None:
 def test_columns_that_number_the_rows_leave_the_order_as_it_is() -> None:
     row = {"qid": 3, "question_id": 0, "idx": 1, "question": "q", "answers": ["a", "b"]}
     assert one(parse_ranked, {**row, "source": "forum"}) == Preference(Q, A, B)
+    more = {"meta": {"id": 3, "site": "x.org"}, "models": ["m1", "m2"], "outputs": ["c", "d"]}
+    assert one(parse_ranked, {**row, **more, "completions": ["a", "b"]}) == Preference(Q, A, B)
 
 
 @pytest.mark.parametrize("answers", ["['b', 'a']", '["b", "a"]'])
