@@ -8,11 +8,10 @@ the judge failed. Filtered: ties.
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from jaxdpo.config.data_options import DataSection
 from jaxdpo.data.formats.common import TIE, Outcome, Row, shown_columns, unread
-from jaxdpo.data.formats.labels import FailedLabel, read_label
+from jaxdpo.data.formats.labels import FailedLabel, Sides, find_sides, read_label
 from jaxdpo.data.formats.preference import Dropped
 from jaxdpo.data.formats.prompt import prompt_columns, unfold, unfolded
 from jaxdpo.data.formats.trl import has_answers, pair
@@ -22,31 +21,6 @@ LABELS = (
     "label", "preference", "preferred", "winner", "better", "better_response_id", "choice",
     "verdict",
 )  # fmt: skip
-STEMS = (
-    "response", "answer", "completion", "output", "conversation", "candidate", "generation", "text"
-)  # fmt: skip
-ENDINGS = (("a", "b"), ("A", "B"), ("0", "1"), ("1", "2"))
-
-
-class Sides(NamedTuple):
-    """The columns of two answers."""
-
-    columns: tuple[str, str]
-    """E.g. response_a and response_b."""
-    endings: tuple[str, str]
-    """The letter or number of each: a and b."""
-
-
-def _all_sides() -> Iterator[Sides]:
-    for stem in STEMS:
-        for first, second in ENDINGS:
-            for mark in ("_", ""):
-                columns = (f"{stem}{mark}{first}", f"{stem}{mark}{second}")
-                yield Sides(columns, (first, second))
-
-
-SIDES = tuple(_all_sides())
-"""Names of the columns of two answers."""
 
 
 def parse_ab(row: Row, section: DataSection) -> Iterator[Outcome]:
@@ -98,11 +72,6 @@ def unread_ab(row: Row, section: DataSection) -> Iterator[str]:
 def is_ab(row: Row) -> bool:
     """Whether a row has two answers and a label, and no chosen answer."""
     return not has_answers(row) and find_sides(row) is not None and bool(label_columns(row))
-
-
-def find_sides(row: Row) -> Sides | None:
-    """The columns of the two answers, if the row has such."""
-    return next((sides for sides in SIDES if row.keys() >= set(sides.columns)), None)
 
 
 def label_columns(row: Row) -> list[str]:

@@ -163,7 +163,7 @@ def with_system(row: Row, prompt: Turns) -> Turns:
     """
     texts = {}
     for column in SYSTEMS:
-        if row.get(column):
+        if has_content(row.get(column)):
             texts.setdefault(string(row, column), column)
     if not texts:
         return prompt

@@ -5,8 +5,10 @@ nor the last of them says anything. What is not in the tables below is an error,
 """
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+from jaxdpo.data.formats.common import Row
 from jaxdpo.utils.text import printable
 
 TIES = frozenset(
@@ -33,8 +35,61 @@ _SENTENCE = re.compile(
 _VICTORY = re.compile(r"(?P<better>.+?) (?:wins|won)\.?")
 
 
+STEMS = (
+    "response", "answer", "completion", "output", "conversation", "candidate", "generation", "text"
+)  # fmt: skip
+ENDINGS = (("a", "b"), ("A", "B"), ("0", "1"), ("1", "2"))
+
+
+class Sides(NamedTuple):
+    """The columns of two answers."""
+
+    columns: tuple[str, str]
+    """E.g. response_a and response_b."""
+    endings: tuple[str, str]
+    """The letter or number of each: a and b."""
+
+
+def _all_sides() -> Iterator[Sides]:
+    for stem in STEMS:
+        for first, second in ENDINGS:
+            for mark in ("_", ""):
+                columns = (f"{stem}{mark}{first}", f"{stem}{mark}{second}")
+                yield Sides(columns, (first, second))
+
+
+SIDES = tuple(_all_sides())
+"""Names of the columns of two answers."""
+
+
 class FailedLabel(Exception):
     """The label says that the judge came to no verdict."""
+
+
+def find_sides(row: Row) -> Sides | None:
+    """The columns of the two answers, if the row has such."""
+    return next((sides for sides in SIDES if row.keys() >= set(sides.columns)), None)
+
+
+def refuse_labels(row: Row, chosen: Any, rejected: Any) -> None:
+    """Check that the answers are texts, and do not name other columns with the answers.
+
+    Raises:
+        ValueError: they do: {"response_a": "So.", "response_b": "No.", "chosen": "a", ...}.
+    """
+    sides = find_sides(row)
+    if sides is None or not isinstance(chosen, str) or not isinstance(rejected, str):
+        return
+    try:
+        named = {read_label(chosen, *sides), read_label(rejected, *sides)}
+    except (ValueError, FailedLabel):
+        return
+    if named == {0, 1}:
+        raise ValueError(
+            f"{printable(repr(chosen))} and {printable(repr(rejected))} are no answers but name "
+            f"the columns {' and '.join(sides.columns)}. Remove the column of the rejected one, "
+            "and rename the other to label"
+        )
 
 
 def read_label(value: Any, columns: tuple[str, str], endings: tuple[str, str]) -> int | None:

@@ -26,6 +26,7 @@ from jaxdpo.data.formats.common import (
     unread,
     with_system,
 )
+from jaxdpo.data.formats.labels import refuse_labels
 from jaxdpo.data.formats.listed_text import read_list
 from jaxdpo.data.formats.other_forms import remedy
 from jaxdpo.data.formats.preference import Dropped, Text, Turns, read_text, shared_length
@@ -79,6 +80,7 @@ def parse_preference(row: Row, section: DataSection) -> Iterator[Outcome]:
             f"{remedy(row)}"
         )
     answers = _answers(row, columns)
+    refuse_labels(answers.row, answers.chosen, answers.rejected)
     yield pair(answers.row, answers.chosen, answers.rejected, *columns)
 
 

@@ -250,3 +250,29 @@ def test_a_column_of_system_prompts_and_one_of_tools_make_a_row_a_chat(row: dict
 def test_what_a_chat_cannot_hold_is_an_error(more: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         one(parse_preference, {"prompt": [user("q")], "chosen": "a", "rejected": "b", **more})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"), [("b", "a"), ("response_b", "response_a"), ("Model B", "[[A]]")]
+)
+def test_names_of_other_columns_are_no_answers(chosen: str, rejected: str) -> None:
+    row = {"prompt": "q", "response_a": "x", "response_b": "y"}
+    with pytest.raises(ValueError, match="name the columns response_a and response_b"):
+        one(parse_preference, {**row, "chosen": chosen, "rejected": rejected})
+    verbatim = one(parse_preference, {**row, "chosen": "y", "rejected": "x"})
+    assert verbatim == Preference("q", "y", "x")
+
+
+@pytest.mark.parametrize("name", ["seed", "question_id"])
+def test_text_in_a_column_for_ids_may_be_the_prompt(name: str) -> None:
+    row = {"chosen": "The sky is blue", "rejected": "The sky is red"}
+    with pytest.raises(ValueError, match=f"no column holds the prompt; columns with text: {name}"):
+        one(parse_preference, {**row, name: "Why is the sky blue?"})
+    assert one(parse_preference, {**row, name: "q-17"}) == one(parse_preference, row)
+
+
+def test_a_blank_system_prompt_is_none() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert one(parse_preference, {**row, "system": " \n"}) == Preference(Q, A, B)
+    row = {**row, "system": " ", "system_prompt": "Be brief."}
+    assert one(parse_preference, row) == Preference((Message("system", "Be brief."), *Q), A, B)
