@@ -138,6 +138,7 @@ def pair(row: Row, chosen: object, rejected: object, *columns: str) -> Outcome:
     if chosen is None or rejected is None:
         return Dropped("an answer is null")
     row = unfold(row)
+    _refuse_lists_of_turns(row, chosen, rejected)
     better, worse = read_text(chosen, columns[0]), read_text(rejected, columns[1])
     prompt = read_prompt(row, chosen, rejected)
     if isinstance(better, str) and isinstance(worse, str):
@@ -148,6 +149,25 @@ def pair(row: Row, chosen: object, rejected: object, *columns: str) -> Outcome:
             "both must be strings or both lists of messages"
         )
     return _from_messages(row, prompt, better, worse, columns)
+
+
+def _refuse_lists_of_turns(row: Row, chosen: object, rejected: object) -> None:
+    """Raise where prompt and both answers are text that is a list of texts, one for each turn.
+
+    Chatbot Arena's rows are: {"prompt": '["Hi"]', "response_a": '["Hello"]', ...}. An answer alone
+    may be such a list: the prompt may have asked for it.
+    """
+    columns = prompt_columns(row)[:1]
+    for value in (*(row[name] for name in columns), chosen, rejected):
+        items = read_list(value) if isinstance(value, str) else None
+        if not items or not all(item is None or isinstance(item, str) for item in items):
+            return
+    if columns:
+        raise ValueError(
+            f"column {columns[0]!r} and both answers are text that is a list of texts, as of a "
+            "conversation's turns. Write them as messages, or as the plain texts if there is one "
+            "turn"
+        )
 
 
 def _from_strings(

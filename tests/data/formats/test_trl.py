@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from jaxdpo.data.formats.ab import parse_ab
 from jaxdpo.data.formats.preference import Dropped, Message, Preference
 from jaxdpo.data.formats.trl import parse_preference
 from tests.data.rows import A, B, Q, assistant, one, user
@@ -276,3 +277,15 @@ def test_a_blank_system_prompt_is_none() -> None:
     assert one(parse_preference, {**row, "system": " \n"}) == Preference(Q, A, B)
     row = {**row, "system": " ", "system_prompt": "Be brief."}
     assert one(parse_preference, row) == Preference((Message("system", "Be brief."), *Q), A, B)
+
+
+@pytest.mark.parametrize("name", ["prompt", "question"])
+def test_lists_of_turns_in_text_are_refused(name: str) -> None:
+    row = {name: '["Hi", "Why?"]', "chosen": '["Hello", null]', "rejected": "['No', 'So']"}
+    with pytest.raises(ValueError, match=f"column '{name}' and both answers are .* as messages"):
+        one(parse_preference, row)
+    labelled = {name: '["Hi"]', "response_a": '["a"]', "response_b": '["b"]', "label": "a"}
+    with pytest.raises(ValueError, match=f"column '{name}' and both answers are"):
+        one(parse_ab, labelled)
+    asked = {**row, name: "Two words as a JSON list!"}
+    assert isinstance(one(parse_preference, asked), Preference)
