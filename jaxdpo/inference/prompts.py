@@ -5,12 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxdpo.data.formats.common import one_turn, read_tools, with_system
-from jaxdpo.data.formats.preference import Text, read_text, strings
+from jaxdpo.data.formats.common import media_column, read_tools
+from jaxdpo.data.formats.preference import Text, strings
+from jaxdpo.data.formats.prompt import read_prompt, unfold
 from jaxdpo.data.readers import file_kind, read_rows
 from jaxdpo.utils.text import is_unicode, printable
 
 TEXT_SUFFIX = ".txt"
+DIALOGUES = ("chosen", "rejected", "messages", "conversations", "conversation")
+"""Columns beside a prompt that may be answers, or complete dialogues with the prompt in them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +95,19 @@ def _from_row(row: Mapping[str, Any], place: str) -> Prompt | str:
     if "prompt" not in row:
         found = ", ".join(printable(str(name)) for name in row) or "none"
         return f"prompts={place}: column 'prompt' is missing; columns found: {found}"
+    media = media_column(row)
+    if media is not None:
+        return (
+            f"prompts={place}: column {printable(repr(media))} holds media, and only text is read. "
+            "Remove the column or the row"
+        )
     try:
-        text, tools = read_text(row["prompt"], "prompt"), read_tools(row.get("tools"))
-        # As in training: tools and a system prompt exist in conversations only.
-        if isinstance(text, str) and (tools or "system" in row):
-            text = one_turn("user", text)
-        if not isinstance(text, str):
-            text = with_system(row, text)
-        return _checked(text, place, tools)
+        row = unfold(row)
+        # Verbatim text, or a chat with system prompt, tools and history, as in training.
+        text = read_prompt(row, *(row.get(name) for name in DIALOGUES))
+        if text is None:
+            return f"prompts={place}: column 'prompt' is empty. Fill it, or remove the row"
+        return _checked(text, place, read_tools(row.get("tools")))
     except ValueError as error:
         return f"prompts={place}: {error}"
 

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from jaxdpo.data.formats.preference import Message
+from jaxdpo.config.data_options import DataSection
+from jaxdpo.data.formats.preference import Message, Preference
+from jaxdpo.data.formats.trl import parse_preference
 from jaxdpo.inference.prompts import Prompt, read_prompts
 
 TURNS = [
@@ -18,6 +20,26 @@ def test_rows_with_strings_or_messages(write: Callable[..., str]) -> None:
     path = write("some.jsonl", [{"prompt": "Why?", "id": 3}, {"prompt": TURNS}])
     turns = tuple(Message(turn["role"], turn["content"]) for turn in TURNS)
     assert read_prompts(path) == [Prompt("Why?", "some.jsonl:1"), Prompt(turns, "some.jsonl:2")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why?", "system_prompt": "Be brief."},
+        {"prompt": [{"role": "user", "content": "Why?"}], "system_message": "Be brief."},
+        {"prompt": "Why?", "history": [["Hi", "Hello"]], "system": None},
+        {"prompt": {"messages": TURNS, "tools": [{"name": "add"}]}},
+        {"prompt": "Why?", "system": " ", "messages": TURNS},
+    ],
+)
+def test_a_row_gives_the_prompt_that_training_reads(
+    write: Callable[..., str], row: dict[str, Any]
+) -> None:
+    (prompt,) = read_prompts(write("some.jsonl", [row]))
+    kept = {name: value for name, value in row.items() if name != "messages"}
+    (trained,) = parse_preference({**kept, "chosen": "a", "rejected": "b"}, DataSection())
+    assert isinstance(trained, Preference)
+    assert (prompt.text, prompt.tools) == (trained.prompt, trained.tools)
 
 
 def test_lines_of_text(write: Callable[..., str]) -> None:
@@ -43,7 +65,9 @@ def test_a_list_holds_the_prompts_themselves() -> None:
             [{"prompt": "x"}, {"q": "Why?"}, {"prompt": 3}],
             ["a.jsonl:2: column 'prompt' is missing", "found: q", "a.jsonl:3", "int"],
         ),
-        ("a.jsonl", [{"prompt": []}], ["has no message"]),
+        ("a.jsonl", [{"prompt": []}, {"prompt": " "}], ["a.jsonl:1", "a.jsonl:2", "is empty"]),
+        ("a.jsonl", [{"prompt": "x", "images": ["a.png"]}], ["'images' holds media"]),
+        ("a.jsonl", [{"prompt": "x", "question": "y"}], ["'prompt' and 'question' both hold"]),
         ("a.jsonl", [{"prompt": TURNS[:2]}], ["ends with an assistant turn"]),
         ("a.jsonl", [{"prompt": [{"role": "user"}]}], ["message 1 of column 'prompt'"]),
         ("a.jsonl", [{"prompt": "\ud83d"}], ["a.jsonl:1: is not valid Unicode"]),
