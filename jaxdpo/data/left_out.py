@@ -7,6 +7,7 @@ A field is used if the text changes without it. Templates of reasoning models cu
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from jaxdpo.data.formats.common import ROW_NUMBERS
 from jaxdpo.data.formats.preference import Dropped, Message, Turns
@@ -72,22 +73,45 @@ def has_place(render: Render, name: str) -> bool:
 
 
 def _unused_fields(render: Render, turns: Turns, text: str) -> Iterator[tuple[int, str]]:
-    """The number of the turn and the name of each field without which the text is the same."""
+    """The number of the turn and the name of each field without which the text is the same.
+
+    A text of which only the presence is looked at is unused too, as are the arguments of calls.
+    """
     for number, turn in enumerate(turns):
         if not turn.extra:
             continue
-        extra = json.loads(turn.extra)
-        for name in extra:
+        extra: dict[str, Any] = json.loads(turn.extra)
+        for name, value in extra.items():
             if name == "content":  # null: there is nothing to write
                 continue
-            others = {key: value for key, value in extra.items() if key != name}
-            without = dataclasses.replace(turn, extra=json.dumps(others))
-            try:
-                shortened = render((*turns[:number], without, *turns[number + 1 :]))
-            except REFUSALS:
-                continue  # the template asks for it
-            if shortened == text:
-                yield number, name
+            others = {key: item for key, item in extra.items() if key != name}
+            changes: list[tuple[str, dict[str, Any]]] = [(name, others)]
+            if isinstance(value, str):
+                changes.append((name, {**extra, name: _VALUE}))
+            if name == "tool_calls" and any(map(_arguments, extra[name])):
+                calls = [_without_arguments(call) for call in extra[name]]
+                changes.append((f"{name}.arguments", {**extra, name: calls}))
+            for shown, changed in changes:
+                without = dataclasses.replace(turn, extra=json.dumps(changed))
+                try:
+                    shortened = render((*turns[:number], without, *turns[number + 1 :]))
+                except REFUSALS:
+                    continue  # the template asks for it
+                if shortened == text:
+                    yield number, shown
+                    break
+
+
+def _arguments(call: dict[str, Any]) -> Any:
+    """The arguments of a call, in either form of tool_calls."""
+    return call.get("function", call).get("arguments")
+
+
+def _without_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _without_arguments(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": "" if isinstance(arguments, str) else {}}
 
 
 def _contains(text: str, content: str) -> bool:

@@ -12,7 +12,7 @@ from jaxdpo.data.chat_template import Layout
 from jaxdpo.data.formats.preference import Dropped, Message, Preference, read_text
 from jaxdpo.data.inspect.convert import to_row
 from jaxdpo.data.tokenize import Encoder
-from tests.data.encoding import encode, text_of
+from tests.data.encoding import encode, encoder, text_of
 
 WRITES = {
     # Thoughts of the last turn only, as Qwen3 and gpt-oss; calls and tools.
@@ -130,6 +130,34 @@ def test_a_field_without_a_place_is_refused_by_name(
     assert plain.render(record(assistant("a", **fields), assistant("b"))) == Dropped(
         f"plain text has no form for the message field {name!r}"
     )
+
+
+HALF = """
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.thinking %}<think></think>{% endif %}{{ m.content or '' }}
+{%- for call in m.tool_calls or [] %}({{ (call.function or call).name }}){% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "field"),
+    [
+        (assistant(None, tool_calls=[CALL]), "tool_calls.arguments"),
+        (assistant(None, tool_calls=[CALL["function"]]), "tool_calls.arguments"),
+        (assistant(None, tool_calls=[{"name": "f", "arguments": "x"}]), "tool_calls.arguments"),
+        (assistant("a", thinking="so"), "thinking"),
+    ],
+)
+def test_a_field_that_is_written_in_part_is_refused(
+    answer: dict[str, Any], field: str, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The template writes that there is one, or the name of the call alone."""
+    tokenizer = with_template(chat_tokenizer, HALF)
+    refused = Dropped(f"the chat template has no place for the message field '{field}'")
+    assert encoder(tokenizer).encode([record(answer, assistant("b"))]) == [refused]
+    bare = assistant(None, tool_calls=[{"name": "f", "arguments": {}}])
+    assert encode(tokenizer, record(bare, assistant("b"))).left_out == frozenset()
 
 
 def test_thoughts_of_earlier_turns_are_counted(chat_tokenizer: PreTrainedTokenizerFast) -> None:
