@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -141,6 +141,8 @@ def _read_csv(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
             number, start = start, reader.line_num + 1
             if not header:
                 header = cells
+                if len(set(header)) != len(header):
+                    raise ValueError(f"{name}:{number}: {_RepeatedName(header)}")
             elif cells:
                 if len(cells) != len(header):
                     raise ValueError(
@@ -233,9 +235,28 @@ def _decode(data: bytes, place: str) -> str:
         ) from None
 
 
+class _RepeatedName(Exception):
+    """Two columns or fields have one name: all but one would be lost."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        again = next(name for name in names if names.count(name) > 1)
+        super().__init__(
+            f"the name {printable(repr(again))} is there twice. Rename or remove one of them"
+        )
+
+
+def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise _RepeatedName([name for name, _ in pairs])
+    return fields
+
+
 def _parse(data: bytes, place: str) -> Any:
     try:
-        return json.loads(_decode(data, place))
+        return json.loads(_decode(data, place), object_pairs_hook=_fields_once)
+    except _RepeatedName as error:
+        raise ValueError(f"{place}: {error}") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, " if error.lineno > 1 else ""
         reason = error.msg.removesuffix(" starting at")

@@ -87,6 +87,9 @@ def damaged_arrow() -> bytes:
         ("a.jsonl.gz", b'{"a": 1}\n', r"damaged gzip file \(Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-20], r"damaged gzip file"),
         ("a.parquet", b"PAR1 no", r"a\.parquet: not a readable Parquet file"),
+        ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv:1: the name 'a' is there twice\. Rename"),
+        ("a.jsonl", b'{"a": 1, "b": 2, "a": 3}', r"a\.jsonl:1: the name 'a' is there twice"),
+        ("a.json", b'[{"a": [{"b": 1, "b": 1}]}]', r"a\.json: the name 'b' is there twice"),
         ("a.csv", b"a,b\n1,2\n3,\x004\n", r"a\.csv:3: holds a byte 0"),
         ("a.csv", "a,b\n1,2\n".encode("utf-16-le"), r"a\.csv:1: holds a byte 0"),
         (
