@@ -188,8 +188,9 @@ QUICK_OPTIONS = ("model.param_dtype", "loss.ld_alpha", "loss.beta")
     ],
 )
 def test_identity_of_a_cached_reference_changes_with_every_option_that_changes_its_numbers(
-    shared: Path, tmp_path: Path, name: str
+    shared: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # options that name a folder make it
     base = settings(shared, tmp_path / "run")
     values = cli.to_dict(base)
     section = values
