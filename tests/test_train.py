@@ -355,6 +355,7 @@ def test_a_real_model_on_real_pairs(real_data: Path, tmp_path: Path) -> None:
         [row for row in found if "loss" in row],
         [row for row in found if "eval/loss" in row],
     )
-    assert abs(steps[0]["loss"] - 0.693147) < 1e-6 and abs(steps[0]["rewards/margins"]) < 1e-5
+    # float32 rounding of log-probs of some hundred nats, times beta
+    assert abs(steps[0]["loss"] - 0.693147) < 1e-5 and abs(steps[0]["rewards/margins"]) < 1e-5
     assert evaluations[0]["eval/rewards/margins"] == 0 < evaluations[-1]["eval/rewards/margins"]
     assert evaluations[-1]["eval/kl/token_exact"] > 0 == evaluations[0]["eval/kl/token_exact"]
