@@ -215,6 +215,7 @@ def test_dry_run_shows_everything_up_to_the_first_step(
         assert text in out, text
 
 
+@pytest.mark.slow
 def test_dry_run_says_what_is_trained_and_what_is_frozen(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

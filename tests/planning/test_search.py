@@ -16,6 +16,7 @@ def with_memory(some: Target, gib: float) -> Target:
     return dataclasses.replace(some, topology=dataclasses.replace(some.topology, chip=chip))
 
 
+@pytest.mark.slow
 def test_all_that_is_found_fits_and_the_fastest_comes_first() -> None:
     some = with_memory(target("v5e-4"), 1.0)
     found = search(some, config(16), PAIR)

@@ -99,6 +99,7 @@ def test_the_metrics_of_a_run(shared: Path) -> None:
     assert all(0 <= row["padding_fraction"] < 1 for row in steps)
 
 
+@pytest.mark.slow
 def test_an_evaluation_does_not_depend_on_how_many_pairs_it_takes_at_once(
     shared: Path, tmp_path: Path
 ) -> None:

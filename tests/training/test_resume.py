@@ -147,6 +147,7 @@ def stopped_as(shared: Path, run_dir: Path, kind: str) -> Config:
     return some
 
 
+@pytest.mark.slow
 def test_resume_restores_a_synced_reference(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_resume_restores_a_synced_reference(
     assert train(other) is True and not same_bits(tmp_path / "lost", theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

@@ -257,6 +257,7 @@ def test_blocks_and_dense_agree_in_bfloat16_and_stay_near_float32() -> None:
     assert min(cosines) > 0.99
 
 
+@pytest.mark.slow
 def test_padding_and_weights_of_zero_change_nothing() -> None:
     same(ours("mixed", pack(WEIGHTED, size=SIZE, places=13)), packed("mixed"))
     extra = [*WEIGHTED, dataclasses.replace(pair(5, 6, 7), weight=0.0)]

@@ -21,6 +21,7 @@ def too_large(shapes: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
     return logits | {dims for dims in shapes if sum(dim >= T for dim in dims if dim != V) > 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "fine"),
     [({}, True), ({"remat": "full"}, True), ({"chunk": T}, False), ({"attention": "dense"}, False)],

@@ -127,6 +127,7 @@ def test_every_reference_gives_the_same_loss_and_gradients(
     assert abs(rows[4]["rewards/chosen"]) > 0.01  # policy and reference have parted by then
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_reference_that_is_off(shared: Path) -> None:
     """The adapter at lora.path left on in the one reference and off in the other."""
     with_it, without = (
@@ -312,9 +313,8 @@ def test_the_base_has_the_type_of_products_and_the_adapter_float32(shared: Path)
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "share"), [pytest.param("int8", 0.4, marks=pytest.mark.slow), ("nf4", 0.3)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "share"), [("int8", 0.4), ("nf4", 0.3)])
 def test_a_quantised_base_is_loaded_as_its_shapes_say(
     shared: Path, kind: str, share: float
 ) -> None:

@@ -23,7 +23,7 @@ GOLDENS = json.loads(
     Path(__file__).parents[1].joinpath("goldens").joinpath("trl_trajectories.json").read_text()
 )
 RUNS = {run["name"]: run for run in GOLDENS["runs"]}
-QUICK = ("sigmoid", "orpo")
+QUICK = ("sigmoid",)
 PAIRS, SIZE = GOLDENS["batch_size"], 192
 MEANS_PER_TOKEN = ("simpo", "simpo_sft", "orpo", "orpo_lambda")
 """Runs whose logps/* TRL reports as means per token; ours are always sums. Their rewards are beta
