@@ -23,15 +23,15 @@ from jaxdpo.training.startup_checks import changed_fields
 from jaxdpo.training.trainer import Trainer
 from tests.models.test_lora import random_adapter
 from tests.runs import (
-    folder_with_inputs,
     interrupt,
     same_bits,
     settings,
     stopped_copy,
-    use_one_device,
     whole,
 )
 from tests.tiny import HF, model, rows, write_model, write_rows
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 NOISE = 1e-4
 """Nats by which the log-probs of a tiny model may differ from rounding alone."""
@@ -43,18 +43,6 @@ MOE = {
     "output_router_logits": True,
     "router_aux_loss_coef": 0.1,
 }
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of these tests' runs."""
-    return folder_with_inputs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See use_one_device."""
-    use_one_device(monkeypatch)
 
 
 # ---- by trying ----------------------------------------------------------------------------------

@@ -6,22 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from jaxdpo.config.schema import Config
 from jaxdpo.training.loop import train
 from jaxdpo.training.run import Run
 from tests.checkpoints.states import folders
-from tests.runs import folder_with_inputs, interrupt, settings, use_one_device
+from tests.runs import interrupt, settings
 
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of these tests' runs."""
-    return folder_with_inputs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See use_one_device."""
-    use_one_device(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def measure(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
@@ -86,16 +77,17 @@ def test_a_new_best_is_saved_when_it_is_measured(
     assert folders(tmp_path) == kept
 
 
+def coprime(shared: Path, run_dir: Path) -> Config:
+    """A run of ten steps that evaluates at every third and saves at every fifth."""
+    cadences = {"eval__every": 3, "checkpoint__save_every": 5}
+    return settings(shared, run_dir, train__steps=10, checkpoint__keep=1, **cadences)
+
+
 def test_a_resumed_run_knows_the_best_of_before(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure(monkeypatch, {0: 0.9, 3: 0.2, 6: 0.3, 9: 0.4, 10: 0.9})
-    some = settings(
-        shared,
-        tmp_path,
-        **{"train__steps": 10, "eval__every": 3, "checkpoint__save_every": 5},
-        checkpoint__keep=1,
-    )
+    some = coprime(shared, tmp_path)
     interrupt(some, 4)
     assert folders(tmp_path) == {"3", "4"}
     assert train(some) is True
@@ -107,12 +99,7 @@ def test_a_best_step_whose_evaluation_sigterm_cut_off_is_kept_after_the_resume(
 ) -> None:
     """It was saved without a validation loss, which is measured at the next start."""
     measure(monkeypatch, {0: 0.9, 3: 0.8, 6: 0.1, 9: 0.4, 10: 0.9})
-    some = settings(
-        shared,
-        tmp_path,
-        **{"train__steps": 10, "eval__every": 3, "checkpoint__save_every": 5},
-        checkpoint__keep=1,
-    )
+    some = coprime(shared, tmp_path)
     interrupt(some, 6)
     assert train(some) is True
     assert folders(tmp_path) == {"6", "10", "eval_losses.json"}

@@ -18,19 +18,9 @@ from jaxdpo.training.loop import train
 from jaxdpo.training.metric_logger import TIME_KEYS
 from jaxdpo.training.startup_checks import Fault
 from jaxdpo.training.trainer import Trainer
-from tests.runs import TOTAL, folder_with_inputs, metrics, settings, use_one_device, whole
+from tests.runs import TOTAL, metrics, settings, whole
 
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of these tests' runs."""
-    return folder_with_inputs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See use_one_device."""
-    use_one_device(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_the_files_of_a_run_folder(shared: Path) -> None:

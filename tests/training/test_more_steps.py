@@ -8,19 +8,9 @@ import pytest
 
 from jaxdpo.config.schema import Config
 from jaxdpo.training.loop import train
-from tests.runs import STOPPED, folder_with_inputs, interrupt, settings, use_one_device
+from tests.runs import STOPPED, interrupt, settings
 
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of these tests' runs."""
-    return folder_with_inputs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See use_one_device."""
-    use_one_device(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def losses(run_dir: Path) -> list[float]:

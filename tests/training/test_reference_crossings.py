@@ -12,8 +12,10 @@ from jaxdpo.training.loop import train
 from jaxdpo.training.resolve import validate
 from jaxdpo.training.state import FrozenState
 from jaxdpo.training.trainer import Trainer
-from tests.runs import folder_with_inputs, metrics, settings, use_one_device
+from tests.runs import folder_with_inputs, metrics, settings
 from tests.tiny import rows, write_rows
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 LORA = {"lora__rank": 4, "optim__learning_rate": 1e-2}
 FEATURES: dict[str, dict[str, Any]] = {
@@ -44,12 +46,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = folder_with_inputs(tmp_path_factory.mktemp("crossings"))
     write_rows(folder / "more.jsonl", rows(9, seed=1))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See use_one_device."""
-    use_one_device(monkeypatch)
 
 
 def two_epochs(shared: Path, feature: str, kind: str, **changes: Any) -> Config:

@@ -29,28 +29,16 @@ from tests.runs import (
     MAKE_MESH,
     RUNS,
     STOPPED,
-    folder_with_inputs,
     interrupt,
     replaced,
     same_bits,
     settings,
     stopped_copy,
     untimed,
-    use_one_device,
     whole,
 )
 
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of these tests' runs."""
-    return folder_with_inputs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See use_one_device."""
-    use_one_device(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_resume_after_sigterm_ends_as_if_nothing_had_happened(shared: Path, tmp_path: Path) -> None:

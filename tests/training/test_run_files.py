@@ -10,14 +10,9 @@ from transformers import AutoTokenizer
 from jaxdpo.training.run_files import write_inputs
 from jaxdpo.training.trainer import Trainer
 from tests.inference.models import STOP, write_chat_model
-from tests.runs import use_one_device
 from tests.tiny import config, rows, write_model, write_rows
 
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See use_one_device."""
-    use_one_device(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -12,19 +12,9 @@ from jaxdpo.config.schema import Config
 from jaxdpo.training.loop import train
 from jaxdpo.training.metric_logger import JsonLines
 from jaxdpo.training.run import Run
-from tests.runs import folder_with_inputs, interrupt, settings, untimed, use_one_device
+from tests.runs import interrupt, settings, untimed, use_one_device
 
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of these tests' runs."""
-    return folder_with_inputs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See use_one_device."""
-    use_one_device(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def sampled(shared: Path, run_dir: Path) -> Config:

@@ -18,7 +18,7 @@ import pytest
 
 from jaxdpo.checkpoints.restore import restore_params
 from jaxdpo.distributed import processes
-from tests.runs import folder_with_inputs, metrics, untimed
+from tests.runs import metrics, untimed
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,12 +45,6 @@ def test_alone_everything_is_agreed_at_once() -> None:
 # --- real processes ---
 
 TOTAL = 12
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model, rows and compiled programs of these tests."""
-    return folder_with_inputs(tmp_path_factory.mktemp("processes"))
 
 
 def start(

@@ -20,25 +20,13 @@ from jaxdpo.training.state import FrozenState
 from jaxdpo.training.step_loss import loss_sums
 from jaxdpo.training.step_metrics import PAIR_LOGPS, averages, logps_of_pairs, metric_sums
 from jaxdpo.training.trainer import Trainer
-from tests.runs import folder_with_inputs, interrupt, metrics, settings, use_one_device
+from tests.runs import interrupt, metrics, settings
 from tests.tiny import Setup, Stepper, pack, pairs, params, table
 
 PAIRS = pairs(4, seed=3)
 BATCH = pack(PAIRS)
 LOGPS = np.random.default_rng(0).uniform(-90, -5, (4, 2)).astype(np.float32)
 MICRO = jax.tree.map(lambda x: x[0], BATCH)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of these tests' runs."""
-    return folder_with_inputs(tmp_path_factory.mktemp("start"))
-
-
-@pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See use_one_device."""
-    use_one_device(monkeypatch)
 
 
 def trainer_of(section: LossSection, reference: np.ndarray, dtype: str = "float32") -> Any:

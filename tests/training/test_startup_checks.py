@@ -14,22 +14,12 @@ from jaxdpo.training.loop import train
 from jaxdpo.training.startup_checks import FREE_FIELDS, changed_fields
 from jaxdpo.training.trainer import Trainer
 from tests.models.test_lora import random_adapter
-from tests.runs import folder_with_inputs, interrupt, replaced, settings, untimed, use_one_device
+from tests.runs import interrupt, replaced, settings, untimed
 from tests.tiny import model, rows, write_model, write_rows
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of these tests' runs."""
-    return folder_with_inputs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See use_one_device."""
-    use_one_device(monkeypatch)
 
 
 @pytest.fixture(scope="module")

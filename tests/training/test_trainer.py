@@ -19,8 +19,10 @@ from jaxdpo.training.reference_cache import CachedLogps
 from jaxdpo.training.state import FrozenState, TrainState
 from jaxdpo.training.trainer import Trainer
 from tests.models.test_lora import random_adapter
-from tests.runs import MAKE_MESH, folder_with_inputs, metrics, settings, use_one_device
+from tests.runs import MAKE_MESH, folder_with_inputs, metrics, settings
 from tests.tiny import host, model, write_model
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 ADAPTER = Lora(rank=3, alpha=6.0, rslora=True, targets=("attn/q", "attn/k", "attn/o", "mlp/down"))
 STARTS: dict[str, dict[str, Any]] = {
@@ -55,12 +57,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         base="elsewhere/model",
     )
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See use_one_device."""
-    use_one_device(monkeypatch)
 
 
 def options(shared: Path, start: str, kind: str, **changes: Any) -> Any:
