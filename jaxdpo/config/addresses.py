@@ -11,7 +11,8 @@ ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/\S*")
 """A scheme of at least two letters (one is a drive of Windows) and a slash; no blanks, which texts
 such as prompts have."""
 TEXTS = ("prompts",)
-"""Options whose lists hold texts, in which an address is as good as any word."""
+"""Options whose lists hold texts, in which an address or a ~ is as good as any word; one bare value
+names a file."""
 
 
 def remote_paths(values: Mapping[str, Any]) -> list[str]:

@@ -10,15 +10,13 @@ import os
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
+from jaxdpo.config.addresses import TEXTS
 from jaxdpo.utils.text import is_unicode, printable
 
 MAX_FLOAT = 3.4028235677973366e38
 """Numbers of a step are float32; from here on they are rounded to infinity there."""
 MAX_INT = 2**63 - 1
 """The largest int64, which is what counters, seeds and positions of arrays are."""
-
-NOT_PATHS = ("prompts",)
-"""Options whose text may begin with ~ and is no path."""
 
 
 def impossible_values(schema: type, values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -60,7 +58,8 @@ def _problem(name: str, hint: Any, value: Any) -> str | None:
         elif isinstance(item, str):
             if not is_unicode(item):
                 return "is not valid UTF-8. Rename the file or folder, or type the text again"
-            if name not in NOT_PATHS and _has_unknown_home(item):
+            is_path = name not in TEXTS or item is value  # a bare value of it names a file
+            if is_path and _has_unknown_home(item):
                 return "there is no user of that name, whose home it could be in"
     return None
 

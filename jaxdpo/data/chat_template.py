@@ -94,9 +94,9 @@ class Layout:
         if self.spell_special([*strings(prompt), tools]):
             return SPELLS_SPECIAL
         try:
-            start = self._template(prompt, tools, add_generation_prompt=True)
-            if tools and start == self._template(prompt, add_generation_prompt=True):
-                return Dropped("the chat template has no place for tools")
+            start = self._generation_prompt(prompt, tools)
+            if isinstance(start, Dropped):
+                return start
             before = self._before_answer(prompt, start, tools)
         except REFUSALS as error:
             return _refused(error)
@@ -203,9 +203,9 @@ class Layout:
     def _render_template(
         self, tools: str, prompt: Turns, chosen: Turns, rejected: Turns
     ) -> PairText | Dropped:
-        start = self._template(prompt, tools, add_generation_prompt=True)
-        if tools and start == self._template(prompt, add_generation_prompt=True):
-            return Dropped("the chat template has no place for tools")
+        start = self._generation_prompt(prompt, tools)
+        if isinstance(start, Dropped):
+            return start
         answers = (chosen, rejected)
         texts = [self._template(prompt + answer, tools) for answer in answers]
         # Usually a text is the generation prompt, the answer and an end. If not, the template may
@@ -302,6 +302,13 @@ class Layout:
         if len(before) + len(after) > len(text):  # they overlap
             return None
         return before, after
+
+    def _generation_prompt(self, prompt: Turns, tools: str) -> str | Dropped:
+        """What the template writes for a prompt that is to be answered."""
+        start = self._template(prompt, tools, add_generation_prompt=True)
+        if tools and start == self._template(prompt, add_generation_prompt=True):
+            return Dropped("the chat template has no place for tools")
+        return start
 
     def _before_answer(self, prompt: Turns, start: str, tools: str = "") -> str:
         """What the template writes before an answer without thoughts, which is not the answer's.

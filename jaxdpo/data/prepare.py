@@ -72,9 +72,8 @@ def prepare(section: DataSection, tokenizer: Tokenizer, vocab_size: int) -> Prep
     sets = {"train": train_reports, "eval": eval_reports}
     report = _report(train, held_out, sets, encoder)
     report["repeats"] = {"train": train_repeats, "eval": eval_repeats}
-    split_warning = _split_warning(report, section.eval_fraction)
-    if not section.eval and split_warning is not None:
-        report["warnings"].append(split_warning)
+    if not section.eval:
+        report["warnings"] += _split_warning(report, section.eval_fraction)
     _check_eos(report["train"], section)
     for warning in report["warnings"]:
         logger.warning("data: %s", warning)
@@ -206,25 +205,27 @@ def _check_eos(statistics: dict[str, Any], section: DataSection) -> None:
         )
 
 
-def _split_warning(report: dict[str, Any], fraction: float) -> str | None:
-    """What to know about a held-out share that is far from data.eval_fraction; None: it is near."""
-    held_out, prompts = report["eval"]["pairs"], report["eval"]["prompts"]
+def _split_warning(report: dict[str, Any], fraction: float) -> Iterator[str]:
+    """What to know about a held-out share that is far from data.eval_fraction."""
+    held_out = report["eval"]["pairs"]
     total = report["train"]["pairs"] + held_out
     share = held_out / total
     if fraction / NEAR <= share <= fraction * NEAR:  # 0 too
-        return None
+        return
     if not held_out:
         prompts = report["train"]["prompts"]
         why = "data.train has one prompt"
         if prompts > 1:
             why = f"all {prompts} prompts of data.train belong to one group (column group)"
-        return (
+        yield (
             f"data.eval_fraction={fraction}: {NO_VALIDATION} (0 of {total}), as {why}, which would "
             "be held out whole. Set data.eval, or data.eval_fraction=0"
         )
-    return (
+        return
+    yield (
         f"data.eval_fraction={fraction}: {held_out} of {total} pairs ({share:.1%}) are held out, "
-        f"all those of {prompts} prompts: whole prompts come no nearer. Set data.eval for others"
+        f"all those of {report['eval']['prompts']} prompts: whole prompts come no nearer. "
+        "Set data.eval for others"
     )
 
 

@@ -94,3 +94,14 @@ def test_a_question_may_begin_with_a_tilde() -> None:
         GenerateConfig, ["model.path=m", "prompts=[~5 or ~6?]"], command="generate"
     )
     assert config.prompts == ["~5 or ~6?"]
+
+
+def test_a_file_of_prompts_in_the_home_of_nobody_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.load(
+            GenerateConfig, ["model.path=m", "prompts=~no-such-user/q.txt"], command="generate"
+        )
+    assert ended.value.code == 2
+    assert "prompts=~no-such-user/q.txt: there is no user of that name" in capsys.readouterr().err

@@ -52,6 +52,11 @@ def strings(text: Text) -> list[str]:
     return found
 
 
+def _contents(text: Text) -> list[str]:
+    """The text itself in a list, or the content of each message without its other fields."""
+    return [text] if isinstance(text, str) else [turn.content for turn in text]
+
+
 def read_text(value: Any, column: str) -> Text:
     """A string or messages, as JSON gives them.
 
@@ -194,12 +199,9 @@ class Preference:
     def repeats_prompt(self) -> bool:
         """Whether both answers begin with the text of the prompt's last turn, as generated text
         does that was not cut."""
-        last = self.prompt if isinstance(self.prompt, str) else self.prompt[-1].content
-        begin = last.strip()
-        answers = []
-        for answer in (self.chosen, self.rejected):
-            answers.append(answer if isinstance(answer, str) else answer[0].content)
-        return bool(begin) and all(text.lstrip().startswith(begin) for text in answers)
+        begin = _contents(self.prompt)[-1].strip()
+        answers = [_contents(answer)[0].lstrip() for answer in (self.chosen, self.rejected)]
+        return bool(begin) and all(text.startswith(begin) for text in answers)
 
     @functools.cached_property
     def prompt_key(self) -> int:
