@@ -1,7 +1,10 @@
 """A tiny config.json for every family, as on the hub, and variants that take other code paths."""
 
 import copy
+from collections.abc import Collection
 from typing import Any
+
+import pytest
 
 from jaxdpo.models.config import ModelConfig
 from jaxdpo.models.hf.config_json import from_hf
@@ -90,6 +93,15 @@ TINY: dict[str, dict[str, Any]] = {
         "rope_theta": 15000.0,
     },
 }
+
+
+def quick_and_slow(quick: Collection[str]) -> list[Any]:
+    """Parameters for a test of every family, of which those that are not named are slow ones."""
+    params = []
+    for name in TINY:
+        marks = () if name in quick else (pytest.mark.slow,)
+        params.append(pytest.param(name, marks=marks))
+    return params
 
 
 def raw_config(name: str, **changes: Any) -> dict[str, Any]:

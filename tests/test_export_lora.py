@@ -25,7 +25,7 @@ from jaxdpo.models.hf.lora_targets import lora_of
 from jaxdpo.models.hf.peft import read_peft
 from jaxdpo.models.hf.weight_files import weights_fingerprint
 from jaxdpo.models.params import Params
-from tests.families import TINY, raw_config, tiny
+from tests.families import quick_and_slow, raw_config, tiny
 from tests.models.test_lora import random_adapter
 from tests.runs import folder_with_inputs, settings, use_one_device
 from tests.runs import train as train_run
@@ -116,7 +116,7 @@ def test_the_adapter_alone_is_a_peft_folder(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", quick_and_slow(["llama", "gpt2", "gpt_oss"]))
 def test_the_merged_model_computes_what_the_adapter_over_the_base_does(
     tmp_path: Path, name: str
 ) -> None:

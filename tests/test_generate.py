@@ -236,6 +236,7 @@ def test_several_models_answer_side_by_side(
         )
 
 
+@pytest.mark.slow
 def test_samples_follow_the_seed_and_not_the_batch(base: Path, command: Command) -> None:
     arguments = (
         f"model.path={base}",

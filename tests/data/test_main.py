@@ -264,6 +264,7 @@ def test_a_set_without_a_usable_pair_is_a_fault(
     assert "jaxdpo.data: no usable pair was found" in printed.err and not out.exists()
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_and_a_terminal_without_unicode(write: Write, tmp_path: Path) -> None:
     """`| head -5` where text is not UTF-8 ends without a traceback and with a complete page."""
     path = write("a.jsonl", [{**ROWS[2], "chosen": f"ü {number}"} for number in range(500)])

@@ -58,6 +58,7 @@ def trained(
     return run, [run.train(batches[step % 2]) for step in range(STEPS)] + [run.evaluate(batches[0])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "sizes"),
     [

@@ -15,7 +15,7 @@ from jaxdpo.models.hf.lora_targets import find_targets, lora_of, projections
 from jaxdpo.models.lora import Lora, MergedWeight, adapter_shapes, by_target, init_adapter, merge
 from jaxdpo.models.params import Params
 from jaxdpo.models.shardings import trained_shardings
-from tests.families import TINY, tiny
+from tests.families import TINY, quick_and_slow, tiny
 from tests.tiny import mesh, params
 
 LORA = Lora(rank=3, alpha=6.0, rslora=False, targets=("attn/q", "attn/o", "mlp/up"))
@@ -80,7 +80,7 @@ def test_defaults_of_the_lora_options() -> None:
     )
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", quick_and_slow(["llama", "gpt2", "gpt_oss"]))
 def test_an_initial_adapter_changes_nothing(name: str) -> None:
     config = tiny(name)
     lora = lora_of(LoraSection(rank=4), config)

@@ -115,6 +115,7 @@ def test_every_part_of_a_step_in_float32_multiplies_in_float32(
     assert len(lines) > 20 and inexact(lines) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_generation_and_log_probs_multiply_as_exactly_as_their_inputs(dtype: str) -> None:
     config = model()

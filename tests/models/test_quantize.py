@@ -111,6 +111,7 @@ def hidden(weights: Params, config: ModelConfig, options: ForwardOptions) -> Any
     return forward(weights, config, tokens, slots, jnp.zeros_like(slots), slots + 1, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_the_decoder_computes_with_the_dequantized_weights(name: str, kind: str) -> None:

@@ -108,6 +108,7 @@ def test_padding_ids_of_the_vocab_are_never_sampled() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [

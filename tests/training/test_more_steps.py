@@ -28,6 +28,7 @@ def finished(shared: Path, run_dir: Path, **changes: Any) -> Config:
     return some
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

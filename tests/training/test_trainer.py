@@ -38,7 +38,7 @@ KINDS = {
 CASES = []
 for _start, _kinds in KINDS.items():
     for _kind in _kinds[1:]:
-        is_quick = (_start, _kind) in (("full", "cached"), ("lora", "adapter_off"))
+        is_quick = (_start, _kind) == ("full", "cached")
         marks = () if is_quick else (pytest.mark.slow,)
         CASES.append(pytest.param(_start, _kind, marks=marks))
 RATE = {"full": 1e-3, "lora": 3e-2, "from an adapter": 3e-2}
